@@ -1,0 +1,1 @@
+"""ProtoScale: train image-text models whose supervision is groups, sharded by DeepSpeed."""

@@ -1,0 +1,1 @@
+"""What `tools/bench.py` runs: ratios measured in one process, never absolute claims."""

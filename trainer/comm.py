@@ -1,0 +1,178 @@
+"""Collectives with exact adjoints, as one object that is passed around.
+
+Convention: every rank computes a loss of its own, and the objective is the mean of these losses.
+The adjoint of "everybody gets everything" (all_gather) is then "everybody gets the sum of what
+the others say about its part" (reduce_scatter), and the adjoint of a sum is a sum.
+Nothing else in the project calls `torch.distributed`, except the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Comm:
+    """One rank's view of its group. `Comm.solo()` runs the same code with one rank."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def solo(cls, device: torch.device | str = "cpu") -> Comm:
+        return cls(rank=0, world_size=1, device=torch.device(device))
+
+    @classmethod
+    def from_environment(cls, *, timeout_seconds: float = 1800.0) -> Comm:
+        """Join the group that `deepspeed`, `torchrun` or `accelerate launch` has described.
+
+        Without a launcher (plain `python`) this is a group of one.
+        """
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        if os.environ["WORLD_SIZE"] == "1":
+            os.environ.setdefault("MASTER_PORT", "0")
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        return cls(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    # -- differentiable -------------------------------------------------------------------------
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Stack the ranks' rows: [n, ...] -> [W * n, ...], rank by rank. n is equal on all."""
+        return rows if self.world_size == 1 else _AllGather.apply(rows, self)
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        """Sum over ranks, then keep this rank's share: [W * n, ...] -> [n, ...]."""
+        return rows if self.world_size == 1 else _ReduceScatter.apply(rows, self)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks; every rank gets it, and its gradient is the sum of theirs."""
+        return value if self.world_size == 1 else _Sum.apply(value, self)
+
+    # -- not differentiable ---------------------------------------------------------------------
+
+    def max(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def min(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.MIN)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one of them. Waits for the device."""
+        return bool(self.max(torch.tensor(int(flag), device=self.device)).item())
+
+    def broadcast(self, value: Tensor, source: int = 0) -> Tensor:
+        """The value that rank `source` holds; shapes and dtypes are equal on all ranks."""
+        result = value.detach().clone().contiguous()
+        if self.world_size > 1:
+            dist.broadcast(result, source, group=self.group)
+        return result
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """As `all_gather`, for row counts that differ between ranks; no gradient."""
+        rows = rows.detach()
+        if self.world_size == 1:
+            return rows
+        counts = self.all_gather(torch.tensor([rows.shape[0]], device=rows.device)).tolist()
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        parts = self.all_gather(padded).split(max(counts)) if max(counts) else [rows] * len(counts)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order; it must survive JSON."""
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.all_gather(torch.tensor([payload.numel()], device=self.device)).tolist()
+        rows = self.gather_rows(payload.to(self.device)).cpu()
+        return [json.loads(bytes(part.tolist())) for part in rows.split(sizes)]
+
+    def broadcast_json(self, value: Any, source: int = 0) -> Any:
+        """The value that rank `source` passed; what the others pass is ignored."""
+        return self.gather_json(value if self.rank == source else None)[source]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.any(False)
+
+    def _reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        result = value.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(result, operation, group=self.group)
+        return result
+
+
+def _gathered(rows: Tensor, comm: Comm) -> Tensor:
+    rows = rows.contiguous()
+    result = rows.new_empty((comm.world_size * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(result, rows, group=comm.group)
+    return result
+
+
+def _scattered(rows: Tensor, comm: Comm) -> Tensor:
+    if rows.shape[0] % comm.world_size:
+        raise ValueError(f"{rows.shape[0]} rows do not split over {comm.world_size} ranks")
+    result = rows.new_empty((rows.shape[0] // comm.world_size, *rows.shape[1:]))
+    dist.reduce_scatter_tensor(result, rows.contiguous(), group=comm.group)
+    return result
+
+
+def _summed(value: Tensor, comm: Comm) -> Tensor:
+    result = value.clone().contiguous()
+    dist.all_reduce(result, group=comm.group)
+    return result
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return _gathered(rows, comm)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _scattered(gradients[0], ctx.comm), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return _scattered(rows, comm)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _gathered(gradients[0], ctx.comm), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return _summed(value, comm)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradients[0], ctx.comm), None

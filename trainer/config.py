@@ -1,0 +1,270 @@
+"""One YAML file describes a run; every key is checked, every default stands here.
+
+`load_run(path, overrides)` reads YAML, applies dotted `key=value` overrides and validates.
+`dump_run(config)` writes the resolved YAML back: `load_run(dump_run(c)) == c`.
+A recipe's own keys are validated by the `Config` of its file (`trainer/recipes/<name>.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+
+from trainer.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Frozen(BaseModel):
+    """A section of the configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Period(Frozen):
+    """How often something is due: `1000 steps`, `2 epochs`, `30 min`, or `never`."""
+
+    count: float
+    unit: Literal["steps", "samples", "epochs", "min", "never"]
+
+    def __str__(self) -> str:
+        return "never" if self.unit == "never" else f"{self.count:g} {self.unit}"
+
+
+def _read_period(value: Any) -> Any:
+    if isinstance(value, str):
+        if value.strip() == "never":
+            return {"count": math.inf, "unit": "never"}
+        match = re.fullmatch(r"\s*([\d.]+)\s*(steps?|samples?|epochs?|min)\s*", value)
+        if not match:
+            raise ValueError(f"{value!r} is no period; write '1000 steps', '2 epochs' or '30 min'")
+        unit = match[2] if match[2] == "min" or match[2].endswith("s") else match[2] + "s"
+        return Period.model_construct(count=float(match[1]), unit=unit)
+    if isinstance(value, dict):
+        return Period.model_construct(**value)
+    return value
+
+
+Every = Annotated[Period, BeforeValidator(_read_period)]
+NEVER = Period.model_construct(count=math.inf, unit="never")
+
+
+class AugmentConfig(Frozen):
+    """Random views of an image. The defaults are ProtoCLIP's "light" set (spec A2)."""
+
+    crop_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
+    """Share of the area that a random resized crop keeps, lowest and highest."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop, lowest and highest."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
+    """Strength of brightness, contrast, saturation and hue changes."""
+    jitter_probability: Fraction = 0.2
+    gray_probability: Fraction = 0.2
+    blur_probability: Fraction = 0.2
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur at 224 pixels, lowest and highest; scales with the image."""
+
+
+class CaptionConfig(Frozen):
+    """Which text of a sample the text tower reads."""
+
+    fields: tuple[str, ...] = ("txt",)
+    """`txt`, or a key of the sample's json (a string or a list of strings): one is drawn a visit."""
+    weights: tuple[float, ...] | None = None
+    """Relative frequency of each field; equal where None."""
+
+    @model_validator(mode="after")
+    def _one_weight_per_field(self) -> CaptionConfig:
+        if self.weights is not None and len(self.weights) != len(self.fields):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.fields)} caption fields")
+        return self
+
+
+class DataConfig(Frozen):
+    """Where samples come from and how they are read."""
+
+    train: str
+    """Shards: a path or URL with braces (`s3://b/{000..127}.tar`) or globs; lists join by `::`."""
+    reader: Literal["indexed", "webdataset"] = "indexed"
+    """`indexed`: exact order and resume. `webdataset`: streams without an index (weaker)."""
+    allow_pipe: bool = False
+    """Let the webdataset reader run shell commands given as `pipe:` URLs."""
+    workers: int = Field(default=0, ge=0)
+    """Reader processes per rank. The batches do not depend on it."""
+    window_shards: PositiveInt = 8
+    """Samples are shuffled within this many (permuted) shards, so reads stay sequential."""
+    max_pixels: PositiveInt = 25_000_000
+    """Larger images are refused before they are decoded."""
+    bad_sample_budget: Fraction = 0.01
+    """The run stops when more than this share of the samples read could not be used."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour under transparent pixels."""
+    augment: AugmentConfig = AugmentConfig()
+    captions: CaptionConfig = CaptionConfig()
+
+
+class OptimConfig(Frozen):
+    """AdamW with a cosine schedule."""
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    image_learning_rate: float | None = None
+    """For the image tower, where it differs."""
+    text_learning_rate: float | None = None
+    """For the text tower, where it differs."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1.0)
+    """The learning rate of a layer is this to the power of its depth below the top."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-6
+    weight_decay: float = 0.2
+    warmup_steps: int = Field(default=0, ge=0)
+    clip_norm: float = Field(default=10.0, gt=0)
+    """Global gradient norm, in units of the true gradient of the global batch."""
+
+
+class EvalConfig(Frozen):
+    """One evaluation: what, on which shards, how often."""
+
+    name: Literal["zero_shot", "retrieval", "knn", "linear_probe"]
+    label: str
+    """Name under which its numbers are logged."""
+    data: str
+    """Shards to test on."""
+    train: str | None = None
+    """Shards to fit on (knn, linear_probe)."""
+    target: str = "concept"
+    """json key whose values are the classes (zero_shot, knn, linear_probe)."""
+    every: Every = NEVER
+    """The end of a run is always evaluated."""
+    limit: PositiveInt | None = None
+    """Use at most this many samples, chosen by hash of their id."""
+    templates: tuple[str, ...] = ("{}", "a picture of {}", "an icon of {}", "{} emoji")
+    """Prompts of a class name (zero_shot)."""
+
+
+class RunConfig(Frozen):
+    """A whole run."""
+
+    workdir: Path
+    """Checkpoints, metrics and exports go here. A second start goes on from what is there."""
+    seed: int = 0
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch: PositiveInt
+    """Samples per optimizer step over all ranks. It is the only batch size that matters."""
+    micro_batch: PositiveInt | None = None
+    """Samples per rank and forward pass; the whole share of a rank where None."""
+    deepspeed: Path = Path("ds_configs/zero3.json")
+    """ZeRO stage, precision and offload. Batch sizes and clipping come from here instead."""
+    gradient_checkpointing: bool = True
+    recipe: SerializeAsAny[Frozen]
+    """`name` is the recipe's file; its other keys are that file's `Config`."""
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    evals: tuple[EvalConfig, ...] = ()
+    log_every: Every = Period.model_construct(count=10.0, unit="steps")
+    save_every: Every = Period.model_construct(count=10.0, unit="min")
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Two at least: the one before is the way back if the newest is damaged."""
+    max_skipped_steps: int = Field(default=20, ge=0)
+    """The run stops when this many steps in a row had a gradient that is not finite."""
+    comm_timeout_seconds: float = 1800.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_reads_its_own_keys(cls, values: Any) -> Any:
+        from trainer.recipe import recipe_config
+
+        if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+            return {**values, "recipe": recipe_config(values["recipe"])}
+        return values
+
+
+def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `a.b=value` overrides (values are YAML too)."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    return parse_run(text, overrides, source=str(path))
+
+
+def parse_run(text: str, overrides: Sequence[str] = (), *, source: str = "YAML") -> RunConfig:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} must be a mapping of keys to values")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+
+
+def dump_run(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `parse_run(dump_run(c)) == c`."""
+    values = config.model_dump(mode="json")
+    for section in [values, *values["evals"]]:
+        for key, value in section.items():
+            if isinstance(value, dict) and set(value) == {"count", "unit"}:
+                section[key] = str(Period.model_construct(**value))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def micro_batches(
+    *, global_batch: int, micro_batch: int | None, world_size: int
+) -> tuple[int, int]:
+    """(micro-batch per rank, micro-batches per step); a ConfigError where it does not divide."""
+    unit = world_size * (micro_batch or 1)
+    if global_batch % unit:
+        lower, upper = global_batch // unit * unit, -(-global_batch // unit) * unit
+        parts = f"{world_size} ranks" + (
+            f" x micro-batches of {micro_batch}" if micro_batch else ""
+        )
+        ways = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ConfigError(f"global_batch {global_batch} is not divisible by {parts}; use {ways}")
+    per_rank = global_batch // world_size
+    return (micro_batch or per_rank), per_rank // (micro_batch or per_rank)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} has no '='; write key=value, as in steps=100")
+    *parents, last = key.split(".")
+    for parent in parents:
+        section = values.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a section")
+        values = section
+    values[last] = yaml.safe_load(text)
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{place}: {message}" if place else message)
+    return "; ".join(problems)

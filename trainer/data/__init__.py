@@ -1,0 +1,1 @@
+"""From shards to batches: exact order, named damage, randomness by sample id."""

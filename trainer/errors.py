@@ -1,0 +1,31 @@
+"""Every error a user can cause, as one tree.
+
+TrainerError
+├── ConfigError        a YAML key, a value, or two values that do not fit together
+├── DataError          a shard, an index, a sample, or too many bad samples
+├── CheckpointError    a checkpoint that is damaged, missing or of another run
+└── NonFiniteLoss      training met NaN or infinity more often than it may
+
+The message says what is wrong with its numbers, and the way out. `python -m trainer` and the
+tools print it as one sentence and exit with code 2; any other exception is our own bug.
+"""
+
+
+class TrainerError(Exception):
+    """Base of all errors that are meant for the user."""
+
+
+class ConfigError(TrainerError):
+    """The configuration is wrong or contradicts itself."""
+
+
+class DataError(TrainerError):
+    """The data are missing, damaged or rejected beyond the budget."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint can't be used."""
+
+
+class NonFiniteLoss(TrainerError):
+    """NaN or infinity stopped the run."""

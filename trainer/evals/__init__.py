@@ -1,0 +1,1 @@
+"""Evaluations, spread over ranks and equal to the one-process number."""

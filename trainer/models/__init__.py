@@ -1,0 +1,1 @@
+"""Towers built on transformers modules, and the heads on top of them."""

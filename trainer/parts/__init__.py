@@ -1,0 +1,1 @@
+"""State that lives beside the model and that ZeRO does not own."""

@@ -1,0 +1,111 @@
+"""What a recipe is: one file in `trainer/recipes/` with a `Config` and a `Recipe`.
+
+The file's name is the key in YAML. Nothing is registered and recipes never import each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from trainer.comm import Comm
+from trainer.config import Frozen
+from trainer.errors import ConfigError
+from trainer.types import Batch, Features, Losses, Progress
+
+Encode = Callable[[Batch], Features]
+"""Forward without gradient, in evaluation mode. Every rank must call it equally often."""
+
+
+class Context(NamedTuple):
+    """What a recipe is built from besides its own configuration."""
+
+    comm: Comm
+    tokenizer: PreTrainedTokenizerFast
+    seed: int
+    global_batch: int
+    steps: int
+    workdir: Path
+
+
+class Samples(Protocol):
+    """What a phase may ask of the training stream."""
+
+    def view(self, start: int, count: int, *, purpose: str) -> Iterable[Batch]:
+        """This rank's share of samples [start, start + count) of the run's order, augmented.
+
+        `purpose` is hashed into the augmentation's randomness, so that a pass over samples that
+        will be trained on later sees other views of them. Every rank gets equally many batches;
+        rows that only fill up have a sample id of -1.
+        """
+        ...
+
+
+class Part(Protocol):
+    """State that ZeRO must not own: a sharded head, episode tables, an average of weights."""
+
+    def after_step(self, step: int, *, applied: bool) -> None: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Tensors by name, in global rows: equal for every world size, known to every rank."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Recipe(Protocol):
+    """A method: a model for ZeRO, parts beside it, and a loss."""
+
+    model: nn.Module
+    parts: Mapping[str, Part]
+
+    def losses(self, features: Features, batch: Batch, step: int) -> Losses:
+        """Loss terms of this rank's rows; each is the mean over them."""
+        ...
+
+    def phase_due(self, progress: Progress) -> bool: ...
+
+    def begin_phase(
+        self, progress: Progress, encode: Encode, samples: Samples
+    ) -> Mapping[str, Any]:
+        """Prepare the next stretch of training (an episode); returns figures to log."""
+        ...
+
+
+def recipe_config(values: Mapping[str, Any]) -> Frozen:
+    """Validate the `recipe:` section by the `Config` of the file that `name` names."""
+    name = values.get("name")
+    if not isinstance(name, str):
+        raise ConfigError("recipe.name is missing; it is the name of a file in trainer/recipes/")
+    config: Frozen
+    try:
+        config = _module(name).Config.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [f"recipe.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("; ".join(lines)) from error
+    return config
+
+
+def load_recipe(config: Any, context: Context) -> Recipe:
+    """Build the recipe that `config.name` names."""
+    recipe: Recipe = _module(config.name).Recipe(config, context)
+    return recipe
+
+
+def recipe_names() -> Sequence[str]:
+    folder = Path(__file__).parent / "recipes"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def _module(name: str) -> Any:
+    if name not in recipe_names():
+        raise ConfigError(
+            f"no recipe file trainer/recipes/{name}.py; there are: {', '.join(recipe_names())}"
+        )
+    return importlib.import_module(f"trainer.recipes.{name}")
