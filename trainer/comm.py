@@ -56,6 +56,14 @@ class Comm:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def row_range(self, count: int) -> tuple[int, int]:
+        """The global rows [first, last) that this rank owns of a table of `count` rows.
+
+        Contiguous, ceil(count / W) rows a rank; the last ranks may own fewer or none.
+        """
+        size = -(-count // self.world_size)
+        return min(self.rank * size, count), min((self.rank + 1) * size, count)
+
     # -- differentiable -------------------------------------------------------------------------
 
     def all_gather(self, rows: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class CaptionConfig(Frozen):
     """Which text of a sample the text tower reads."""
 
     fields: tuple[str, ...] = ("txt",)
-    """`txt`, or a key of the sample's json (a string or a list of strings): one is drawn a visit."""
+    """`txt`, or a json key (a string or a list of strings); each visit draws one."""
     weights: tuple[float, ...] | None = None
     """Relative frequency of each field; equal where None."""
 
