@@ -1,6 +1,6 @@
 import torch
 
-from trainer.hashing import hash_bits, key_of, permutation, uniform
+from trainer.hashing import hash_bits, key_of, permutation, uniform, uniform_of
 
 
 def test_a_permutation_holds_every_number_once_and_depends_on_its_keys():
@@ -34,3 +34,10 @@ def test_the_bits_are_those_of_splitmix64():
         bits = mixed((sample + golden) & mask)
         bits = mixed((mixed(bits ^ (key & mask)) + golden) & mask)
         assert int(hash_bits(torch.tensor([sample]), key)) & mask == bits
+
+
+def test_one_id_in_plain_integers_draws_what_the_tensor_draws():
+    ids = [0, 1, -1, -(2**63), 2**62 + 12345, 77]
+    keys = (key_of(3, "caption"), 5, -9)
+    assert [uniform_of(value, *keys) for value in ids] == uniform(torch.tensor(ids), *keys).tolist()
+    assert [uniform_of(value) for value in ids] == uniform(torch.tensor(ids)).tolist()

@@ -1,0 +1,127 @@
+"""Bytes of one image to pixels: allowed formats, a cap before decoding, one resampling.
+
+The first frame of PNG, JPEG and WebP files; anything else is refused. EXIF orientation is not
+applied, as in the public CLIP pipelines.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels; fractions of a pixel are fine."""
+
+IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+"""What Pillow raises on damaged files; an unknown format is an OSError too."""
+
+_DRAFT_GAP = 2
+"""A JPEG is decoded at a fraction of its size only where this many times the wanted pixels remain,
+so that the antialiased resampling still decides what the result looks like."""
+
+
+class BadSample(Exception):
+    """One sample that can't be used; the reason goes to the ledger, training goes on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def find_image(fields: dict[str, bytes]) -> bytes:
+    """The bytes of the sample's image; BadSample where it has none."""
+    for name in IMAGE_FIELDS:
+        if name in fields:
+            return fields[name]
+    raise BadSample(f"no image among its fields ({', '.join(sorted(fields)) or 'none'})")
+
+
+def decode_image(
+    data: bytes,
+    *,
+    size: int,
+    background: tuple[int, int, int],
+    max_pixels: int,
+    crop: Callable[[int, int], Box] | None = None,
+) -> UInt8[Tensor, "3 {size} {size}"]:
+    """Decode, composite over `background` and resample a box of the image to a square.
+
+    `crop(width, height)` gives the box; without it, the largest centred square, which is the
+    shorter side resized to `size` and centre-cropped in one go. Bicubic, antialiased.
+    BadSample for a format that is not allowed, more than `max_pixels` (known from the header,
+    nothing is decoded) and damaged data.
+    """
+    try:
+        image = _open(data, max_pixels)
+        box = (crop or centre_square)(*image.size)
+        image, box = _decode_box(image, box, size)
+        square = _flatten(image, background).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    except _DAMAGE as error:
+        raise BadSample(f"damaged image of {len(data)} bytes: {_first_line(error)}") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def centre_square(width: int, height: int) -> Box:
+    """The largest centred square."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header only."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadSample(f"not a {', '.join(FORMATS)} image ({len(data)} bytes)") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(f"over {max_pixels} pixels: {_first_line(error)}") from None
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise BadSample(f"{image.width} x {image.height} = {pixels} pixels, over {max_pixels}")
+    return image
+
+
+def _decode_box(image: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
+    """Decode; a JPEG at 1/2, 1/4 or 1/8 of its size where the box stays large enough."""
+    shrink = _draft_factor(image, box, size)
+    if shrink > 1:
+        image.draft(None, (image.width // shrink, image.height // shrink))
+    image.load()
+    width, height = image.size
+    left, top, right, bottom = (edge / shrink for edge in box)
+    return image, (left, top, min(right, width), min(bottom, height))
+
+
+def _draft_factor(image: Image.Image, box: Box, size: int) -> int:
+    if image.format != "JPEG":
+        return 1
+    extent = min(box[2] - box[0], box[3] - box[1])
+    return next((f for f in (8, 4, 2) if extent >= f * _DRAFT_GAP * size), 1)
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Any mode to RGB; transparency shows the background."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

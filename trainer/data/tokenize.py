@@ -1,0 +1,125 @@
+"""Text to token ids: a byte-level BPE of our own, or any tokenizer that transformers loads.
+
+Ours treats text as CLIP does (canonical Unicode form, lower case, white space collapsed) but has
+no unknown token: every byte is in the vocabulary, so any language comes back as it went in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int64
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from trainer.errors import ConfigError
+
+BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|padding|>"
+
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+"
+"""Merges stay within a word, a digit, or a run of marks; the space before belongs to it."""
+
+
+def train_tokenizer(
+    captions: Iterable[str], *, vocab_size: int, length: int
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that writes BOS and EOS by itself and truncates to `length` keeping EOS.
+
+    The vocabulary holds 256 bytes and three special tokens at least, and may stay smaller than
+    `vocab_size` where the captions give no more pairs. A pure function of the captions' counts.
+    """
+    smallest = 256 + 3
+    if vocab_size < smallest:
+        raise ConfigError(f"vocabulary of {vocab_size} is below 256 bytes + 3 special = {smallest}")
+    tokenizer = _untrained()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=length,
+        padding_side="right",
+        truncation_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """A saved tokenizer, from a folder or a name in the local cache; given a pad token if needed.
+
+    Where a tokenizer has no pad token its EOS fills the rows; the mask says which is which.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"{path} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"the tokenizer {path} has neither a pad nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path | str) -> None:
+    """Write the folder that `load_tokenizer` and `AutoTokenizer` read."""
+    tokenizer.save_pretrained(str(path))
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int
+) -> tuple[Int64[Tensor, "batch {length}"], Bool[Tensor, "batch {length}"]]:
+    """Token ids, filled up on the right to `length`, and a mask that is True on real tokens.
+
+    Longer texts lose their end, but not the special tokens that the tokenizer adds there.
+    """
+    encoded = tokenizer(
+        list(texts),
+        padding=False,
+        truncation=True,
+        max_length=length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
+    tokens = torch.full((len(texts), length), tokenizer.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros((len(texts), length), dtype=torch.bool)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        mask[row, : len(ids)] = True
+    return tokens, mask
+
+
+def _untrained() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

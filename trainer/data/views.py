@@ -1,0 +1,210 @@
+"""Random views of images whose every draw is a hash of (seed, purpose, epoch, sample id).
+
+No generator is involved, so a view depends neither on the batch that a sample comes in, nor on
+workers, ranks and restarts; on CPUs it is the same bit for bit. The operations are kornia's where
+these keep that promise; its own random modules draw per batch and are not used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64, UInt8
+from kornia.color import rgb_to_grayscale
+from kornia.enhance import (
+    adjust_brightness_accumulative,
+    adjust_hue,
+    adjust_saturation_with_gray_subtraction,
+)
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.config import AugmentConfig
+from trainer.data.decode import Box
+from trainer.hashing import hash_bits, key_of, uniform, uniform_of
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_REFERENCE_SIZE = 224
+_REFERENCE_KERNEL = 21
+"""The blur's kernel at the size for which its strength is stated; both scale with the image."""
+_CROP_ATTEMPTS = 10
+_ORDERS = torch.tensor(list(permutations(range(4))))
+
+_key = lru_cache(maxsize=1024)(key_of)
+
+
+class View(NamedTuple):
+    """Which random view: the same four give every sample the same one again."""
+
+    seed: int
+    epoch: int
+    purpose: str
+    config: AugmentConfig
+
+
+def random_crop(width: int, height: int, *, sample_id: int, view: View) -> Box:
+    """A random resized crop: area uniform in `crop_scale`, ratio log-uniform in `crop_ratio`.
+
+    Pairs that do not fit into the image are drawn again, ten times at most; then the largest
+    centred box within the ratios is taken. This is the usual convention, without its rounding to
+    whole pixels.
+    """
+    keys = _key(view.seed, view.purpose, "crop"), view.epoch
+    low, high = (math.log(ratio) for ratio in view.config.crop_ratio)
+    smallest, largest = view.config.crop_scale
+    for attempt in range(_CROP_ATTEMPTS):
+        area_draw, ratio_draw, across, down = (
+            uniform_of(sample_id, *keys, 4 * attempt + which) for which in range(4)
+        )
+        area = (smallest + (largest - smallest) * area_draw) * width * height
+        ratio = math.exp(low + (high - low) * ratio_draw)
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = across * (width - w), down * (height - h)
+            return left, top, min(left + w, width), min(top + h, height)
+    return _centred(width, height, view.config.crop_ratio)
+
+
+def augment(
+    images: UInt8[Tensor, "batch 3 size size"],
+    sample_id: Int64[Tensor, " batch"],
+    epochs: Int64[Tensor, " batch"],
+    *,
+    seed: int,
+    purpose: str,
+    config: AugmentConfig,
+) -> Float[Tensor, "batch 3 size size"]:
+    """Flip, colour jitter, gray and blur, each on the rows that draw it; then normalised.
+
+    The four changes of a jitter come in a random order, as in torchvision's ColorJitter; hue is
+    in turns of the colour circle.
+    """
+    stream = _Draws(sample_id, epochs, seed, purpose)
+    flipped = stream.rows("flip", config.flip)
+    pixels = _unit(images)
+    pixels[flipped] = pixels[flipped].flip(-1)
+    _on_rows(pixels, stream.rows("jitter", config.jitter_probability), stream, config, _jitter)
+    _on_rows(pixels, stream.rows("gray", config.gray_probability), stream, config, _gray)
+    _on_rows(pixels, stream.rows("blur", config.blur_probability), stream, config, _blur)
+    return _standardized(pixels)
+
+
+def normalize(images: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch 3 size size"]:
+    """CLIP's: divided by 255, less the mean, over the deviation of its training pixels."""
+    return _standardized(_unit(images))
+
+
+class _Draws:
+    """One stream of numbers per row."""
+
+    def __init__(self, sample_id: Tensor, epochs: Tensor, seed: int, purpose: str) -> None:
+        ids = hash_bits(sample_id, _key(seed, purpose, "augment"))
+        self.bits = hash_bits(ids ^ hash_bits(epochs, _key("epoch")))
+
+    def uniform(self, name: str) -> Float64[Tensor, " batch"]:
+        return uniform(self.bits, _key(name))
+
+    def rows(self, name: str, probability: float) -> Tensor:
+        """Indices of the rows to which something of this probability happens."""
+        return (self.uniform(name) < probability).nonzero().flatten()
+
+    def of(self, rows: Tensor) -> _Draws:
+        part = object.__new__(_Draws)
+        part.bits = self.bits[rows]
+        return part
+
+
+def _on_rows(
+    pixels: Tensor,
+    rows: Tensor,
+    stream: _Draws,
+    config: AugmentConfig,
+    change: Callable[[Tensor, _Draws, AugmentConfig], Tensor],
+) -> None:
+    if rows.numel():
+        pixels[rows] = change(pixels[rows], stream.of(rows), config)
+
+
+def _jitter(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
+    ranges = [(max(0.0, 1.0 - x), 1.0 + x) for x in config.jitter[:3]]
+    ranges.append((-config.jitter[3] * 2 * math.pi, config.jitter[3] * 2 * math.pi))
+    names = ("brightness", "contrast", "saturation", "hue")
+    factors = [_between(r, stream.uniform(n)).float() for n, r in zip(names, ranges, strict=True)]
+    orders = _ORDERS.to(pixels.device)[(stream.uniform("order") * len(_ORDERS)).long()]
+    for turn in range(4):
+        for index, change in enumerate(_CHANGES):
+            rows = (orders[:, turn] == index).nonzero().flatten()
+            if rows.numel() and config.jitter[index]:
+                pixels[rows] = change(pixels[rows], factors[index][rows])
+    return pixels
+
+
+def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    """Away from the mean gray. It is summed in integers: exact, so in no particular order."""
+    gray = (rgb_to_grayscale(pixels) * 2**24).long()
+    mean = (gray.sum((1, 2, 3), keepdim=True).double() / (2**24 * gray[0].numel())).float()
+    factor = factor[:, None, None, None]
+    return (pixels * factor + mean * (1 - factor)).clamp(0.0, 1.0)
+
+
+_CHANGES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    adjust_brightness_accumulative,
+    _contrast,
+    adjust_saturation_with_gray_subtraction,
+    adjust_hue,
+)
+
+
+def _gray(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
+    return rgb_to_grayscale(pixels).expand_as(pixels)
+
+
+def _blur(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
+    size = pixels.shape[-1]
+    sigma = _between(config.blur_sigma, stream.uniform("sigma")) * size / _REFERENCE_SIZE
+    radius = max(1, round(_REFERENCE_KERNEL * size / _REFERENCE_SIZE) // 2)
+    offsets = torch.arange(-radius, radius + 1, device=pixels.device)
+    weights = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    weights = (weights / weights.sum(1, keepdim=True)).float()
+    return _filtered(_filtered(pixels, weights).mT, weights).mT
+
+
+def _filtered(pixels: Tensor, weights: Float[Tensor, "batch taps"]) -> Tensor:
+    """Each row of pixels times its image's weights: shifted copies added in a fixed order.
+
+    A grouped convolution gives the same to rounding, but it rounds by how many images there are.
+    """
+    taps, width = weights.shape[1], pixels.shape[-1]
+    padded = functional.pad(pixels, (taps // 2, taps // 2, 0, 0), mode="reflect")
+    result = torch.zeros_like(pixels)
+    for tap in range(taps):
+        result.addcmul_(padded[..., tap : tap + width], weights[:, tap, None, None, None])
+    return result
+
+
+def _between(ends: tuple[float, float], draw: Tensor) -> Tensor:
+    return ends[0] + (ends[1] - ends[0]) * draw
+
+
+def _centred(width: int, height: int, ratios: tuple[float, float]) -> Box:
+    ratio = min(max(width / height, ratios[0]), ratios[1])
+    w, h = min(width, height * ratio), min(height, width / ratio)
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images.float() / 255.0
+
+
+def _standardized(pixels: Tensor) -> Tensor:
+    mean = pixels.new_tensor(IMAGE_MEAN)[:, None, None]
+    deviation = pixels.new_tensor(IMAGE_STD)[:, None, None]
+    return (pixels - mean) / deviation
