@@ -1,0 +1,34 @@
+"""Build the indexes of shards: python tools/index.py 'shards/{000..127}.tar' ..."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainer.data.index import MAX_MEMBER_BYTES, write_index
+from trainer.data.remote import expand_shards
+from trainer.errors import TrainerError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shards", nargs="+", help="paths or URLs; braces, globs and :: lists")
+    parser.add_argument("--max-member-bytes", type=int, default=MAX_MEMBER_BYTES)
+    arguments = parser.parse_args()
+    total = 0
+    for shard in expand_shards("::".join(arguments.shards)):
+        count = write_index(shard, max_member_bytes=arguments.max_member_bytes)
+        total += count
+        print(f"{shard}: {count} samples")
+    print(f"{total} samples")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (TrainerError, OSError) as error:
+        sys.exit(f"error: {error}")

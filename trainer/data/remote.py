@@ -1,0 +1,152 @@
+"""Files by path or URL: lists of shards, sizes and byte ranges, with bounded retries.
+
+Local paths use the operating system; everything with `://` goes through fsspec (s3, gs, https).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+import torch
+from braceexpand import braceexpand
+
+from trainer.errors import DataError
+from trainer.hashing import key_of, uniform
+
+T = TypeVar("T")
+
+ATTEMPTS = 8
+FIRST_DELAY_SECONDS = 0.05
+REQUEST_TIMEOUT_SECONDS = 60.0
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def expand_shards(spec: str) -> list[str]:
+    """The shards that a spec names: braces (`{000..127}`), globs, lists joined by `::`.
+
+    Globs are sorted. DataError for a glob without a match and for a shard listed twice.
+    """
+    shards = [shard for part in spec.split("::") for shard in _expand(part.strip(), spec)]
+    for shard in shards:
+        if shard.startswith("pipe:"):
+            raise DataError(f"{shard!r} needs data.reader: webdataset and data.allow_pipe: true")
+    seen: set[str] = set()
+    twice = next((shard for shard in shards if shard in seen or seen.add(shard)), None)  # type: ignore[func-returns-value]
+    if twice is not None:
+        raise DataError(f"{spec!r} lists {twice} twice")
+    return shards
+
+
+def _expand(part: str, spec: str) -> list[str]:
+    if not part:
+        raise DataError(f"the shard list {spec!r} has an empty part")
+    try:
+        paths = list(braceexpand(part))
+    except ValueError as error:
+        raise DataError(f"the braces of {part!r} do not pair") from error
+    return [match for path in paths for match in _matches(path)]
+
+
+def _matches(path: str) -> list[str]:
+    # A question mark in a URL starts its query; only a star is a glob there.
+    magic = "*" in path if is_remote(path) else glob.has_magic(path) and not os.path.exists(path)
+    if not magic:
+        return [path]
+    matches = _retried(lambda: _glob(path), path)
+    if not matches:
+        raise DataError(f"no shard matches {path!r}")
+    return sorted(matches)
+
+
+def _glob(path: str) -> list[str]:
+    if not is_remote(path):
+        return glob.glob(path)
+    system, inner = fsspec.core.url_to_fs(path)
+    return [system.unstrip_protocol(match) for match in system.glob(inner)]
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file."""
+    if not is_remote(path):
+        return os.stat(path).st_size
+    size = _retried(lambda: _remote(path)[0].size(_remote(path)[1]), path)
+    if size is None:
+        raise DataError(f"{path}: the server does not say how large it is")
+    return int(size)
+
+
+def read_file(path: str) -> bytes:
+    """The whole file."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    size = file_size(path)
+    return read_range(path, 0, size)
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a remote file; DataError where it gives more or fewer every time."""
+    return _retried(lambda: _checked_range(path, start, end), path)
+
+
+def _checked_range(path: str, start: int, end: int) -> bytes:
+    system, inner = _remote(path)
+    data = system.cat_file(inner, start=start, end=end, timeout=REQUEST_TIMEOUT_SECONDS)
+    if len(data) != end - start:
+        raise OSError(f"expected {end - start} bytes from byte {start} on, found {len(data)}")
+    return cast(bytes, data)
+
+
+def open_for_scan(path: str) -> BinaryIO:
+    """The file from its first byte on, for one pass."""
+    if not is_remote(path):
+        return open(path, "rb")
+    return cast(BinaryIO, _remote(path)[0].open(_remote(path)[1], "rb"))
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    if is_remote(path):
+        system, inner = _remote(path)
+        system.pipe_file(inner, data)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    Path(temporary).write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _remote(path: str) -> tuple[Any, str]:
+    # fsspec keeps one instance per server and its connections.
+    system, inner = fsspec.core.url_to_fs(path)
+    return system, inner
+
+
+def _retried(action: Callable[[], T], path: str) -> T:
+    """Call `action` up to ATTEMPTS times; waits double and are spread by a hash of the path."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except _FINAL:
+            raise
+        except Exception as error:
+            reason = error
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(_delay(path, attempt))
+    raise DataError(f"{path}: {ATTEMPTS} attempts failed, the last with: {reason!r}") from reason
+
+
+def _delay(path: str, attempt: int) -> float:
+    # Ranks that failed together must not come back together.
+    rank = torch.tensor([int(os.environ.get("RANK", "0"))])
+    draw = float(uniform(rank, key_of(path, attempt)).item())
+    return FIRST_DELAY_SECONDS * 2**attempt * (0.5 + draw)
