@@ -6,7 +6,7 @@ The file's name is the key in YAML. Nothing is registered and recipes never impo
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
-from trainer.config import Frozen
+from trainer.config import DataConfig, Frozen
 from trainer.errors import ConfigError
-from trainer.types import Batch, Features, Losses, Progress
+from trainer.types import Batch, Features, Losses, Progress, Tower
 
 Encode = Callable[[Batch], Features]
 """Forward without gradient, in evaluation mode. Every rank must call it equally often."""
@@ -32,6 +32,7 @@ class Context(NamedTuple):
     global_batch: int
     steps: int
     workdir: Path
+    data: DataConfig
 
 
 class Samples(Protocol):
@@ -69,6 +70,10 @@ class Recipe(Protocol):
         """Loss terms of this rank's rows; each is the mean over them."""
         ...
 
+    def locked_towers(self, progress: Progress) -> Collection[Tower]:
+        """Towers that the next step must not move."""
+        ...
+
     def phase_due(self, progress: Progress) -> bool: ...
 
     def begin_phase(
@@ -90,6 +95,21 @@ def recipe_config(values: Mapping[str, Any]) -> Frozen:
         lines = [f"recipe.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError("; ".join(lines)) from error
     return config
+
+
+class WithoutPhases:
+    """The two answers of a recipe that trains in one stretch and locks nothing."""
+
+    def locked_towers(self, progress: Progress) -> Collection[Tower]:
+        return ()
+
+    def phase_due(self, progress: Progress) -> bool:
+        return False
+
+    def begin_phase(
+        self, progress: Progress, encode: Encode, samples: Samples
+    ) -> Mapping[str, Any]:
+        return {}
 
 
 def load_recipe(config: Any, context: Context) -> Recipe:

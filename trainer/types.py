@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+Tower = Literal["image", "text", "other"]
+"""The part of a model that a parameter belongs to."""
 
 
 class Batch(NamedTuple):

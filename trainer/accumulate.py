@@ -1,0 +1,77 @@
+"""Exact gradients of a loss over all rows of a rank, computed a micro-batch at a time.
+
+A contrastive loss couples all rows, so gradients of micro-batches can't simply be added. Gao et
+al. (GradCache, arXiv 2101.06983) cut the graph at the features: a first pass without gradient
+gives all features, the loss on them gives d loss / d features, and a second pass per micro-batch
+carries that into the parameters. Scalars (logit scales) are features too, shared by all passes.
+The towers have no dropout, so both passes see the same features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.types import Batch, Features, Losses
+
+
+class Differentiable(Protocol):
+    def __call__(self, batch: Batch) -> Features: ...
+    def backward(self, loss: Tensor) -> None: ...
+
+
+def accumulate(
+    engine: Differentiable, loss_of: Callable[[Features, Batch], Losses], batches: Sequence[Batch]
+) -> Losses:
+    """Add the gradient of `loss_of` on all micro-batches together; the result never depends on
+    how the rows are cut into micro-batches (up to batch statistics of a norm, if there is one).
+    """
+    if len(batches) == 1:
+        losses = loss_of(engine(batches[0]), batches[0])
+        engine.backward(losses.total)
+        return losses.detach()
+    with torch.no_grad():
+        passes = [engine(batch) for batch in batches]
+    leaves = _joined(passes)
+    losses = loss_of(leaves, _joined_batch(batches))
+    losses.total.backward()
+    for index, batch in enumerate(batches):
+        again = engine(batch)
+        engine.backward(_carried(again, leaves, index, len(batches)))
+    return losses.detach()
+
+
+def _joined(passes: Sequence[Features]) -> Features:
+    """Rows of all passes below each other, scalars once, as leaves that collect a gradient."""
+
+    def leaf(values: Sequence[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        if not present:
+            return None
+        value = torch.cat(present) if present[0].dim() else present[0]
+        return value.detach().requires_grad_()
+
+    return Features(*(leaf(values) for values in zip(*passes, strict=True)))
+
+
+def _carried(again: Features, leaves: Features, index: int, count: int) -> Tensor:
+    """A scalar whose gradient is this micro-batch's share of the cached gradient."""
+    terms = []
+    for value, leaf in zip(again, leaves, strict=True):
+        if value is None or leaf is None or leaf.grad is None:
+            continue
+        share = leaf.grad.chunk(count)[index] if leaf.dim() else leaf.grad / count
+        terms.append((value * share).sum())
+    return torch.stack(terms).sum()
+
+
+def _joined_batch(batches: Sequence[Batch]) -> Batch:
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.cat(present) if present else None
+
+    images, tokens, masks, ids = zip(*batches, strict=True)
+    return Batch(joined(images), joined(tokens), joined(masks), torch.cat(ids))
