@@ -1,0 +1,73 @@
+"""Batch normalisation whose batch is the micro-batches of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trainer.comm import Comm
+
+
+class GlobalBatchNorm(nn.Module):
+    """`nn.BatchNorm1d` over the rows of all ranks together, in float32.
+
+    Training and extraction then see the same statistics however the batch is split over ranks
+    (with one rank's rows alone they differ most in the first episodes). Gradients are exact:
+    the sums go through `Comm.sum`. Running statistics stay float32 when the module is cast, and
+    move only while gradients are recorded, so that a first pass without gradients counts once.
+    Source: Ioffe, Szegedy, arXiv 1502.03167, algorithm 1.
+    """
+
+    running_mean: Tensor
+    running_variance: Tensor
+
+    def __init__(
+        self, width: int, comm: Comm, *, momentum: float = 0.1, epsilon: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.comm = comm
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_variance", torch.ones(width))
+
+    def forward(self, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+        """Normalised rows, in the dtype of `rows`. In training all ranks must call it."""
+        values = rows.float()
+        if self.training:
+            mean, variance = self._batch_statistics(values)
+        else:
+            mean, variance = self.running_mean, self.running_variance
+        scaled = (values - mean) * torch.rsqrt(variance + self.epsilon)
+        return (scaled * self.weight.float() + self.bias.float()).to(rows.dtype)
+
+    def _batch_statistics(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        # Two passes over the rows: a sum of squares minus a squared sum cancels in float32.
+        size = self.comm.sum(values.new_tensor([float(values.shape[0])]))
+        mean = self.comm.sum(values.sum(dim=0)) / size
+        variance = self.comm.sum((values - mean).square().sum(dim=0)) / size
+        if torch.is_grad_enabled():
+            self._update_running(mean.detach(), variance.detach(), size)
+        return mean, variance
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor, size: Tensor) -> None:
+        unbiased = variance * (size / (size - 1).clamp(min=1.0))
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_variance.lerp_(unbiased, self.momentum)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the module, but keep the running statistics in float32."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype and not moved.is_meta:
+                self._buffers[name] = buffer.to(device=moved.device)
+        return self

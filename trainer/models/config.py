@@ -1,0 +1,191 @@
+"""What a two-tower model is made of: presets, towers, prototype heads and temperatures."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainer.config import Frozen, PositiveInt
+
+Preset = Literal["tiny", "small", "vit_b_32", "vit_b_16", "vit_l_14"]
+Pooling = Literal["auto", "eos", "last", "mean", "cls"]
+
+
+class TowerConfig(Frozen):
+    """One tower: a CLIP transformer of the given size, or any transformers model at `path`."""
+
+    path: str | None = None
+    """A folder that transformers can load, or a hub id. The sizes below are then the model's."""
+    width: PositiveInt | None = None
+    layers: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    mlp_width: PositiveInt | None = None
+    """Hidden width of a block's MLP; four times `width` where None."""
+    activation: Literal["gelu", "quick_gelu"] | None = None
+    trained: bool = True
+    """A tower that is not trained keeps its weights and stays in evaluation mode."""
+    pooling: Pooling = "auto"
+    """Which states become the embedding. `auto`: what the model was made for."""
+
+    @model_validator(mode="after")
+    def _path_or_sizes(self) -> Self:
+        sizes = {
+            "width": self.width,
+            "layers": self.layers,
+            "heads": self.heads,
+            "mlp_width": self.mlp_width,
+            "activation": self.activation,
+        }
+        given = [name for name, value in sizes.items() if value is not None]
+        if self.path is not None and given:
+            raise ValueError(f"path fixes the sizes; drop {', '.join(given)} or path")
+        if self.width and self.heads and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        return self
+
+
+class HeadConfig(Frozen):
+    """ProtoCLIP's projection head: `layers` x (Linear, norm, ReLU), then Linear."""
+
+    layers: int = Field(default=1, ge=0)
+    """Zero: a single Linear."""
+    hidden: PositiveInt = 2048
+    dim: PositiveInt = 128
+    norm: Literal["batch", "layer", "none"] = "batch"
+    """`batch` takes its statistics over the micro-batches of all ranks."""
+
+
+class TwoTowerConfig(Frozen):
+    """An image and a text encoder into one space. What isn't given comes from `preset`."""
+
+    preset: Preset = "tiny"
+    image: TowerConfig
+    text: TowerConfig
+    embed_dim: PositiveInt
+    image_size: PositiveInt
+    """Pixels per side."""
+    patch_size: PositiveInt
+    text_length: PositiveInt
+    """Tokens per caption, begin and end included."""
+    vocabulary: PositiveInt
+    """Size of the tokenizer that is trained on the corpus where `tokenizer` is None."""
+    tokenizer: str | None = None
+    """A folder with a tokenizer; `text.path` where that is given and this is not."""
+    head: HeadConfig | None = None
+    """Projection heads for prototypes; none where None."""
+    bias: bool = False
+    """A learned bias of the logits (SigLIP)."""
+    logit_scale_init: float | None = Field(default=None, gt=0)
+    """Where None, 1 / 0.07, or 10 with a bias."""
+    logit_bias_init: float = -10.0
+    prototype_scale_init: float = Field(default=1 / 0.07, gt=0)
+    scale_max: float = Field(default=100.0, gt=1)
+    """Scales are kept within [1, scale_max]."""
+
+    def __init__(self, **values: Any) -> None:  # the validator below fills the fields in
+        super().__init__(**values)
+
+    @property
+    def initial_logit_scale(self) -> float:
+        return self.logit_scale_init or (10.0 if self.bias else 1 / 0.07)
+
+    def with_head(self) -> TwoTowerConfig:
+        """The same model with prototype heads: the given ones, else the preset's."""
+        return self if self.head else self._changed(head={})
+
+    def with_bias(self) -> TwoTowerConfig:
+        """The same model with a logit bias."""
+        return self if self.bias else self._changed(bias=True)
+
+    def _changed(self, **values: Any) -> TwoTowerConfig:
+        return TwoTowerConfig.model_validate({**self.model_dump(), **values})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = PRESETS.get(values.get("preset", "tiny"))
+        if preset is None:
+            return values
+        filled = {**{k: v for k, v in preset.items() if k != "head"}, **values}
+        for name in ("image", "text", "head"):
+            section = _given(values.get(name, {} if name != "head" else None))
+            if isinstance(section, dict):
+                section = section if section.get("path") else {**preset[name], **section}
+            filled[name] = section
+        text = filled["text"]
+        if filled.get("tokenizer") is None and isinstance(text, dict):
+            filled["tokenizer"] = text.get("path")
+        return filled
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.image.path is None and self.image_size % self.patch_size:
+            lower = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
+                f"use {lower or self.patch_size} or {lower + self.patch_size}"
+            )
+        return self
+
+
+def _given(section: Any) -> Any:
+    """A section as the mapping of the keys that were set; other values as they are."""
+    return section.model_dump(exclude_unset=True) if isinstance(section, Frozen) else section
+
+
+def _preset(
+    *,
+    image: tuple[int, int, int],
+    text: tuple[int, int, int],
+    sizes: tuple[int, int, int],
+    words: tuple[int, int],
+    activation: str = "quick_gelu",
+    head: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """`image`, `text`: width, layers, heads. `sizes`: embed dim, pixels, patch."""
+    towers = {
+        name: {"width": width, "layers": layers, "heads": heads, "activation": activation}
+        for name, (width, layers, heads) in {"image": image, "text": text}.items()
+    }
+    embed_dim, image_size, patch_size = sizes
+    return {
+        **towers,
+        "embed_dim": embed_dim,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "text_length": words[0],
+        "vocabulary": words[1],
+        "head": head or {},
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _preset(
+        image=(192, 5, 3),
+        text=(128, 4, 4),
+        sizes=(128, 64, 16),
+        words=(32, 4096),
+        activation="gelu",
+        head={"hidden": 512, "dim": 64},
+    ),
+    "small": _preset(
+        image=(384, 12, 6),
+        text=(256, 8, 4),
+        sizes=(256, 128, 16),
+        words=(48, 16384),
+        activation="gelu",
+        head={"hidden": 1024, "dim": 128},
+    ),
+    "vit_b_32": _preset(
+        image=(768, 12, 12), text=(512, 12, 8), sizes=(512, 224, 32), words=(77, 49152)
+    ),
+    "vit_b_16": _preset(
+        image=(768, 12, 12), text=(512, 12, 8), sizes=(512, 224, 16), words=(77, 49152)
+    ),
+    "vit_l_14": _preset(
+        image=(1024, 24, 16), text=(768, 12, 12), sizes=(768, 224, 14), words=(77, 49152)
+    ),
+}

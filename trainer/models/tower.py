@@ -1,0 +1,116 @@
+"""One encoder of the pair: a transformers backbone, pooled and projected."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Pool = Literal["clip", "eos", "last", "mean", "cls"]
+
+
+class Tower(nn.Module):
+    """Backbone, pooling, projection. Of a frozen tower only the projection learns."""
+
+    def __init__(
+        self,
+        backbone: Any,
+        projection: nn.Linear,
+        *,
+        pool: Pool,
+        trained: bool,
+        eos_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection = projection
+        self.pool: Pool = pool
+        self.trained = trained
+        self.eos_token_id = eos_token_id
+        self.blocks, self.num_blocks = _blocks(backbone)
+        if not trained:
+            backbone.requires_grad_(False)
+            backbone.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not self.trained:
+            self.backbone.eval()
+        return self
+
+    def images(self, pixels: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n dim"]:
+        """Embeddings of images, not normalised, in the dtype of the weights."""
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            output = self.backbone(pixel_values=pixels.to(self.projection.weight.dtype))
+        if self.pool == "clip":
+            return self._projected(output.pooler_output)
+        states = output.last_hidden_state
+        return self._projected(states.mean(dim=1) if self.pool == "mean" else states[:, 0])
+
+    def texts(
+        self, tokens: Int[Tensor, "n length"], mask: Bool[Tensor, "n length"]
+    ) -> Float[Tensor, "n dim"]:
+        """Embeddings of right-padded texts, not normalised, in the dtype of the weights."""
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            output = self.backbone(input_ids=tokens, attention_mask=mask.long())
+        return self._projected(self._pooled(output.last_hidden_state, tokens, mask))
+
+    def forward(
+        self, values: Tensor, mask: Bool[Tensor, "n length"] | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """`texts` where there is a mask, else `images`."""
+        return self.images(values) if mask is None else self.texts(values, mask)
+
+    def depth(self, name: str) -> int:
+        """How many blocks are above a parameter of this tower; embeddings are below all."""
+        if not name.startswith("backbone."):
+            return 0
+        inner = name.removeprefix("backbone.")
+        if inner.startswith(self.blocks + "."):
+            return self.num_blocks - 1 - int(inner[len(self.blocks) + 1 :].split(".")[0])
+        return self.num_blocks if inner in self._below_blocks() else 0
+
+    def _below_blocks(self) -> set[str]:
+        """Parameters of the modules that were made before the blocks: the embeddings."""
+        below = set()
+        for name, _ in self.backbone.named_parameters():
+            if name.startswith(self.blocks + "."):
+                break
+            below.add(name)
+        return below
+
+    def _projected(self, pooled: Tensor) -> Tensor:
+        projected: Tensor = self.projection(pooled.to(self.projection.weight.dtype))
+        return projected
+
+    def _pooled(self, states: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        if self.pool == "cls":
+            return states[:, 0]
+        if self.pool == "mean":
+            weights = mask.unsqueeze(2).to(torch.float32)
+            total = (states.float() * weights).sum(dim=1)
+            return total / weights.sum(dim=1).clamp(min=1.0)
+        position = _last_true(mask)
+        if self.pool == "eos":
+            is_eos = (tokens == self.eos_token_id) & mask
+            position = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1), position)
+        return states[torch.arange(states.shape[0], device=states.device), position]
+
+
+def _last_true(mask: Tensor) -> Tensor:
+    """Column of the last True of each row; 0 where there is none."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * columns).amax(dim=1)
+
+
+def _blocks(backbone: nn.Module) -> tuple[str, int]:
+    """Name and length of the longest list of modules: the transformer's blocks."""
+    lists = {
+        name: len(module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    name = max(lists, key=lambda key: lists[key], default="")
+    return name, lists.get(name, 0)

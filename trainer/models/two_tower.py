@@ -1,0 +1,150 @@
+"""Two encoders into one space, with ProtoCLIP's projection heads where a recipe has prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerFast
+
+from trainer.comm import Comm
+from trainer.hashing import key_of
+from trainer.models.config import HeadConfig, TowerConfig, TwoTowerConfig
+from trainer.models.head import ProjectionHead
+from trainer.models.load import image_tower, text_tower
+from trainer.models.scales import LearnedBias, LearnedScale
+from trainer.models.tower import Tower
+from trainer.types import Batch, Features
+
+__all__ = ["HeadConfig", "TowerConfig", "TwoTower", "TwoTowerConfig", "build_two_tower"]
+
+
+class TwoTower(nn.Module):
+    """Images and texts to unit vectors, with the temperatures that multiply their cosines."""
+
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        *,
+        image: Tower,
+        text: Tower,
+        image_head: ProjectionHead | None = None,
+        text_head: ProjectionHead | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image = image
+        self.text = text
+        self.image_head = image_head
+        self.text_head = text_head
+        largest = config.scale_max
+        self.logit_scale = LearnedScale(config.initial_logit_scale, largest=largest)
+        self.logit_bias = LearnedBias(config.logit_bias_init) if config.bias else None
+        self.prototype_scale = (
+            LearnedScale(config.prototype_scale_init, largest=largest) if text_head else None
+        )
+
+    def forward(self, batch: Batch) -> Features:
+        """Features of what the batch has: a missing modality is skipped and stays None.
+
+        Rows are L2-normalised in float32. The heads read the towers' output unnormalised.
+        """
+        image = None if batch.images is None else self.image(batch.images)
+        text = None if batch.tokens is None else self.text(batch.tokens, _mask(batch))
+        return Features(
+            image=_unit(image),
+            text=_unit(text),
+            image_projected=_unit(_apply(self.image_head, image)),
+            text_projected=_unit(_apply(self.text_head, text)),
+            logit_scale=self.logit_scale(),
+            logit_bias=None if self.logit_bias is None else self.logit_bias(),
+            prototype_scale=None if self.prototype_scale is None else self.prototype_scale(),
+        )
+
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep only the inputs of a trained tower's blocks, and recompute the rest backward."""
+        for tower in (self.image, self.text):
+            if not tower.trained:
+                continue
+            if enabled:
+                tower.backbone.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                tower.backbone.activation_checkpointing_disable()
+
+    def parameter_depth(self, name: str) -> tuple[Literal["image", "text", "other"], int]:
+        """Tower of a parameter and the number of its blocks above it.
+
+        Projections, final norms and top blocks have depth 0, embeddings the number of blocks.
+        """
+        tower, _, inner = name.partition(".")
+        if tower == "image":
+            return "image", self.image.depth(inner)
+        if tower == "text":
+            return "text", self.text.depth(inner)
+        return "other", 0
+
+    def count_parameters(self) -> dict[str, int]:
+        """Parameters of each part, for the printed plan; `trained` counts those that learn.
+
+        Under ZeRO-3 call it before the engine partitions them.
+        """
+        counts = {
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in self.named_children()
+        }
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {**counts, "total": sum(counts.values()), "trained": trained}
+
+
+def build_two_tower(
+    config: TwoTowerConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    comm: Comm | None = None,
+    *,
+    seed: int = 0,
+) -> TwoTower:
+    """The model of `config`, initialised on the CPU; equal on all ranks.
+
+    Every part draws from a generator of its own, keyed by the seed and the part's name, so the
+    towers start from the same weights whether there are heads or not.
+    """
+    with _seeded(seed, "image"):
+        image = image_tower(config)
+    with _seeded(seed, "text"):
+        text = text_tower(config, tokenizer)
+    image_head, text_head = (_head(config, comm or Comm.solo(), seed=seed) for _ in range(2))
+    return TwoTower(config, image=image, text=text, image_head=image_head, text_head=text_head)
+
+
+def _head(config: TwoTowerConfig, comm: Comm, *, seed: int) -> ProjectionHead | None:
+    if config.head is None:
+        return None
+    # One name for both modalities: ProtoCLIP's two heads start from the same weights.
+    with _seeded(seed, "head"):
+        return ProjectionHead(config.head, input_dim=config.embed_dim, comm=comm)
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_of(seed, "model", name))
+        yield
+
+
+def _mask(batch: Batch) -> Tensor:
+    assert batch.tokens is not None
+    mask = batch.token_mask
+    return torch.ones_like(batch.tokens, dtype=torch.bool) if mask is None else mask
+
+
+def _apply(head: nn.Module | None, rows: Tensor | None) -> Tensor | None:
+    return None if head is None or rows is None else head(rows)
+
+
+def _unit(rows: Float[Tensor, "n dim"] | None) -> Float[Tensor, "n dim"] | None:
+    return None if rows is None else normalize(rows.float(), dim=-1)
