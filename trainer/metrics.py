@@ -1,0 +1,225 @@
+"""The numbers of a run: JSON lines, TensorBoard, and what a person sees.
+
+`metrics.jsonl` has one line per logged step: what the training is (equal for equal runs), then
+under `timing` what the machine did. `events.jsonl` has evaluations, episodes, checkpoints.
+Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64, UInt8
+from rich.console import Console
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.config import Period
+from trainer.errors import ConfigError
+from trainer.periods import due_on_all
+from trainer.records import JsonLines, TensorBoard, plain
+from trainer.terminal import Clock, Display, Speed, display_for, event_line
+from trainer.types import Progress
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+_EVERY_TEN_STEPS = Period.model_construct(count=10.0, unit="steps")
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers may still be on the device."""
+
+    progress: Progress
+    names: tuple[str, ...]
+    means: Float64[Tensor, " values"]
+    speed: Speed
+
+
+class MetricLog:
+    """Every rank makes one and calls `put` every step; use it as a context, or `close` it.
+
+    `resumed` is the progress of the checkpoint that the run goes on from: lines of samples after
+    it are cut, so that none is missing or doubled. For that, call `flush` before each checkpoint.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        comm: Comm,
+        *,
+        total_steps: int,
+        log_every: Period = _EVERY_TEN_STEPS,
+        epoch_size: int | None = None,
+        resumed: Progress | None = None,
+        console: Console | None = None,
+    ) -> None:
+        if log_every.unit == "epochs" and epoch_size is None:
+            raise ConfigError(f"log_every {log_every}: the size of an epoch is not known here")
+        self._comm = comm
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._epoch_size = epoch_size or 1
+        self._last = resumed or Progress()
+        self._started = self._logged_at = time.monotonic()
+        self._clock = Clock(self._last, self._started)
+        self._pending: _Pending | None = None
+        self._output = None
+        if comm.is_main:
+            self._output = _Output(workdir, self._last, total_steps, console or Console())
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def put(
+        self,
+        progress: Progress,
+        values: Mapping[str, float | int | Tensor],
+        *,
+        wait_seconds: float = 0.0,
+    ) -> None:
+        """Take a step's numbers: scalars, each the mean over this rank's samples.
+
+        If logging is due (or this is the last step), they are averaged over the ranks; names and
+        order are equal on all. They are read from the device by the next call, when it has long
+        finished with them. `wait_seconds` is this rank's total wait for data since the start.
+        A line holds the numbers of its step, not a mean over the interval, which a resume in the
+        middle of one could not reproduce.
+        """
+        self._write_pending()
+        now = time.monotonic()
+        speed = self._clock.mark(progress, now, wait_seconds=wait_seconds)
+        if self._output is not None:
+            self._output.display.step(progress, speed)
+        if self._is_due(progress, now):
+            self._logged_at = now
+            self._pending = self._reduced(progress, values, speed)
+        self._last = progress
+
+    def event(self, progress: Progress, name: str, **figures: Any) -> None:
+        """Something that happened at a step; what rank 0 passes is written."""
+        if self._output is not None:
+            self._output.event(progress, name, plain(figures))
+
+    def image(
+        self, progress: Progress, name: str, pixels: UInt8[np.ndarray, "height width 3"]
+    ) -> None:
+        """A picture for TensorBoard; what rank 0 passes is written."""
+        if self._output is not None:
+            self._output.tensorboard.image(progress.step, name, pixels)
+
+    def flush(self) -> None:
+        """Everything put so far is in the files and on the disk."""
+        self._write_pending()
+        if self._output is not None:
+            self._output.flush()
+
+    def close(self) -> None:
+        self._write_pending()
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+
+    def _is_due(self, progress: Progress, now: float) -> bool:
+        is_due = due_on_all(
+            self._log_every,
+            self._last,
+            progress,
+            epoch_size=self._epoch_size,
+            seconds_since_last=now - self._logged_at,
+            comm=self._comm,
+        )
+        at_the_end = self._last.step < progress.step == self._total_steps
+        return is_due or at_the_end
+
+    def _reduced(
+        self, progress: Progress, values: Mapping[str, float | int | Tensor], speed: Speed
+    ) -> _Pending:
+        """One collective for all values; nothing waits for the device."""
+        numbers = [*values.values(), speed.data_wait]
+        stacked = torch.stack([_scalar(number, self._comm.device) for number in numbers])
+        means = self._comm.sum(stacked) / self._comm.world_size
+        return _Pending(progress, tuple(values), means, speed)
+
+    def _write_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None or self._output is None:
+            return
+        *means, data_wait = pending.means.tolist()
+        values = dict(zip(pending.names, means, strict=True))
+        speed = pending.speed._replace(data_wait=data_wait)
+        self._output.step(pending.progress, values, speed, time.monotonic() - self._started)
+
+
+class _Output:
+    """All that rank 0 writes to."""
+
+    def __init__(self, workdir: Path, resumed: Progress, total_steps: int, console: Console):
+        workdir.mkdir(parents=True, exist_ok=True)
+
+        def is_past(record: dict[str, Any]) -> bool:
+            return int(record.get("samples", 0)) <= resumed.samples
+
+        self._metrics = JsonLines(workdir / METRICS, keep=is_past)
+        self._events = JsonLines(workdir / EVENTS, keep=is_past)
+        self.tensorboard = TensorBoard(workdir / "tensorboard", first_step=resumed.step + 1)
+        self.display: Display = display_for(console, total_steps=total_steps, start=resumed)
+
+    def step(
+        self, progress: Progress, values: Mapping[str, float], speed: Speed, seconds: float
+    ) -> None:
+        timing = {
+            "samples_per_second": speed.samples_per_second,
+            "data_wait": speed.data_wait,
+            "seconds": seconds,
+            "time": time.time(),
+        }
+        self._metrics.append({**_place(progress), "values": values, "timing": timing})
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        scalars["speed/samples_per_second"] = speed.samples_per_second
+        scalars["speed/data_wait"] = speed.data_wait
+        self.tensorboard.scalars(progress.step, scalars)
+        self.display.figures(progress, values.get("loss", next(iter(values.values()), None)), speed)
+
+    def event(self, progress: Progress, name: str, figures: Mapping[str, Any]) -> None:
+        timing = {"time": time.time()}
+        self._events.append({**_place(progress), "event": name, **figures, "timing": timing})
+        scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
+        if scalars:
+            self.tensorboard.scalars(progress.step, scalars)
+        self.display.line(event_line(progress, name, figures))
+
+    def flush(self) -> None:
+        for file in (self._metrics, self._events, self.tensorboard):
+            file.flush()
+
+    def close(self) -> None:
+        for file in (self._metrics, self._events, self.tensorboard, self.display):
+            file.close()
+
+
+def _place(progress: Progress) -> dict[str, int]:
+    return {"step": progress.step, "samples": progress.samples, "skipped": progress.skipped}
+
+
+def _scalar(value: float | int | Tensor, device: torch.device) -> Float64[Tensor, ""]:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

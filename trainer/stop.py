@@ -1,0 +1,76 @@
+"""Asked to stop: finish the step, save, exit.
+
+SIGTERM (schedulers, launchers), SIGUSR1 (Slurm's warning before the time limit) and SIGINT (Ctrl-C)
+ask; a second one exits at once. Launchers pass a signal on that the ranks have already got from the
+terminal or the scheduler, so what arrives within two seconds of the first is the same request.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.comm import Comm
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Holds the signal handlers from construction (on the main thread) until `close`."""
+
+    def __init__(self, *, same_request_seconds: float = 2.0) -> None:
+        self._same_request_seconds = same_request_seconds
+        self._received_at: float | None = None
+        self._pending: Tensor | None = None
+        self.signal_name: str | None = None
+        """The first signal that this rank got."""
+        self._previous: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._receive) for number in SIGNALS
+        }
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank got a signal."""
+        return self._received_at is not None
+
+    def agreed(self, comm: Comm) -> bool:
+        """True on every rank, at the same call, once one of them had got a signal a call earlier.
+
+        One tiny collective; every rank calls this once a step. It answers with the result of the
+        call before, which the device has long finished, so the host never waits for this step.
+        """
+        flag = torch.full((), int(self.requested), device=comm.device)
+        answer, self._pending = self._pending, comm.max(flag)
+        return answer is not None and bool(answer.item())
+
+    def close(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._received_at is None:
+            self._received_at = now
+            self.signal_name = signal.Signals(number).name
+        elif now - self._received_at >= self._same_request_seconds:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
