@@ -1,0 +1,249 @@
+"""What every rank computes for the tests of this folder: one launch per world size.
+
+Each case returns what this rank holds: its value, and the gradients of its own leaves after all
+ranks ran backward together. Those are gradients of the SUM of the ranks' losses; the objective
+is their mean, and the engine's average over ranks makes up the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.losses.dense import problem, random_rows
+from tests.ranks import run_ranks
+from trainer.cluster.translate import group_means
+from trainer.comm import Comm
+from trainer.losses.contrastive import info_nce
+from trainer.losses.prototype import (
+    PrototypeTable,
+    prototype_cross_entropy,
+    prototype_table,
+    target_figures,
+)
+from trainer.losses.sigmoid import sigmoid_loss
+
+Arrays = Mapping[str, np.ndarray]
+GOLDEN = Path(__file__).parent.parent / "golden"
+NUM_PROTOTYPES = (3, 7, 10)
+"""On four ranks: 3 leaves one of them without rows, 7 and 10 split unevenly."""
+TEMPERATURES = (-1.0, 0.05)
+GLOBAL_BATCH = 12
+
+
+def golden(path: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def golden_names(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob(pattern))
+
+
+def world_size_of(path: str) -> int:
+    return int(golden(path)["world_size"])
+
+
+@cache
+def results(world_size: int) -> list[dict[str, Arrays]]:
+    """Every case on every rank of a group of this size, in rank order."""
+    if world_size == 1:
+        return [every_case(Comm.solo())]
+    return run_ranks(every_case, world_size)
+
+
+def every_case(comm: Comm) -> dict[str, Arrays]:
+    cases: dict[str, Arrays] = {}
+    for name in golden_names("open_clip/clip_infonce_*.npz"):
+        if world_size_of(name) == comm.world_size:
+            cases[name] = contrastive_case(comm, golden(name))
+    for name in golden_names("open_clip/siglip_*.npz"):
+        if world_size_of(name) == comm.world_size:
+            cases[name] = sigmoid_case(comm, golden(name))
+    for name in golden_names("protoclip/step_*.npz"):
+        if world_size_of(name) == comm.world_size:
+            cases[name] = step_case(comm, golden(name))
+    for num_prototypes in NUM_PROTOTYPES:
+        for temperature in TEMPERATURES:
+            cases[f"prototypes {num_prototypes} {temperature}"] = prototype_case(
+                comm, num_prototypes=num_prototypes, temperature=temperature
+            )
+    return {**cases, "pairs": pairs_case(comm), "nothing known": nothing_known_case(comm)}
+
+
+class KeysAreConstants(Comm):
+    """What others send carries no gradient back, nor does what one sends oneself."""
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        return super().all_gather(rows.detach())
+
+
+def contrastive_case(comm: Comm, arrays: Arrays) -> Arrays:
+    image, text, scale = own_leaves(comm, arrays, "image_features", "text_features", "logit_scale")
+    if arrays["local_loss"] and not arrays["gather_with_grad"]:
+        comm = KeysAreConstants(comm.rank, comm.world_size, comm.device, comm.group)
+    loss = info_nce(image, text, scale, comm)
+    return after_backward(loss, grad_image=image, grad_text=text, grad_logit_scale=scale)
+
+
+def sigmoid_case(comm: Comm, arrays: Arrays) -> Arrays:
+    image, text, scale, bias = own_leaves(
+        comm, arrays, "image_features", "text_features", "logit_scale", "logit_bias"
+    )
+    loss = sigmoid_loss(image, text, scale, bias, comm)
+    return after_backward(
+        loss, grad_image=image, grad_text=text, grad_logit_scale=scale, grad_logit_bias=bias
+    )
+
+
+def step_case(comm: Comm, arrays: Arrays) -> Arrays:
+    """A whole ProtoCLIP loss: translate the episode's groups, make the tables, add the terms."""
+    image, text, image_rows, text_rows, scale, prototype_scale = own_leaves(
+        comm,
+        arrays,
+        *("image_features", "text_features", "image_proj", "text_proj"),
+        *("logit_scale", "logit_scale_proto"),
+    )
+    positions = torch.from_numpy(arrays["batch_index"][comm.rank])
+    heads = {"image": image_rows, "text": text_rows}
+    terms = {"clip": info_nce(image, text, scale, comm)}
+    tables = {}
+    for student, grouping in (
+        *(("image", "text"), ("text", "image")),
+        *(("image", "external"), ("text", "external")),
+    ):
+        table = episode_table(comm, arrays, student=student, grouping=grouping)
+        labels = torch.from_numpy(arrays[f"episode_labels_{grouping}"])[positions]
+        kind = "external" if grouping == "external" else "proto"
+        terms[f"{kind}_{student}"] = prototype_cross_entropy(
+            heads[student], labels, table, prototype_scale, comm
+        )
+        tables[f"table_{student}_from_{grouping}"] = table.prototypes.numpy()
+    for kind in ("proto", "external"):
+        terms[kind] = (terms[f"{kind}_image"] + terms[f"{kind}_text"]) / 2
+    total = terms["clip"] + terms["proto"] + terms["external"]
+    values = {f"loss_{name}": value.detach().numpy() for name, value in terms.items()}
+    gradients = after_backward(
+        total,
+        grad_image_features=image,
+        grad_text_features=text,
+        grad_image_proj=image_rows,
+        grad_text_proj=text_rows,
+        grad_logit_scale=scale,
+        grad_logit_scale_proto=prototype_scale,
+    )
+    return {**values, **tables, **gradients, "loss_total": gradients["loss"]}
+
+
+def episode_table(comm: Comm, arrays: Arrays, *, student: str, grouping: str) -> PrototypeTable:
+    """Each rank holds a slice of the episode. As in the original, empty groups stay as rows of
+    logit zero, and external targets are hard."""
+    mine = slice(comm.rank, None, comm.world_size)
+    centroids = torch.from_numpy(arrays[f"centroids_{grouping}"])
+    means = group_means(
+        torch.from_numpy(arrays[f"episode_{student}_proj"][mine]),
+        torch.from_numpy(arrays[f"episode_labels_{grouping}"][mine]),
+        num_groups=len(centroids),
+        comm=comm,
+    )
+    return prototype_table(
+        means.rows,
+        centroids[slice(*comm.row_range(len(centroids)))],
+        valid=torch.ones(len(means.rows), dtype=torch.bool),
+        num_prototypes=len(centroids),
+        temperature=-1.0 if grouping == "external" else float(arrays["target_temperature"]),
+        comm=comm,
+    )
+
+
+def global_problem(num_prototypes: int, temperature: float):
+    return problem(
+        batch=GLOBAL_BATCH,
+        num_prototypes=num_prototypes,
+        temperature=temperature,
+        num_empty=1,
+        num_unknown=4,
+    )
+
+
+def prototype_case(comm: Comm, *, num_prototypes: int, temperature: float) -> Arrays:
+    """A fixed global batch with unknown labels, an empty prototype, uneven and empty shards."""
+    whole = global_problem(num_prototypes, temperature)
+    rows = slice(*comm.row_range(num_prototypes))
+    table = prototype_table(
+        whole.prototypes[rows],
+        whole.teacher[rows],
+        valid=whole.valid[rows],
+        num_prototypes=num_prototypes,
+        temperature=temperature,
+        comm=comm,
+    )
+    figures = target_figures(
+        whole.teacher[rows],
+        counts=torch.arange(num_prototypes)[rows],
+        valid=whole.valid[rows],
+        num_prototypes=num_prototypes,
+        temperature=temperature,
+        comm=comm,
+    )
+    features, scale = leaf(own_share(comm, whole.features)), leaf(whole.scale)
+    loss = prototype_cross_entropy(features, own_share(comm, whole.labels), table, scale, comm)
+    return {
+        **after_backward(loss, grad_features=features, grad_scale=scale),
+        "figures": torch.stack(figures).numpy(),
+        "targets": table.targets.numpy(),
+    }
+
+
+def nothing_known_case(comm: Comm) -> Arrays:
+    whole = problem(batch=GLOBAL_BATCH, num_prototypes=5, num_unknown=GLOBAL_BATCH)
+    rows = slice(*comm.row_range(5))
+    table = PrototypeTable(
+        whole.prototypes[rows], whole.prototypes[rows], whole.valid[rows], num_prototypes=5
+    )
+    features, scale = leaf(own_share(comm, whole.features)), leaf(whole.scale)
+    loss = prototype_cross_entropy(features, own_share(comm, whole.labels), table, scale, comm)
+    return after_backward(loss, grad_features=features, grad_scale=scale)
+
+
+def global_pairs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(7)
+    image, text = (random_rows(GLOBAL_BATCH, 5, draw) for _ in range(2))
+    return image, text, torch.tensor(12.0).double(), torch.tensor(-4.0).double()
+
+
+def pairs_case(comm: Comm) -> Arrays:
+    """InfoNCE plus the sigmoid loss of a fixed global batch."""
+    whole_image, whole_text, whole_scale, whole_bias = global_pairs()
+    image, text = (leaf(own_share(comm, rows)) for rows in (whole_image, whole_text))
+    scale, bias = leaf(whole_scale), leaf(whole_bias)
+    loss = info_nce(image, text, scale, comm) + sigmoid_loss(image, text, scale, bias, comm)
+    return after_backward(loss, grad_image=image, grad_text=text, grad_scale=scale, grad_bias=bias)
+
+
+def own_share(comm: Comm, rows: Tensor) -> Tensor:
+    return rows.chunk(comm.world_size)[comm.rank]
+
+
+def leaf(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_()
+
+
+def own_leaves(comm: Comm, arrays: Arrays, *names: str) -> list[Tensor]:
+    """This rank's block of each array that has a leading axis of ranks; scalars as they are."""
+    values = (torch.from_numpy(np.asarray(arrays[name])) for name in names)
+    return [leaf(value[comm.rank] if value.ndim else value) for value in values]
+
+
+def after_backward(loss: Tensor, **leaves: Tensor) -> Arrays:
+    loss.backward()
+    assert all(value.grad is not None for value in leaves.values())
+    return {
+        "loss": loss.detach().numpy(),
+        **{name: value.grad.numpy() for name, value in leaves.items()},
+    }

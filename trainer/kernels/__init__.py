@@ -1,0 +1,1 @@
+"""Streamed sums over more rows than a batch-by-rows matrix would fit."""
