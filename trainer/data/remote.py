@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
-import torch
 from braceexpand import braceexpand
 
 from trainer.errors import DataError
-from trainer.hashing import key_of, uniform
+from trainer.hashing import key_of, uniform_of
 
 T = TypeVar("T")
 
@@ -147,6 +146,7 @@ def _retried(action: Callable[[], T], path: str) -> T:
 
 def _delay(path: str, attempt: int) -> float:
     # Ranks that failed together must not come back together.
-    rank = torch.tensor([int(os.environ.get("RANK", "0"))])
-    draw = float(uniform(rank, key_of(path, attempt)).item())
-    return FIRST_DELAY_SECONDS * 2**attempt * (0.5 + draw)
+    rank = int(os.environ.get("RANK", "0"))
+    return (
+        FIRST_DELAY_SECONDS * float(1 << attempt) * (0.5 + uniform_of(rank, key_of(path), attempt))
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -55,7 +55,9 @@ class RawSample(NamedTuple):
 class ShardSet:
     """All samples of a shard list, by number: 0 to len - 1 in the order of the list."""
 
-    def __init__(self, shards: list[str], sizes: tuple[int, ...], remote: dict[str, bytes]) -> None:
+    def __init__(
+        self, shards: Sequence[str], sizes: tuple[int, ...], remote: dict[str, bytes]
+    ) -> None:
         self.shards, self.sizes = tuple(shards), sizes
         self._remote_indexes = remote
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)

@@ -67,6 +67,8 @@ class _Scan:
 
     def take(self, count: int) -> bytes:
         data = self.file.read(count)
+        if self.position == 0:
+            self.refuse_compression(data)
         if len(data) < count:
             self.fail(
                 f"truncated: {self.place} needs bytes up to {self.position + count}, "
@@ -118,7 +120,6 @@ class _Scan:
 
     def parse(self, block: bytes) -> _Header:
         start = self.position - BLOCK
-        self.refuse_compression(block, start)
         found = sum(block) - sum(block[148:156]) + 8 * ord(" ")
         expected = _octal(block[148:156])
         if expected != found:
@@ -132,9 +133,9 @@ class _Scan:
         prefix = block[345:500].split(b"\0")[0] if block[257:263] == b"ustar\0" else b""
         return _Header(prefix + b"/" + name if prefix else name, size, block[156:157])
 
-    def refuse_compression(self, block: bytes, start: int) -> None:
+    def refuse_compression(self, first: bytes) -> None:
         for magic, method in _COMPRESSED.items():
-            if start == 0 and block.startswith(magic):
+            if first.startswith(magic):
                 self.fail(f"is {method}-compressed; shards are plain tars, decompress it first")
 
     def extension(self, header: _Header, blocks: list[bytes]) -> bytes:

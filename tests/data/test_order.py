@@ -1,0 +1,84 @@
+"""Order and shares against their definitions: exactly once per epoch, whatever the layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.order import Order, Share
+
+sizes_of_shards = st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(sum)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=sizes_of_shards,
+    seed=st.integers(0, 5),
+    window=st.integers(1, 25),
+    world_size=st.integers(1, 4),
+    per_rank=st.integers(1, 7),
+)
+def test_every_sample_once_per_epoch_over_all_ranks(sizes, seed, window, world_size, per_rank):
+    order = Order(sizes, seed=seed, window_shards=window)
+    global_batch = world_size * per_rank
+    batches = -(-2 * sum(sizes) // global_batch)
+    seen: Counter[tuple[int, int]] = Counter()
+    for rank in range(world_size):
+        share = Share(global_batch, world_size, rank)
+        seen.update(order.at(share.position(n)) for n in range(batches * per_rank))
+    for epoch in range(2):
+        assert all(seen[epoch, index] == 1 for index in range(sum(sizes)))
+    assert sum(seen.values()) == batches * global_batch
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=sizes_of_shards, window=st.integers(1, 25), seed=st.integers(0, 5))
+def test_a_window_of_shards_is_finished_before_the_next_begins(sizes, window, seed):
+    order = Order(sizes, seed=seed, window_shards=window)
+    shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
+    visited = [shard_of[order.at(p)[1]] for p in range(order.epoch_size)]
+    rank_of_shard = {shard: n for n, shard in enumerate(order._epoch(0)[0].tolist())}
+    windows = [rank_of_shard[shard] // window for shard in visited]
+    assert windows == sorted(windows)
+
+
+def test_positions_can_be_asked_in_any_order():
+    sizes = [3, 0, 17, 50, 1, 9, 0, 22]
+    forward = Order(sizes, seed=1, window_shards=2)
+    expected = [forward.at(p) for p in range(3 * forward.epoch_size)]
+    backward = Order(sizes, seed=1, window_shards=2)
+    found = [backward.at(p) for p in reversed(range(3 * backward.epoch_size))]
+    assert found == expected[::-1]
+    assert max(len(backward._epochs), len(backward._windows)) <= 4
+
+
+def test_epochs_and_seeds_differ():
+    sizes = [40, 40, 40]
+    orders = {
+        (seed, epoch): tuple(
+            Order(sizes, seed=seed, window_shards=2).at(epoch * 120 + p)[1] for p in range(120)
+        )
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(set(orders.values())) == len(orders)
+
+
+@given(
+    world_size=st.integers(1, 5),
+    per_rank=st.integers(1, 6),
+    start=st.integers(0, 100),
+    count=st.integers(0, 100),
+)
+def test_shares_split_any_range(world_size, per_rank, start, count):
+    shares = [Share(world_size * per_rank, world_size, rank) for rank in range(world_size)]
+    found = []
+    for share in shares:
+        first, last = share.count_before(start), share.count_before(start + count)
+        found.append([share.position(number) for number in range(first, last)])
+        owners = {p % share.global_batch // per_rank for p in found[-1]}
+        assert owners <= {share.rank}
+    assert sorted(p for part in found for p in part) == list(range(start, start + count))
+    assert shares[0].rows_padded(start, start + count) == max(map(len, found))
