@@ -22,9 +22,9 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import Period
 from trainer.errors import ConfigError
-from trainer.periods import due_on_all
+from trainer.periods import Clock
 from trainer.records import JsonLines, TensorBoard, plain
-from trainer.terminal import Clock, Display, Speed, display_for, event_line
+from trainer.terminal import Display, Speed, Speedometer, display_for, event_line
 from trainer.types import Progress
 
 METRICS = "metrics.jsonl"
@@ -44,8 +44,7 @@ class _Pending(NamedTuple):
 class MetricLog:
     """Every rank makes one and calls `put` every step; use it as a context, or `close` it.
 
-    `resumed` is the progress of the checkpoint that the run goes on from: lines of samples after
-    it are cut, so that none is missing or doubled. For that, call `flush` before each checkpoint.
+    Nothing is written before `resume`, or the first `put` or `event`.
     """
 
     def __init__(
@@ -56,22 +55,21 @@ class MetricLog:
         total_steps: int,
         log_every: Period = _EVERY_TEN_STEPS,
         epoch_size: int | None = None,
-        resumed: Progress | None = None,
         console: Console | None = None,
     ) -> None:
         if log_every.unit == "epochs" and epoch_size is None:
             raise ConfigError(f"log_every {log_every}: the size of an epoch is not known here")
+        self._workdir = workdir
         self._comm = comm
         self._total_steps = total_steps
         self._log_every = log_every
-        self._epoch_size = epoch_size or 1
-        self._last = resumed or Progress()
-        self._started = self._logged_at = time.monotonic()
-        self._clock = Clock(self._last, self._started)
+        self._clock = Clock(comm, epoch_size=epoch_size or 1)
+        self._last: Progress | None = None
         self._pending: _Pending | None = None
-        self._output = None
+        self._files: _Files | None = None
+        self._display: Display | None = None
         if comm.is_main:
-            self._output = _Output(workdir, self._last, total_steps, console or Console())
+            self._display = display_for(console or Console(), total_steps=total_steps)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -83,6 +81,19 @@ class MetricLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from here: lines of later samples are cut, so that none is missing or doubled.
+
+        For none to be missing, call `flush` before each checkpoint is saved.
+        """
+        if self._last is not None:
+            raise RuntimeError("resume comes before the first put, event or image")
+        self._last = progress
+        self._started = time.monotonic()
+        self._speedometer = Speedometer(progress, self._started)
+        if self._comm.is_main:
+            self._files = _Files(self._workdir, progress)
 
     def put(
         self,
@@ -100,50 +111,53 @@ class MetricLog:
         middle of one could not reproduce.
         """
         self._write_pending()
-        now = time.monotonic()
-        speed = self._clock.mark(progress, now, wait_seconds=wait_seconds)
-        if self._output is not None:
-            self._output.display.step(progress, speed)
-        if self._is_due(progress, now):
-            self._logged_at = now
+        last = self._begun()
+        speed = self._speedometer.mark(progress, time.monotonic(), wait_seconds=wait_seconds)
+        if self._display is not None:
+            self._display.step(progress, speed)
+        is_due = self._clock.due("log", self._log_every, last, progress)
+        if is_due or last.step < progress.step == self._total_steps:
             self._pending = self._reduced(progress, values, speed)
         self._last = progress
 
-    def event(self, progress: Progress, name: str, **figures: Any) -> None:
-        """Something that happened at a step; what rank 0 passes is written."""
-        if self._output is not None:
-            self._output.event(progress, name, plain(figures))
+    def event(self, progress: Progress, name: str, /, **figures: Any) -> None:
+        """Something that happened at a step; what rank 0 passes is written and shown."""
+        self._begun()
+        if self._files is not None:
+            self._files.event(progress, name, plain(figures))
+        self.say(event_line(progress, name, plain(figures)))
 
     def image(
         self, progress: Progress, name: str, pixels: UInt8[np.ndarray, "height width 3"]
     ) -> None:
         """A picture for TensorBoard; what rank 0 passes is written."""
-        if self._output is not None:
-            self._output.tensorboard.image(progress.step, name, pixels)
+        self._begun()
+        if self._files is not None:
+            self._files.tensorboard.image(progress.step, name, pixels)
+
+    def say(self, text: str) -> None:
+        """Show a line; what rank 0 passes is shown."""
+        if self._display is not None:
+            self._display.line(text)
 
     def flush(self) -> None:
         """Everything put so far is in the files and on the disk."""
         self._write_pending()
-        if self._output is not None:
-            self._output.flush()
+        if self._files is not None:
+            self._files.flush()
 
     def close(self) -> None:
         self._write_pending()
-        if self._output is not None:
-            self._output.close()
-            self._output = None
+        if self._files is not None:
+            self._files.close()
+        if self._display is not None:
+            self._display.close()
+        self._files = self._display = None
 
-    def _is_due(self, progress: Progress, now: float) -> bool:
-        is_due = due_on_all(
-            self._log_every,
-            self._last,
-            progress,
-            epoch_size=self._epoch_size,
-            seconds_since_last=now - self._logged_at,
-            comm=self._comm,
-        )
-        at_the_end = self._last.step < progress.step == self._total_steps
-        return is_due or at_the_end
+    def _begun(self) -> Progress:
+        if self._last is None:
+            self.resume(Progress())
+        return self._last or Progress()
 
     def _reduced(
         self, progress: Progress, values: Mapping[str, float | int | Tensor], speed: Speed
@@ -156,18 +170,20 @@ class MetricLog:
 
     def _write_pending(self) -> None:
         pending, self._pending = self._pending, None
-        if pending is None or self._output is None:
+        if pending is None or self._files is None or self._display is None:
             return
         *means, data_wait = pending.means.tolist()
         values = dict(zip(pending.names, means, strict=True))
         speed = pending.speed._replace(data_wait=data_wait)
-        self._output.step(pending.progress, values, speed, time.monotonic() - self._started)
+        self._files.step(pending.progress, values, speed, time.monotonic() - self._started)
+        loss = values.get("loss", next(iter(values.values()), None))
+        self._display.figures(pending.progress, loss, speed)
 
 
-class _Output:
-    """All that rank 0 writes to."""
+class _Files:
+    """All files that rank 0 writes."""
 
-    def __init__(self, workdir: Path, resumed: Progress, total_steps: int, console: Console):
+    def __init__(self, workdir: Path, resumed: Progress) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
 
         def is_past(record: dict[str, Any]) -> bool:
@@ -176,7 +192,6 @@ class _Output:
         self._metrics = JsonLines(workdir / METRICS, keep=is_past)
         self._events = JsonLines(workdir / EVENTS, keep=is_past)
         self.tensorboard = TensorBoard(workdir / "tensorboard", first_step=resumed.step + 1)
-        self.display: Display = display_for(console, total_steps=total_steps, start=resumed)
 
     def step(
         self, progress: Progress, values: Mapping[str, float], speed: Speed, seconds: float
@@ -192,7 +207,6 @@ class _Output:
         scalars["speed/samples_per_second"] = speed.samples_per_second
         scalars["speed/data_wait"] = speed.data_wait
         self.tensorboard.scalars(progress.step, scalars)
-        self.display.figures(progress, values.get("loss", next(iter(values.values()), None)), speed)
 
     def event(self, progress: Progress, name: str, figures: Mapping[str, Any]) -> None:
         timing = {"time": time.time()}
@@ -200,14 +214,13 @@ class _Output:
         scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
         if scalars:
             self.tensorboard.scalars(progress.step, scalars)
-        self.display.line(event_line(progress, name, figures))
 
     def flush(self) -> None:
         for file in (self._metrics, self._events, self.tensorboard):
             file.flush()
 
     def close(self) -> None:
-        for file in (self._metrics, self._events, self.tensorboard, self.display):
+        for file in (self._metrics, self._events, self.tensorboard):
             file.close()
 
 

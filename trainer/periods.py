@@ -2,12 +2,16 @@
 
 Counts are exact and depend on nothing but the progress before and after a step, so a resumed run
 does everything where the uninterrupted run does it. Minutes depend on a clock, and the clocks of
-two ranks differ: there `due` is one rank's opinion, and `due_on_all` makes rank 0's the rule.
+two ranks differ: there `due` is one rank's opinion, and `Clock` makes rank 0's the rule.
 """
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
+
+import torch
+from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import Period
@@ -41,17 +45,33 @@ def due(
     return after.samples // samples > before.samples // samples
 
 
-def due_on_all(
-    period: Period,
-    before: Progress,
-    after: Progress,
-    *,
-    epoch_size: int,
-    seconds_since_last: float,
-    comm: Comm,
-) -> bool:
-    """As `due`, equal on all ranks. Only a period in minutes costs a collective."""
-    answer = due(
-        period, before, after, epoch_size=epoch_size, seconds_since_last=seconds_since_last
-    )
-    return comm.any(comm.is_main and answer) if period.unit == "min" else answer
+class Clock:
+    """Keeps, for each purpose, the time since it was last due; rank 0's clock is the rule."""
+
+    def __init__(self, comm: Comm, *, epoch_size: int) -> None:
+        self._comm = comm
+        self._epoch_size = epoch_size
+        self._started = time.monotonic()
+        self._last: dict[str, float] = {}
+        self._asked: dict[str, Tensor] = {}
+
+    def due(self, purpose: str, period: Period, before: Progress, after: Progress) -> bool:
+        """As `due` above, equal on all ranks, which all call this once a step for each purpose.
+
+        Minutes cost one tiny collective. Its result is read by the next call, a step later, so
+        the host never waits for the device.
+        """
+        if period.unit == "min" and self._answer(purpose):
+            self._last[purpose] = time.monotonic()
+            return True
+        seconds = time.monotonic() - self._last.get(purpose, self._started)
+        is_due = due(period, before, after, epoch_size=self._epoch_size, seconds_since_last=seconds)
+        if period.unit != "min":
+            return is_due
+        flag = torch.full((), int(is_due), device=self._comm.device)
+        self._asked[purpose] = self._comm.broadcast(flag)
+        return False
+
+    def _answer(self, purpose: str) -> bool:
+        asked = self._asked.pop(purpose, None)
+        return asked is not None and bool(asked.item())

@@ -24,7 +24,7 @@ class Speed(NamedTuple):
     seconds_per_step: float
 
 
-class Clock:
+class Speedometer:
     """Speed over the last `window` steps."""
 
     def __init__(self, start: Progress, now: float, *, window: int = 50) -> None:
@@ -85,12 +85,12 @@ class PlainLines:
 class LiveBar:
     """A bar that stays at the bottom while lines scroll above it."""
 
-    def __init__(self, console: Console, total_steps: int, start: Progress) -> None:
+    def __init__(self, console: Console, total_steps: int) -> None:
         self._total_steps = total_steps
         self._loss: float | None = None
         columns = (BarColumn(), TextColumn("{task.description}", markup=False))
         self._bar = Bar(*columns, console=console, refresh_per_second=4, transient=False)
-        self._task: TaskID = self._bar.add_task("", total=total_steps, completed=start.step)
+        self._task: TaskID = self._bar.add_task("", total=total_steps)
         self._bar.start()
 
     def step(self, progress: Progress, speed: Speed) -> None:
@@ -108,10 +108,10 @@ class LiveBar:
         self._bar.stop()
 
 
-def display_for(console: Console, *, total_steps: int, start: Progress) -> Display:
+def display_for(console: Console, *, total_steps: int) -> Display:
     """A bar on a terminal that can draw one, plain lines elsewhere."""
     if console.is_terminal and not console.is_dumb_terminal:
-        return LiveBar(console, total_steps, start)
+        return LiveBar(console, total_steps)
     return PlainLines(console, total_steps)
 
 
