@@ -42,8 +42,20 @@ def due_steps(every: Period, progress: list[Progress]) -> list[int]:
 
 STEPS = st.lists(st.tuples(st.integers(1, 700), st.booleans()), max_size=60)
 PERIODS = st.sampled_from(
-    "1 steps,2 steps,3.5 steps,7 steps,64 samples,250 samples,1000 samples,"
-    "0.1 epochs,0.3 epochs,1 epochs,1.7 epochs,2 epochs".split(",")
+    [
+        "1 steps",
+        "2 steps",
+        "3.5 steps",
+        "7 steps",
+        "64 samples",
+        "250 samples",
+        "1000 samples",
+        "0.1 epochs",
+        "0.3 epochs",
+        "1 epochs",
+        "1.7 epochs",
+        "2 epochs",
+    ]
 )
 
 
