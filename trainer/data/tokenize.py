@@ -89,7 +89,14 @@ def tokenize(
 
     Longer texts lose their end, but not the special tokens that the tokenizer adds there.
     """
-    encoded = tokenizer(
+    return pad_ids(token_ids(tokenizer, texts, length=length), tokenizer.pad_token_id, length)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int
+) -> list[list[int]]:
+    """The ids of every text, special tokens included, at most `length` of them."""
+    ids: list[list[int]] = tokenizer(
         list(texts),
         padding=False,
         truncation=True,
@@ -97,9 +104,16 @@ def tokenize(
         return_attention_mask=False,
         return_token_type_ids=False,
     )["input_ids"]
-    tokens = torch.full((len(texts), length), tokenizer.pad_token_id, dtype=torch.int64)
-    mask = torch.zeros((len(texts), length), dtype=torch.bool)
-    for row, ids in enumerate(encoded):
+    return ids
+
+
+def pad_ids(
+    rows: Sequence[Sequence[int]], pad: int, length: int
+) -> tuple[Int64[Tensor, "batch {length}"], Bool[Tensor, "batch {length}"]]:
+    """Rows of at most `length` ids, filled up on the right, and the mask of the real ones."""
+    tokens = torch.full((len(rows), length), pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         mask[row, : len(ids)] = True
     return tokens, mask
