@@ -108,6 +108,8 @@ class DataConfig(Frozen):
     """`indexed`: exact order and resume. `webdataset`: streams without an index (weaker)."""
     allow_pipe: bool = False
     """Let the webdataset reader run shell commands given as `pipe:` URLs."""
+    epoch_samples: PositiveInt | None = None
+    """Samples that count as an epoch for the webdataset reader, which can't count them itself."""
     workers: int = Field(default=0, ge=0)
     """Reader processes per rank. The batches do not depend on it."""
     window_shards: PositiveInt = 8

@@ -158,13 +158,17 @@ class ShardSet:
         return index
 
     def _bytes(self, shard: int, start: int, end: int) -> bytes:
-        if is_remote(self.shards[shard]):
-            return read_range(self.shards[shard], start, end)
-        handle = _kept(self._files, shard, self._open_file)
-        data = os.pread(handle, end - start, start)
+        name = self.shards[shard]
+        if is_remote(name):
+            return read_range(name, start, end)
+        try:
+            handle = _kept(self._files, shard, self._open_file)
+            data = os.pread(handle, end - start, start)
+        except OSError as error:
+            raise DataError(f"can't read {name}: {error.strerror}") from error
         if len(data) < end - start:
             found = os.fstat(handle).st_size
-            raise _wrong_size(self.shards[shard], self._index(shard).shard_bytes, found)
+            raise _wrong_size(name, self._index(shard).shard_bytes, found)
         return data
 
     def _open_file(self, shard: int) -> int:

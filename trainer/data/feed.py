@@ -1,0 +1,290 @@
+"""Tasks to arrays: read, decode and tokenize micro-batches, here or in worker processes.
+
+A task names positions of the run, so what comes back does not depend on who works on it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
+
+from trainer.config import DataConfig
+from trainer.data.captions import choose_caption
+from trainer.data.decode import BadSample, decode_image, find_image
+from trainer.data.ledger import Rejected, describe
+from trainer.data.order import Order, Share
+from trainer.data.remote import is_remote
+from trainer.data.shards import DamagedSample, RawSample, ShardSet
+from trainer.data.tokenize import tokenize
+from trainer.data.views import View, random_crop
+from trainer.errors import DataError
+from trainer.hashing import key_of, uniform_of
+
+MAX_REJECTS = 1000
+"""So many rejected samples without a single good one are no accident."""
+_CONNECTIONS = 16  # remote samples of one micro-batch that are fetched side by side
+_PREFETCH = 2  # micro-batches per worker
+
+
+class Task(NamedTuple):
+    """One micro-batch of one rank."""
+
+    positions: tuple[int, ...]
+    purpose: str
+
+
+class Plan(NamedTuple):
+    """A sequence of tasks: this rank's positions from `first` to `last`, `rows` at a time."""
+
+    share: Share
+    base: int
+    """The position at which the first global batch begins."""
+    first: int
+    last: int | None
+    rows: int
+    purpose: str
+
+    def task(self, number: int) -> Task | None:
+        """Task `number`; None behind the end."""
+        begin = self.first + number * self.rows
+        end = begin + self.rows if self.last is None else min(begin + self.rows, self.last)
+        positions = tuple(self.base + self.share.position(row) for row in range(begin, end))
+        return Task(positions, self.purpose) if positions else None
+
+
+class RawBatch(NamedTuple):
+    """A micro-batch before augmentation, and what went wrong on the way to it."""
+
+    images: UInt8[Tensor, "batch 3 size size"]
+    tokens: Int64[Tensor, "batch length"] | None
+    token_mask: Bool[Tensor, "batch length"] | None
+    sample_id: Int64[Tensor, " batch"]
+    epochs: Int64[Tensor, " batch"]
+    num_read: int
+    rejected: tuple[Rejected, ...]
+
+
+class Failure(NamedTuple):
+    """An error that has to cross from a worker to its parent without losing its one sentence."""
+
+    message: str
+    rejected: tuple[Rejected, ...]
+
+
+Prepared = tuple[UInt8[Tensor, "3 size size"], str]
+"""One sample's image and caption."""
+
+
+class Prepare:
+    """Decodes, crops and chooses captions as one run's configuration says."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        tokenizer: PreTrainedTokenizerFast | None,
+        image_size: int,
+        text_length: int,
+        seed: int,
+    ) -> None:
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.image_size, self.text_length = image_size, text_length
+
+    def sample(self, raw: RawSample, epoch: int, purpose: str) -> Prepared:
+        """Image and caption; BadSample says why not. Without a tokenizer no caption is read."""
+        caption = ""
+        if self.tokenizer is not None:
+            caption = choose_caption(
+                raw.fields,
+                sample_id=raw.sample_id,
+                epoch=epoch,
+                seed=self.seed,
+                config=self.config.captions,
+            )
+        view = View(self.seed, epoch, purpose, self.config.augment)
+        image = decode_image(
+            find_image(raw.fields),
+            size=self.image_size,
+            background=self.config.background,
+            max_pixels=self.config.max_pixels,
+            crop=partial(random_crop, sample_id=raw.sample_id, view=view),
+        )
+        return image, caption
+
+    def batch(
+        self,
+        samples: Sequence[Prepared],
+        *,
+        ids: Sequence[int],
+        epochs: Sequence[int],
+        rejected: Sequence[Rejected],
+    ) -> RawBatch:
+        tokens = mask = None
+        if self.tokenizer is not None:
+            captions = [caption for _, caption in samples]
+            tokens, mask = tokenize(self.tokenizer, captions, length=self.text_length)
+        return RawBatch(
+            images=torch.stack([image for image, _ in samples]),
+            tokens=tokens,
+            token_mask=mask,
+            sample_id=torch.tensor(ids, dtype=torch.int64),
+            epochs=torch.tensor(epochs, dtype=torch.int64),
+            num_read=len(samples) + len(rejected),
+            rejected=tuple(rejected),
+        )
+
+
+class IndexedSamples(Dataset[RawBatch | Failure]):
+    """Task -> RawBatch through the index: a pure function, bad samples included."""
+
+    def __init__(self, shards: ShardSet, order: Order, prepare: Prepare) -> None:
+        self.shards, self.order, self.prepare = shards, order, prepare
+        self.key = key_of(prepare.seed, "substitute")
+
+    def __getitem__(self, task: Task) -> RawBatch | Failure:
+        rejected: list[Rejected] = []
+        try:
+            return self._batch(task, rejected)
+        except DataError as error:
+            return Failure(str(error), tuple(rejected))
+
+    def _batch(self, task: Task, rejected: list[Rejected]) -> RawBatch:
+        places = [self.order.at(position) for position in task.positions]
+        raws = self._fetched([index for _, index in places])
+        rows = [
+            self._usable(raw, position, task.purpose, rejected)
+            for raw, position in zip(raws, task.positions, strict=True)
+        ]
+        return self.prepare.batch(
+            [sample for sample, _ in rows],
+            ids=[sample_id for _, sample_id in rows],
+            epochs=[epoch for epoch, _ in places],
+            rejected=rejected,
+        )
+
+    def _usable(
+        self,
+        raw: RawSample | DamagedSample,
+        position: int,
+        purpose: str,
+        rejected: list[Rejected],
+    ) -> tuple[Prepared, int]:
+        """The sample or, while it can't be used, another one drawn by its id from its epoch."""
+        epoch, index = self.order.at(position)
+        for attempt in range(MAX_REJECTS):
+            try:
+                sound = _sound(raw)
+                return self.prepare.sample(sound, epoch, purpose), sound.sample_id
+            except (BadSample, DamagedSample) as error:
+                shard, key, sample_id = self.shards.name_of(index)
+                rejected.append(Rejected(shard, key, _reason(error, raw), epoch, position))
+            index = int(uniform_of(sample_id, self.key, epoch, attempt) * len(self.shards))
+            raw = self._read(index)
+        raise nothing_usable(rejected)
+
+    def _read(self, index: int) -> RawSample | DamagedSample:
+        try:
+            return self.shards.read(index)
+        except DamagedSample as error:
+            return error
+
+    def _fetched(self, indices: Sequence[int]) -> list[RawSample | DamagedSample]:
+        if not any(is_remote(shard) for shard in self.shards.shards):
+            return [self._read(index) for index in indices]
+        with ThreadPoolExecutor(_CONNECTIONS) as threads:
+            return list(threads.map(self._read, indices))
+
+
+def nothing_usable(rejected: Sequence[Rejected]) -> DataError:
+    return DataError(
+        f"{MAX_REJECTS} samples in a row could not be used: {describe(rejected)}; check "
+        "data.captions and the shards' members"
+    )
+
+
+def _sound(raw: RawSample | DamagedSample) -> RawSample:
+    if isinstance(raw, DamagedSample):
+        raise raw
+    return raw
+
+
+def _reason(error: BadSample | DamagedSample, raw: RawSample | DamagedSample) -> str:
+    """The error, and for a sample that lacks something what it has."""
+    members = f" (members: {', '.join(sorted(raw.fields))})" if isinstance(raw, RawSample) else ""
+    return f"{error}{members}"
+
+
+class Feed:
+    """Batches of plans, prepared ahead by worker processes.
+
+    Asking for what comes next is fast; asking for anything else starts the workers there.
+    """
+
+    def __init__(self, samples: IndexedSamples, *, workers: int, pin_memory: bool) -> None:
+        self._tasks = _Tasks()
+        self._loader: DataLoader[RawBatch | Failure] = DataLoader(
+            samples,
+            batch_size=None,
+            sampler=self._tasks,
+            pin_memory=pin_memory,
+            **loader_options(workers),
+        )
+        self._batches: Iterator[RawBatch | Failure] | None = None
+        self._next: tuple[Plan, int] | None = None
+
+    def batch(self, plan: Plan, number: int) -> RawBatch | Failure:
+        """Batch `number` of a plan."""
+        if self._batches is None or self._next != (plan, number):
+            self._tasks.plan, self._tasks.number = plan, number
+            self._batches = iter(self._loader)
+        self._next = plan, number + 1
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        iterator: Any = self._batches
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        self._batches = self._loader._iterator = None
+
+
+class _Tasks:
+    """The loader's sampler: the tasks of a plan from a number on."""
+
+    plan: Plan
+    number: int
+
+    def __iter__(self) -> Iterator[Task]:
+        number = self.number
+        while (task := self.plan.task(number)) is not None:
+            yield task
+            number += 1
+
+
+def loader_options(workers: int) -> dict[str, Any]:
+    """Options of a DataLoader whose dataset gives whole batches."""
+    if not workers:
+        return {"collate_fn": _unchanged}
+    # Not fork: the parent has threads. The server imports this module once, its children share it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return {
+        "collate_fn": _unchanged,
+        "num_workers": workers,
+        "multiprocessing_context": context,
+        "persistent_workers": True,
+        "prefetch_factor": _PREFETCH,
+    }
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

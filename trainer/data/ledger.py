@@ -1,0 +1,64 @@
+"""What was wrong with which sample: one JSON line each, and a budget that stops the run."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.errors import DataError
+
+MIN_READS = 100
+"""The budget is a share; of fewer samples than this it says nothing."""
+_EXAMPLES = 3
+
+
+class Rejected(NamedTuple):
+    """One sample that could not be used."""
+
+    shard: str
+    key: str
+    reason: str
+    epoch: int
+    position: int
+    """Where in the run it was due; another sample of the epoch took its place."""
+
+
+class Ledger:
+    """Appends to `<workdir>/ledger/rank-<rank>.jsonl` and counts (in this process's lifetime)."""
+
+    def __init__(self, workdir: Path | None, *, rank: int, budget: float) -> None:
+        self.path = workdir / "ledger" / f"rank-{rank}.jsonl" if workdir else None
+        self.budget = budget
+        self.num_read = self.num_rejected = 0
+        self._examples: deque[Rejected] = deque(maxlen=_EXAMPLES)
+
+    def put(self, *, num_read: int, rejected: Sequence[Rejected]) -> None:
+        """Write the rejected ones; DataError where they are more than the budget's share."""
+        self.num_read += num_read
+        self.num_rejected += len(rejected)
+        self._examples.extend(rejected)
+        if rejected and self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line._asdict()) + "\n" for line in rejected)
+
+    def check(self) -> None:
+        """DataError where more than the budget's share of the samples read was rejected."""
+        if self.num_read >= MIN_READS and self.num_rejected > self.budget * self.num_read:
+            share = self.num_rejected / self.num_read
+            raise DataError(
+                f"{self.num_rejected} of {self.num_read} samples read ({share:.1%}) could not be "
+                f"used, more than data.bad_sample_budget = {self.budget:g}: {self.examples()}"
+                + (f"; all of them are in {self.path}" if self.path else "")
+            )
+
+    def examples(self) -> str:
+        """The last few, in words."""
+        return describe(self._examples)
+
+
+def describe(rejected: Sequence[Rejected] | deque[Rejected]) -> str:
+    return "; ".join(f"{line.shard} {line.key}: {line.reason}" for line in list(rejected)[-3:])

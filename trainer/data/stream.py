@@ -1,0 +1,165 @@
+"""The training stream: which micro-batches this rank trains on, and what a phase may look at.
+
+Everything follows from (seed, position): worker count, world size and restarts never change what
+is trained on, and every sample comes once per epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trainer.comm import Comm
+from trainer.config import DataConfig, micro_batches
+from trainer.data.feed import Failure, Feed, IndexedSamples, Plan, Prepare, RawBatch
+from trainer.data.ledger import Ledger
+from trainer.data.order import Order, Share
+from trainer.data.shards import ShardSet
+from trainer.data.views import augment
+from trainer.errors import DataError
+from trainer.types import Batch
+
+PADDING_ID = -1
+
+
+class Source(Protocol):
+    """Where raw batches come from: the indexed feed or the webdataset reader."""
+
+    def batch(self, plan: Plan, number: int) -> RawBatch | Failure: ...
+
+    def close(self) -> None: ...
+
+
+class Stream:
+    """Training samples in the run's order; implements `trainer.recipe.Samples`.
+
+    Global position p is sample order(seed, epoch)[p % N] of epoch p // N. A global batch is B
+    positions in a row; rank r owns the r-th contiguous slice of B / W of them, in micro-batches.
+    No collective is called here.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        comm: Comm,
+        *,
+        tokenizer: PreTrainedTokenizerFast | None,
+        image_size: int,
+        text_length: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        workdir: Path | None,
+    ) -> None:
+        self.config, self.comm, self.seed = config, comm, seed
+        _, self.num_micro_batches = micro_batches(
+            global_batch=global_batch, micro_batch=micro_batch, world_size=comm.world_size
+        )
+        self.micro_batch = micro_batch
+        self.share = Share(global_batch, comm.world_size, comm.rank)
+        self.ledger = Ledger(workdir, rank=comm.rank, budget=config.bad_sample_budget)
+        prepare = Prepare(
+            config,
+            tokenizer=tokenizer,
+            image_size=image_size,
+            text_length=text_length,
+            seed=seed,
+        )
+        self.epoch_size, self._source = _open_source(config, comm, prepare)
+        self.wait_seconds = 0.0
+        self.seek(0)
+
+    def seek(self, samples: int) -> None:
+        """The next `take()` begins at this global sample count."""
+        base = samples % self.share.global_batch
+        self._plan = Plan(self.share, base, 0, None, self.micro_batch, "train")
+        self._next = self.share.count_before(samples - base) // self.micro_batch
+
+    def take(self) -> list[Batch]:
+        """This rank's micro-batches of the next global batch, augmented, on its device."""
+        batches = []
+        for _ in range(self.num_micro_batches):
+            batches.append(self._batch(self._plan, self._next, rows=self.micro_batch))
+            self._next += 1
+        return batches
+
+    def view(self, start: int, count: int, *, purpose: str) -> Iterator[Batch]:
+        """This rank's share of positions [start, start + count), as training will divide them.
+
+        Augmented by randomness of `purpose`. Every rank gets equally many batches of equal size;
+        rows that fill them up repeat an image of this rank and have the sample id -1.
+        """
+        base, end = self._plan.base, start + count
+        first = self.share.count_before(start - base)
+        last = self.share.count_before(end - base)
+        plan = Plan(self.share, base, first, last, self.micro_batch, purpose)
+        spare = plan._replace(last=first + 1)  # a rank without any row of its own still needs one
+        padded = self.share.rows_padded(start - base, end - base)
+        for number in range(-(-padded // self.micro_batch)):
+            owned = min(max(last - first - number * self.micro_batch, 0), self.micro_batch)
+            if owned:
+                yield self._batch(plan, number, rows=self.micro_batch)
+            else:
+                batch = self._batch(spare, 0, rows=self.micro_batch)
+                yield batch._replace(sample_id=torch.full_like(batch.sample_id, PADDING_ID))
+
+    def close(self) -> None:
+        """End the worker processes; nothing is left behind."""
+        self._source.close()
+
+    def _batch(self, plan: Plan, number: int, *, rows: int) -> Batch:
+        began = time.perf_counter()
+        raw = self._source.batch(plan, number)
+        self.wait_seconds += time.perf_counter() - began
+        if isinstance(raw, Failure):
+            self.ledger.put(num_read=len(raw.rejected), rejected=raw.rejected)
+            raise DataError(raw.message)
+        self.ledger.put(num_read=raw.num_read, rejected=raw.rejected)
+        self.ledger.check()
+        return self._augmented(raw, plan.purpose, rows)
+
+    def _augmented(self, raw: RawBatch, purpose: str, rows: int) -> Batch:
+        device, missing = self.comm.device, rows - len(raw.sample_id)
+        images = augment(
+            raw.images.to(device, non_blocking=True),
+            raw.sample_id.to(device),
+            raw.epochs.to(device),
+            seed=self.seed,
+            purpose=purpose,
+            config=self.config.augment,
+        )
+        padding = raw.sample_id.new_full((missing,), PADDING_ID)
+        return Batch(
+            images=_filled(images, missing),
+            tokens=None if raw.tokens is None else _filled(raw.tokens.to(device), missing),
+            token_mask=None
+            if raw.token_mask is None
+            else _filled(raw.token_mask.to(device), missing),
+            sample_id=torch.cat([raw.sample_id, padding]).to(device),
+        )
+
+
+def _filled(rows: Tensor, missing: int) -> Tensor:
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _open_source(config: DataConfig, comm: Comm, prepare: Prepare) -> tuple[int, Source]:
+    """(samples per epoch, source)."""
+    pin_memory = comm.device.type == "cuda"
+    if config.reader == "webdataset":
+        from trainer.data.web_reader import WebFeed  # webdataset is imported where it is wanted
+
+        feed = WebFeed(config, prepare, pin_memory=pin_memory)
+        return feed.epoch_size, feed
+    shards = ShardSet.open(config.train)
+    if not len(shards):
+        raise DataError(f"the {len(shards.shards)} shards of {config.train!r} hold no sample")
+    order = Order(shards.sizes, seed=prepare.seed, window_shards=config.window_shards)
+    samples = IndexedSamples(shards, order, prepare)
+    return len(shards), Feed(samples, workers=config.workers, pin_memory=pin_memory)
