@@ -34,6 +34,7 @@ NUM_PROTOTYPES = (3, 7, 10)
 """On four ranks: 3 leaves one of them without rows, 7 and 10 split unevenly."""
 TEMPERATURES = (-1.0, 0.05)
 GLOBAL_BATCH = 12
+TRANSLATE_GROUPS = 6
 
 
 def golden(path: str) -> dict[str, np.ndarray]:
@@ -73,7 +74,12 @@ def every_case(comm: Comm) -> dict[str, Arrays]:
             cases[f"prototypes {num_prototypes} {temperature}"] = prototype_case(
                 comm, num_prototypes=num_prototypes, temperature=temperature
             )
-    return {**cases, "pairs": pairs_case(comm), "nothing known": nothing_known_case(comm)}
+    return {
+        **cases,
+        "pairs": pairs_case(comm),
+        "nothing known": nothing_known_case(comm),
+        "translate": translate_case(comm),
+    }
 
 
 class KeysAreConstants(Comm):
@@ -224,6 +230,26 @@ def pairs_case(comm: Comm) -> Arrays:
     scale, bias = leaf(whole_scale), leaf(whole_bias)
     loss = info_nce(image, text, scale, comm) + sigmoid_loss(image, text, scale, bias, comm)
     return after_backward(loss, grad_image=image, grad_text=text, grad_scale=scale, grad_bias=bias)
+
+
+def translate_problem() -> tuple[Tensor, Tensor]:
+    """Unit features of 40 samples, groups 0 to 4 of 6 and some samples in none."""
+    draw = torch.Generator().manual_seed(2)
+    return random_rows(40, 3, draw), torch.randint(-1, 5, (40,), generator=draw)
+
+
+def translate_case(comm: Comm) -> Arrays:
+    """Samples unevenly over the ranks: the last of several has none."""
+    features, labels = translate_problem()
+    owner = torch.arange(40) ** 2 // 7 % max(1, comm.world_size - 1)
+    mine = features[owner == comm.rank], labels[owner == comm.rank]
+    means = group_means(*mine, num_groups=TRANSLATE_GROUPS, comm=comm)
+    single = group_means(mine[0].float(), mine[1], num_groups=TRANSLATE_GROUPS, comm=comm)
+    return {
+        "rows": means.rows.numpy(),
+        "counts": means.counts.numpy(),
+        "rows_in_float32": single.rows.numpy(),
+    }
 
 
 def own_share(comm: Comm, rows: Tensor) -> Tensor:

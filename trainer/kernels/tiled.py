@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Tile = tuple[int, int]
 """Queries and rows of one tile of logits."""
@@ -158,8 +157,10 @@ class _LogPartition(torch.autograd.Function):
         return sums.log_partition
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Not `once_differentiable`: it would let a constant upstream gradient pass silently.
+            raise RuntimeError("log_partition has no second derivative; drop create_graph=True")
         queries, scale, rows, valid, mean, log_total = ctx.saved_tensors
         wants_queries, wants_scale, wants_rows, *_ = ctx.needs_input_grad
         pulled = gradients[0][:, None] * mean

@@ -155,10 +155,10 @@ def prototype_losses(
 
     batch = features.shape[0]
     own_peak = peak[comm.rank * batch : (comm.rank + 1) * batch]
-    known = owners.detach() > 0
-    losses = torch.where(known, mass, 1.0).log() + torch.where(known, own_peak - aligned, 0.0)
     past_the_end = labels >= table.num_prototypes
-    return losses * torch.where(past_the_end, torch.nan, 1.0), known | past_the_end
+    known = (owners.detach() > 0) | past_the_end
+    losses = torch.where(known, mass, 1.0).log() + torch.where(known, own_peak - aligned, 0.0)
+    return losses * torch.where(past_the_end, torch.nan, 1.0), known
 
 
 def unit_rows(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
