@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from trainer.types import Batch
 PADDING_ID = -1
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where raw batches come from: the indexed feed or the webdataset reader."""
 
