@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def _receive(pipe: Any, rank: int, timeout_seconds: float) -> Any:
     if not pipe.poll(timeout_seconds):
         raise TimeoutError(f"rank {rank} said nothing for {timeout_seconds} s")
     try:
-        failed, value = pipe.recv()
+        failed, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         raise RuntimeError(f"rank {rank} died without a word") from None
     if failed:
@@ -79,9 +80,10 @@ def _rank_main(
         from trainer.comm import Comm
 
         comm = Comm.from_environment(timeout_seconds=60.0)
-        pipe.send((False, function(comm, *arguments)))
+        # Bytes, not `send`: that would share a tensor's memory, which ends with this process.
+        pipe.send_bytes(pickle.dumps((False, function(comm, *arguments))))
     except BaseException:
-        pipe.send((True, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((True, traceback.format_exc())))
     pipe.close()
 
 

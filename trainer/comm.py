@@ -135,7 +135,7 @@ class Comm:
 def _gathered(rows: Tensor, comm: Comm) -> Tensor:
     rows = rows.contiguous()
     result = rows.new_empty((comm.world_size * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(result, rows, group=comm.group)
+    dist.all_gather_single(result, rows, group=comm.group)
     return result
 
 
@@ -143,7 +143,7 @@ def _scattered(rows: Tensor, comm: Comm) -> Tensor:
     if rows.shape[0] % comm.world_size:
         raise ValueError(f"{rows.shape[0]} rows do not split over {comm.world_size} ranks")
     result = rows.new_empty((rows.shape[0] // comm.world_size, *rows.shape[1:]))
-    dist.reduce_scatter_tensor(result, rows.contiguous(), group=comm.group)
+    dist.reduce_scatter_single(result, rows.contiguous(), group=comm.group)
     return result
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import deepspeed
 import torch
@@ -33,7 +34,11 @@ from trainer.types import Batch, Features, Tower
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed, once a bucket.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
 
+
+@runtime_checkable
 class Trainable(Protocol):
     """What a module must tell besides being one."""
 
@@ -122,6 +127,7 @@ class Engine:
         """
         if not any(MOMENTS[0] in state for state in self._optimizer.state.values()):
             return {}
+        self._link_moments()
         return {
             f"{key}/{name}": value
             for key in MOMENTS
@@ -149,11 +155,12 @@ class Engine:
         masters of a bf16 model were made from rounded ones.
         """
         self._step_on_nothing(batch)
+        self._link_moments()
         for name, parameter in self._trained():
             self._set_weight(parameter, weights[name])
             for key in MOMENTS:
                 self._set_moment(parameter, key, moments[f"{key}/{name}"])
-        for name, buffer in self.module.named_buffers():
+        for name, buffer in persistent_buffers(self.module).items():
             buffer.copy_(weights[name])
         for state in self._optimizer.state.values():
             if torch.is_tensor(state.get("step")):
@@ -183,7 +190,7 @@ class Engine:
                 yield name, value.detach().float().cpu().clone()
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {name: b.detach().cpu().clone() for name, b in self.module.named_buffers()}
+        return {n: b.detach().cpu().clone() for n, b in persistent_buffers(self.module).items()}
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         full = safe_get_full_fp32_param(parameter)
@@ -210,6 +217,16 @@ class Engine:
         else:
             self._optimizer.state[parameter][key].copy_(value)
 
+    def _link_moments(self) -> None:
+        """Let DeepSpeed's ZeRO-1 and 2 find the moments of every parameter group.
+
+        0.19.8 links them once, after the first group of the first step, when the other groups
+        have none yet; linking again finds them all.
+        """
+        if self._stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
     def _local(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a ZeRO-3 parameter's value, padded as DeepSpeed pads it."""
         size: int = parameter.ds_tensor.numel()
@@ -222,6 +239,12 @@ class Engine:
         self.backward(torch.stack(outputs).sum() * 0.0)
         if not self.step(0.0):
             raise CheckpointError("the restored weights give outputs that are not finite")
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state, such as running statistics."""
+    state = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}
 
 
 def _deepspeed_config(

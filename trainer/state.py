@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.checkpoint import Checkpointer, Restored
 from trainer.comm import Comm
 from trainer.config import RunConfig, dump_run, parse_run
-from trainer.engine import Engine
+from trainer.engine import Engine, persistent_buffers
 from trainer.errors import CheckpointError
 from trainer.recipe import Recipe
 from trainer.types import Batch, Progress
@@ -60,7 +60,7 @@ def load_weights(restored: Restored, model: nn.Module, config: RunConfig) -> Non
         )
     weights = dict(restored.tensors("weights"))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    expected = trained | {n for n, _ in model.named_buffers()}
+    expected = trained | set(persistent_buffers(model))
     if differing := sorted(expected ^ set(weights)):
         raise CheckpointError(
             f"{len(differing)} tensors stand on one side only, as {differing[0]}; "
@@ -104,7 +104,7 @@ def frozen_digest(model: nn.Module) -> str:
         digest = hashlib.sha256()
         for name, parameter in frozen:
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         model._frozen_digest = digest.hexdigest() if frozen else ""
     value: str = model._frozen_digest
     return value
