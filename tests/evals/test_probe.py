@@ -1,0 +1,92 @@
+"""The probe against scikit-learn and against a plain loop."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+from trainer.comm import Comm
+from trainer.evals.linear_probe import PENALTIES, choose_penalty, predict
+from trainer.evals.logistic import fit, with_ones
+from trainer.evals.reference_probe import reference_probe
+from trainer.evals.splits import Splits
+
+SOLO = Comm.solo()
+
+
+def clouds(count: int, *, dim: int, classes: int, seed: int, noise: float = 1.0) -> tuple:
+    """Unit rows around one centre per class, in float64."""
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(7)).double()
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=draw)
+    rows = centres[labels] + noise * torch.randn(count, dim, generator=draw).double()
+    return F.normalize(rows, dim=1), labels
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3, 1e-4])
+def test_weights_are_those_of_scikit_learn(penalty: float) -> None:
+    rows, labels = clouds(150, dim=6, classes=4, seed=0)
+    weights = fit(
+        rows,
+        labels,
+        num_classes=4,
+        penalty=penalty,
+        comm=SOLO,
+        max_iterations=1000,
+        tolerance=1e-10,
+    )
+    reference = LogisticRegression(C=1 / (len(rows) * penalty), tol=1e-10, max_iter=5000)
+    reference.fit(rows.numpy(), labels.numpy())
+    ours, bias = weights[:, :-1].numpy(), weights[:, -1].numpy()
+    np.testing.assert_allclose(ours, reference.coef_, atol=2e-5 * np.abs(ours).max())
+    shift = bias - reference.intercept_  # a common shift of all biases changes nothing
+    np.testing.assert_allclose(shift, shift.mean(), atol=1e-4)
+    fresh, _ = clouds(400, dim=6, classes=4, seed=1)
+    assert predict(weights, fresh)[:, 0].tolist() == reference.predict(fresh.numpy()).tolist()
+
+
+def test_gradient_vanishes_in_small_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.evals.logistic.ROW_BLOCK", 37)
+    rows, labels = clouds(150, dim=6, classes=4, seed=0)
+    weights = fit(
+        rows, labels, num_classes=4, penalty=1e-2, comm=SOLO, max_iterations=500, tolerance=1e-9
+    ).requires_grad_()
+    loss = F.cross_entropy(with_ones(rows) @ weights.T, labels)
+    (gradient,) = torch.autograd.grad(loss + 0.5e-2 * weights[:, :-1].square().sum(), weights)
+    assert gradient.abs().max() < 2e-9
+
+
+def splits_of(rows: torch.Tensor, labels: torch.Tensor, classes: int) -> Splits:
+    return Splits(
+        train=rows.float(),
+        train_labels=labels,
+        train_ids=torch.arange(len(rows)) * 7919,
+        test=rows[:0].float(),
+        answers=labels[:0, None],
+        num_learnt=classes,
+        num_classes=classes,
+    )
+
+
+def test_noise_asks_for_a_stronger_penalty_than_clean_data() -> None:
+    clean = splits_of(*clouds(400, dim=40, classes=4, seed=2, noise=0.3), 4)
+    noisy_rows, noisy_labels = clouds(400, dim=40, classes=4, seed=2, noise=6.0)
+    noisy = splits_of(noisy_rows, noisy_labels, 4)
+    penalty, weights = choose_penalty(noisy, seed=0, comm=SOLO)
+    assert penalty in PENALTIES[:3]
+    assert weights.shape == (4, 41)
+    # Without noise every penalty is perfect, and the strongest is kept.
+    assert choose_penalty(clean, seed=0, comm=SOLO)[0] == PENALTIES[0]
+
+
+def test_reference_protocol_reports_the_best_epoch() -> None:
+    rows, labels = clouds(300, dim=8, classes=3, seed=3)
+    fresh, answers = clouds(200, dim=8, classes=3, seed=4)
+    options = {"num_classes": 3}
+    figure = reference_probe(rows.float(), labels, fresh.float(), answers, **options)
+    ours = fit(rows, labels, num_classes=3, penalty=1e-3, comm=SOLO)
+    accuracy = 100 * (predict(ours, fresh)[:, 0] == answers).double().mean().item()
+    assert abs(figure - accuracy) < 5
+    fewer = reference_probe(rows.float(), labels, fresh.float(), answers, epochs=1, **options)
+    assert figure >= fewer

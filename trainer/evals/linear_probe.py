@@ -1,0 +1,90 @@
+"""Linear probe: logistic regression on frozen image features.
+
+Unit features, centred and scaled by one number, so that a penalty means the same for any model;
+L-BFGS on the full data; the penalty is chosen on a validation part of the training shards (by
+hash of the sample id), then everything is fitted again. Accuracy is that of the last weights:
+the test shards choose nothing. `reference_probe` has the public ProtoCLIP code's protocol.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.config import EvalConfig
+from trainer.evals.context import EvalContext
+from trainer.evals.logistic import fit, with_ones
+from trainer.evals.scores import tally
+from trainer.evals.search import nearest
+from trainer.evals.splits import Splits, floors, load_splits
+from trainer.hashing import key_of, uniform
+from trainer.recipe import Encode
+
+PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Tried from strong to weak, each fit starting where the one before ended."""
+VALIDATION_SHARE = 0.2
+
+
+def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, float]:
+    """Test accuracy of the probe, the `penalty` it chose, and the floors."""
+    splits = load_splits(config, encode, context)
+    splits = _standardized(splits, context.comm)
+    penalty, weights = choose_penalty(splits, seed=context.seed, comm=context.comm)
+    weights = fit(
+        splits.train.double(),
+        splits.train_labels,
+        num_classes=splits.num_learnt,
+        penalty=penalty,
+        comm=context.comm,
+        initial=weights,
+    )
+    ranked = predict(weights, splits.test.double())
+    figures = tally(ranked, splits.answers, num_classes=splits.num_classes, comm=context.comm)
+    return {**figures, **floors(config, splits, context), "penalty": penalty}
+
+
+def choose_penalty(splits: Splits, *, seed: int, comm: Comm) -> tuple[float, Tensor]:
+    """The penalty of highest validation accuracy, and its weights; the stronger of equal ones."""
+    held_out = uniform(splits.train_ids, key_of(seed, "probe validation")) < VALIDATION_SHARE
+    features, labels = splits.train.double(), splits.train_labels
+    best: tuple[float, float, Tensor] | None = None
+    weights: Tensor | None = None
+    for penalty in PENALTIES:
+        weights = fit(
+            features[~held_out],
+            labels[~held_out],
+            num_classes=splits.num_learnt,
+            penalty=penalty,
+            comm=comm,
+            initial=weights,
+        )
+        accuracy = tally(
+            predict(weights, features[held_out]),
+            labels[held_out, None],
+            num_classes=splits.num_learnt,
+            comm=comm,
+        )["top1"]
+        if best is None or accuracy > best[0]:
+            best = accuracy, penalty, weights
+    assert best is not None
+    return best[1], best[2]
+
+
+def predict(
+    weights: Float64[Tensor, "classes augmented"], features: Float64[Tensor, "n dim"]
+) -> Int64[Tensor, "n k"]:
+    """The five classes (or all, where there are fewer) of highest logit, best first."""
+    k = min(5, weights.shape[0])
+    return nearest(with_ones(features), weights, k=k, comm=Comm.solo(features.device)).rows
+
+
+def _standardized(splits: Splits, comm: Comm) -> Splits:
+    """Unit rows, less the mean of the training rows, over their root mean squared distance."""
+    train, test = (F.normalize(rows.double(), dim=1) for rows in (splits.train, splits.test))
+    count = comm.sum(torch.tensor(float(train.shape[0]), device=train.device))
+    mean = comm.sum(train.sum(dim=0)) / count
+    spread = (comm.sum((train - mean).square().sum()) / count).sqrt().clamp(min=1e-6)
+    return splits._replace(train=(train - mean) / spread, test=(test - mean) / spread)

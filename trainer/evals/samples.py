@@ -1,0 +1,160 @@
+"""Evaluation samples in blocks of one size, as many on every rank.
+
+Blocks are consecutive samples, and a rank's blocks are consecutive too: what the ranks make of
+their shares stacks up, in rank order, to the order of the shards. The blocks are the same for any
+number of ranks, so a model says exactly the same of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.config import DataConfig
+from trainer.data.decode import BadSample, decode_image, find_image
+from trainer.data.shards import RawSample, ShardSet
+from trainer.errors import DataError, TrainerError
+from trainer.hashing import hash_bits, key_of
+
+BLOCK = 64
+FILLER = -1
+"""Sample id of rows that only fill a block up."""
+
+
+class Record(NamedTuple):
+    """What a sample says besides its image: its json, and `txt` and `cls` where it has them."""
+
+    sample_id: int
+    values: dict[str, Any]
+
+
+class Block(NamedTuple):
+    """BLOCK rows, of which `usable` count; the others are repeats or could not be decoded."""
+
+    images: UInt8[Tensor, "block 3 size size"]
+    sample_id: Int64[Tensor, " block"]
+    usable: Int64[Tensor, " rows"]
+    """Rows to keep, in order."""
+    records: list[Record]
+    """One per usable row."""
+
+
+def select(ids: Int64[Tensor, " n"], limit: int | None) -> Int64[Tensor, " chosen"]:
+    """Ascending positions of all samples, or of `limit` of them that a hash of the ids picks."""
+    positions = torch.arange(ids.shape[0])
+    if limit is None or limit >= ids.shape[0]:
+        return positions
+    order = hash_bits(ids, key_of("evaluation subset")).argsort(stable=True)
+    return positions[order[:limit]].sort()[0]
+
+
+def own_positions(count: int, comm: Comm) -> Int64[Tensor, "blocks block"]:
+    """Which of `count` items this rank handles, block by block; -1 where a row only fills up.
+
+    Every rank gets equally many blocks; ranks beyond the end get blocks of nothing but fillers.
+    """
+    num_blocks = -(-count // BLOCK)
+    per_rank = -(-num_blocks // comm.world_size)
+    first = comm.rank * per_rank * BLOCK
+    positions = torch.arange(first, first + per_rank * BLOCK).view(per_rank, BLOCK)
+    return positions.where(positions < count, -1)
+
+
+def read_blocks(
+    spec: str, *, size: int, limit: int | None, data: DataConfig, comm: Comm
+) -> Iterator[Block]:
+    """This rank's blocks of a shard spec, images `size` pixels wide.
+
+    Collective: every rank must exhaust it. Unusable samples are left out against the budget;
+    damage found by one rank is raised by all, after the last block, so that nobody waits for a
+    rank that is gone. A DataError too where there is no sample at all.
+    """
+    shards = ShardSet.open(spec)
+    chosen = select(torch.as_tensor(shards.ids), limit)
+    if not len(chosen):
+        raise DataError(f"no sample in {spec}; an evaluation needs at least one")
+    reader = _Reader(shards, size, data)
+    for positions in own_positions(len(chosen), comm):
+        yield reader.block([int(chosen[p]) if p >= 0 else FILLER for p in positions.tolist()])
+    reader.check(spec, len(chosen), comm)
+
+
+class _Reader:
+    """Decodes blocks and remembers what went wrong."""
+
+    def __init__(self, shards: ShardSet, size: int, data: DataConfig) -> None:
+        self._shards, self._size, self._data = shards, size, data
+        self._bad: list[str] = []
+        self._damage: list[str] = []
+
+    def block(self, indexes: list[int]) -> Block:
+        """The samples at these indexes of the shard set; FILLER repeats the row before."""
+        images = torch.zeros((len(indexes), 3, self._size, self._size), dtype=torch.uint8)
+        ids = torch.full((len(indexes),), FILLER)
+        usable: list[int] = []
+        records: list[Record] = []
+        for row, index in enumerate(indexes):
+            found = self._sample(index) if index != FILLER else None
+            if found is None:
+                images[row] = images[row - 1] if row else 0
+                continue
+            images[row], record = found
+            ids[row] = record.sample_id
+            usable.append(row)
+            records.append(record)
+        return Block(images, ids, torch.tensor(usable, dtype=torch.int64), records)
+
+    def check(self, spec: str, count: int, comm: Comm) -> None:
+        """Raise on every rank what any rank has met."""
+        everyone = comm.gather_json([self._damage, self._bad])
+        damage, bad = (
+            list(chain.from_iterable(found[kind] for found in everyone)) for kind in (0, 1)
+        )
+        if damage:
+            raise DataError(damage[0])
+        budget = self._data.bad_sample_budget
+        if len(bad) > budget * count:
+            raise DataError(
+                f"{len(bad)} of {count} samples of {spec} can't be used, over the budget of "
+                f"{budget:.2%} (data.bad_sample_budget); the first: {bad[0]}"
+            )
+
+    def _sample(self, index: int) -> tuple[Tensor, Record] | None:
+        if self._damage:
+            return None
+        try:
+            raw = self._shards.read(index)
+        except TrainerError as error:
+            self._damage.append(str(error))
+            return None
+        try:
+            return self._pixels(raw), Record(raw.sample_id, _values(raw.fields))
+        except BadSample as error:
+            self._bad.append(f"{raw.shard} {raw.key}: {error.reason}")
+            return None
+
+    def _pixels(self, raw: RawSample) -> Tensor:
+        return decode_image(
+            find_image(raw.fields),
+            size=self._size,
+            background=self._data.background,
+            max_pixels=self._data.max_pixels,
+        )
+
+
+def _values(fields: dict[str, bytes]) -> dict[str, Any]:
+    try:
+        values = json.loads(fields.get("json") or b"{}")
+        texts = {name: fields[name].decode() for name in ("txt", "cls") if name in fields}
+    except ValueError as error:
+        raise BadSample(f"text or json can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise BadSample(f"json holds a {type(values).__name__}, not an object")
+    return values | texts

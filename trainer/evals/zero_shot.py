@@ -1,0 +1,82 @@
+"""Zero-shot classification: an image gets the class whose prompts are closest to it.
+
+A class is the mean of its prompts' unit vectors, made a unit vector (Radford et al.,
+arXiv 2103.00020, section 3.1.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.config import EvalConfig
+from trainer.errors import ConfigError
+from trainer.evals.context import EvalContext
+from trainer.evals.features import embed_images, embed_texts
+from trainer.evals.floors import LARGEST_BANK, chances, pixel_floor
+from trainer.evals.labels import answers, class_names, with_class
+from trainer.evals.scores import tally
+from trainer.evals.search import nearest
+from trainer.recipe import Encode
+
+
+def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, float]:
+    """Accuracy over the classes that occur in the test shards, beside chance and pixel floor."""
+    comm = context.comm
+    share = embed_images(config.data, encode, context, limit=config.limit)
+    share = with_class(share, config.target, spec=config.data, comm=comm)
+    names = class_names(share, config.target, comm)
+    texts = prompts(names, config.templates)
+    vectors = embed_texts(texts, encode, context).view(len(names), len(config.templates), -1)
+    right = answers(share, config.target, names, comm)
+    figures = tally(
+        rank_classes(share.features, classifier(vectors)),
+        right,
+        num_classes=len(names),
+        comm=comm,
+    )
+    return {**figures, **chances(right, len(names), comm), **_pixel_floor(config, context)}
+
+
+def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every class name in every template; the templates of a name stand together."""
+    for template in templates:
+        if "{}" not in template:
+            raise ConfigError(f"template {template!r} has no {{}} for the class name")
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def classifier(
+    vectors: Float[Tensor, "classes templates dim"],
+) -> Float[Tensor, "classes dim"]:
+    """One unit vector per class: the mean of its prompts' unit vectors, normalised again."""
+    return F.normalize(F.normalize(vectors, dim=-1).mean(dim=1), dim=-1)
+
+
+def rank_classes(
+    images: Float[Tensor, "n dim"], classes: Float[Tensor, "classes dim"]
+) -> Int64[Tensor, "n k"]:
+    """The five classes (or all, where there are fewer) of highest cosine, best first."""
+    alone = Comm.solo(images.device)
+    k = min(5, classes.shape[0])
+    return nearest(F.normalize(images, dim=-1), classes, k=k, comm=alone).rows
+
+
+def _pixel_floor(config: EvalConfig, context: EvalContext) -> Mapping[str, float]:
+    """Bank: `train` of the evaluation, else the run's own training shards where indexed."""
+    bank = config.train or context.data.train
+    if bank == config.data or (config.train is None and context.data.reader != "indexed"):
+        return {}
+    return pixel_floor(
+        config.data,
+        bank,
+        target=config.target,
+        limit=config.limit,
+        bank_limit=LARGEST_BANK,
+        data=context.data,
+        comm=context.comm,
+    )
