@@ -38,6 +38,12 @@ class Frozen(BaseModel):
     )
 
 
+class RecipeConfig(Frozen):
+    """A recipe's own section; each recipe's `Config` is one."""
+
+    name: str
+
+
 class Period(Frozen):
     """How often something is due: `1000 steps`, `2 epochs`, `30 min`, or `never`."""
 
@@ -177,7 +183,7 @@ class RunConfig(Frozen):
     deepspeed: Path = Path("ds_configs/zero3.json")
     """ZeRO stage, precision and offload. Batch sizes and clipping come from here instead."""
     gradient_checkpointing: bool = True
-    recipe: SerializeAsAny[Frozen]
+    recipe: SerializeAsAny[RecipeConfig]
     """`name` is the recipe's file; its other keys are that file's `Config`."""
     data: DataConfig
     optim: OptimConfig = OptimConfig()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
-from trainer.config import DataConfig, Frozen
+from trainer.config import DataConfig, RecipeConfig
 from trainer.errors import ConfigError
 from trainer.types import Batch, Features, Losses, Progress, Tower
 
@@ -35,6 +35,7 @@ class Context(NamedTuple):
     data: DataConfig
 
 
+@runtime_checkable
 class Samples(Protocol):
     """What a phase may ask of the training stream."""
 
@@ -48,6 +49,7 @@ class Samples(Protocol):
         ...
 
 
+@runtime_checkable
 class Part(Protocol):
     """State that ZeRO must not own: a sharded head, episode tables, an average of weights."""
 
@@ -60,10 +62,27 @@ class Part(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
+class Model(nn.Module):
+    """What the loop asks of a model besides being one."""
+
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep only the inputs of blocks, and recompute the rest backward."""
+        raise NotImplementedError
+
+    def count_parameters(self) -> dict[str, int]:
+        """Parameters of each part, in all (`total`) and of those that learn (`trained`)."""
+        raise NotImplementedError
+
+    def parameter_depth(self, name: str) -> tuple[Tower, int]:
+        """The tower of a parameter and the number of blocks above it."""
+        raise NotImplementedError
+
+
+@runtime_checkable
 class Recipe(Protocol):
     """A method: a model for ZeRO, parts beside it, and a loss."""
 
-    model: nn.Module
+    model: Model
     parts: Mapping[str, Part]
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
@@ -83,12 +102,12 @@ class Recipe(Protocol):
         ...
 
 
-def recipe_config(values: Mapping[str, Any]) -> Frozen:
+def recipe_config(values: Mapping[str, Any]) -> RecipeConfig:
     """Validate the `recipe:` section by the `Config` of the file that `name` names."""
     name = values.get("name")
     if not isinstance(name, str):
         raise ConfigError("recipe.name is missing; it is the name of a file in trainer/recipes/")
-    config: Frozen
+    config: RecipeConfig
     try:
         config = _module(name).Config.model_validate(dict(values))
     except ValidationError as error:

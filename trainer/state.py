@@ -21,8 +21,19 @@ from trainer.types import Batch, Progress
 # What may change between two starts of the same run. Anything else would continue another run
 # under the old one's name.
 FREE_TO_CHANGE = frozenset(
-    "workdir steps micro_batch deepspeed gradient_checkpointing evals log_every save_every "
-    "keep_checkpoints max_skipped_steps comm_timeout_seconds".split()
+    {
+        "workdir",
+        "steps",
+        "micro_batch",
+        "deepspeed",
+        "gradient_checkpointing",
+        "evals",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "max_skipped_steps",
+        "comm_timeout_seconds",
+    }
 )
 FREE_DATA = frozenset({"workers", "bad_sample_budget"})
 
@@ -33,6 +44,8 @@ def save_state(
     recipe: Recipe,
     progress: Progress,
     config: RunConfig,
+    *,
+    frozen: str,
 ) -> None:
     """Write weights, moments, parts and progress; every rank writes a share of each."""
     comm = engine.comm
@@ -45,15 +58,15 @@ def save_state(
     state = {
         "progress": asdict(progress),
         "world_size": comm.world_size,
-        "frozen_weights": frozen_digest(recipe.model),
+        "frozen_weights": frozen,
     }
     checkpoints.save(progress.step, tensors, state, {"run.yaml": dump_run(config)})
 
 
-def load_weights(restored: Restored, model: nn.Module, config: RunConfig) -> None:
+def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, frozen: str) -> None:
     """Put a checkpoint's weights into a model that no engine has sharded yet."""
     refuse_another_run(parse_run(restored.texts["run.yaml"], source="run.yaml"), config)
-    if restored.state["frozen_weights"] != frozen_digest(model):
+    if restored.state["frozen_weights"] != frozen:
         raise CheckpointError(
             "the frozen weights are not those of the checkpoint; restore the model they came from "
             "or start in another workdir"
@@ -97,17 +110,14 @@ def refuse_another_run(old: RunConfig, new: RunConfig) -> None:
 def frozen_digest(model: nn.Module) -> str:
     """SHA-256 over the frozen weights, which checkpoints do not hold; '' where all are trained.
 
-    Computed once, before an engine shards the model, and kept on it.
+    To be called before an engine shards the model.
     """
-    if not hasattr(model, "_frozen_digest"):
-        frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-        digest = hashlib.sha256()
-        for name, parameter in frozen:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        model._frozen_digest = digest.hexdigest() if frozen else ""
-    value: str = model._frozen_digest
-    return value
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    digest = hashlib.sha256()
+    for name, parameter in frozen:
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if frozen else ""
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from trainer.config import Frozen
+from trainer.config import RecipeConfig
 from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import TwoTowerConfig, build_two_tower
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(Frozen):
+class Config(RecipeConfig):
     name: Literal["clip"] = "clip"
     model: TwoTowerConfig = TwoTowerConfig()
 
@@ -20,9 +20,8 @@ class Config(Frozen):
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm = context.comm
-        self.model = build_two_tower(
-            config.model, context.tokenizer, context.comm, seed=context.seed
-        )
+        model = config.model.model_copy(update={"bias": False, "head": None})
+        self.model = build_two_tower(model, context.tokenizer, context.comm, seed=context.seed)
         self.parts: Mapping[str, Part] = {}
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:

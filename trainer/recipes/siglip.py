@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from trainer.config import Frozen
+from trainer.config import RecipeConfig
 from trainer.losses.sigmoid import sigmoid_loss
 from trainer.models.two_tower import TwoTowerConfig, build_two_tower
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(Frozen):
+class Config(RecipeConfig):
     name: Literal["siglip"] = "siglip"
-    model: TwoTowerConfig = TwoTowerConfig()
+    model: TwoTowerConfig = TwoTowerConfig(bias=True)
 
 
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm = context.comm
-        self.model = build_two_tower(
-            config.model, context.tokenizer, context.comm, seed=context.seed
-        )
+        model = config.model.model_copy(update={"bias": True, "head": None})
+        self.model = build_two_tower(model, context.tokenizer, context.comm, seed=context.seed)
         self.parts: Mapping[str, Part] = {}
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:

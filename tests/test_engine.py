@@ -1,0 +1,130 @@
+"""Every ZeRO stage, world size and split of the batch takes the same steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ranks import run_ranks
+from trainer.accumulate import accumulate
+from trainer.comm import Comm
+from trainer.config import OptimConfig
+from trainer.data.tokenize import train_tokenizer
+from trainer.losses.contrastive import info_nce
+from trainer.models.two_tower import HeadConfig, TowerConfig, TwoTowerConfig, build_two_tower
+from trainer.types import Batch, Features, Losses
+
+GLOBAL_BATCH = 12
+OPTIM = OptimConfig(learning_rate=3e-3, weight_decay=0.1, clip_norm=0.5, layer_decay=0.9)
+CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
+
+def small_model(comm: Comm):
+    tower = {"width": 32, "layers": 2, "heads": 2}
+    config = TwoTowerConfig(
+        image_size=32,
+        patch_size=16,
+        text_length=8,
+        vocabulary=300,
+        embed_dim=16,
+        image=TowerConfig(**tower),
+        text=TowerConfig(**tower),
+        head=HeadConfig(hidden=24, dim=8, norm="layer"),
+    )
+    tokenizer = train_tokenizer(["one two three", "four five"], vocab_size=300, length=8)
+    return build_two_tower(config, tokenizer, comm, seed=3)
+
+
+def batch_of(step: int, comm: Comm, passes: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=generator)
+    tokens = torch.randint(3, 60, (GLOBAL_BATCH, 8), generator=generator)
+    rows = torch.arange(GLOBAL_BATCH).chunk(comm.world_size)[comm.rank].chunk(passes)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    return [Batch(images[r], tokens[r], mask[r], r) for r in rows]
+
+
+def loss_of(comm: Comm):
+    def losses(features: Features, batch: Batch) -> Losses:
+        clip = info_nce(features.image, features.text, features.logit_scale, comm)
+        drawn = (features.image_projected - features.text_projected).square().sum(1).mean()
+        return Losses.of(clip=clip, heads=drawn * features.prototype_scale)
+
+    return losses
+
+
+def reference(steps: int) -> dict[str, Tensor]:
+    """The plainest loop: one process, the whole batch, torch's own AdamW and clipping."""
+    from trainer.optim import parameter_groups
+
+    comm = Comm.solo()
+    model = small_model(comm)
+    groups = parameter_groups(model.named_parameters(), OPTIM, model.parameter_depth)
+    optimizer = torch.optim.AdamW(groups, betas=OPTIM.betas, eps=OPTIM.epsilon)
+    for step in range(steps):
+        (batch,) = batch_of(step, comm, 1)
+        loss_of(comm)(model(batch), batch).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def factor(step: int) -> float:
+    return 1.0 / (1 + step)
+
+
+def new_engine(comm: Comm, stage: str, weights: dict[str, Tensor] | None = None, bf16=False):
+    from trainer.engine import Engine
+
+    model = small_model(comm)
+    model.gradient_checkpointing(True)
+    if weights:
+        model.load_state_dict(weights)
+    path = CONFIGS / f"{stage}.json"
+    if bf16:
+        values = json.loads(path.read_text()) | {"bf16": {"enabled": True}}
+        path = Path(f"/tmp/{stage}-bf16-{comm.rank}.json")
+        path.write_text(json.dumps(values))
+    return Engine(model, OPTIM, comm, deepspeed_config=path, micro_batch=1)
+
+
+def run_steps(engine, comm: Comm, steps: range, passes: int) -> None:
+    for step in steps:
+        accumulate(engine, loss_of(comm), batch_of(step, comm, passes))
+        assert engine.step(factor(step))
+
+
+def train_everywhere(comm: Comm, cases: list[tuple[str, int]], steps: int) -> list[dict]:
+    results = []
+    for stage, passes in cases:
+        engine = new_engine(comm, stage)
+        run_steps(engine, comm, range(steps), passes)
+        weights = engine.gathered_weights()
+        share = engine.weights_share() | engine.moments_share()
+        results.append({"weights": weights, "share": share, "bytes": engine.bytes_per_rank()})
+    return results
+
+
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_stage_rank_count_and_split_takes_the_same_steps(world_size):
+    cases = [(stage, 1 if world_size == 3 else 2) for stage in STAGES] + [("zero3", 1)]
+    expected = reference(3)
+    ranks = run_ranks(train_everywhere, world_size, cases, 3, timeout_seconds=400)
+    for index, case in enumerate(cases):
+        weights = ranks[0][index]["weights"]
+        assert weights.keys() == expected.keys()
+        for name, value in expected.items():
+            message = f"{case} W={world_size} {name}"
+            torch.testing.assert_close(
+                weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, c=message: f"{c}: {m}"
+            )

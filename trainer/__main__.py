@@ -1,0 +1,45 @@
+"""python -m trainer RUN.yaml [key=value ...] -- the same under deepspeed, torchrun or accelerate.
+
+Exit codes: 0 finished, or stopped by a signal with everything saved; 2 a mistake in the
+configuration, the data or the checkpoints, explained in one sentence; 1 our own bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from trainer.config import load_run
+from trainer.errors import TrainerError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    parser.add_argument("run", help="a YAML file, such as launch/runs/protoclip_tiny_open.yaml")
+    parser.add_argument("overrides", nargs="*", help="dotted key=value, such as steps=100")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    arguments = parser.parse_args()
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_run(arguments.run, arguments.overrides)
+        from trainer.loop import train  # imports deepspeed, after the cheap mistakes are caught
+
+        outcome = train(config)
+    except TrainerError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if is_main:
+        step, workdir = outcome.progress.step, config.workdir
+        if not outcome.finished:
+            print(f"stopped at step {step} of {config.steps}; the same command goes on from here")
+        elif outcome.steps_now:
+            print(f"finished {step} steps; checkpoint in {workdir / 'checkpoints'}")
+        else:
+            print(f"nothing left to do: {workdir} already holds step {step} of {config.steps}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The tokenizer of a run: given, or trained on its captions once and kept with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from trainer.comm import Comm
+from trainer.config import DataConfig
+from trainer.data.captions import choose_caption
+from trainer.data.decode import BadSample
+from trainer.data.shards import ShardSet
+from trainer.data.tokenize import load_tokenizer, save_tokenizer, train_tokenizer
+from trainer.errors import DataError
+from trainer.hashing import key_of, permutation
+
+MOST_CAPTIONS = 200_000
+
+
+def tokenizer_for(
+    path: str | None,
+    data: DataConfig,
+    comm: Comm,
+    *,
+    folder: Path,
+    vocabulary: int,
+    length: int,
+    seed: int,
+) -> PreTrainedTokenizerFast:
+    """Load `path`; where that is None, train on the corpus and keep the result in `folder`.
+
+    Rank 0 trains, on at most 200,000 captions drawn by hash; a later start finds the same one.
+    """
+    if path is not None:
+        return load_tokenizer(path)
+    if comm.is_main and not (folder / "tokenizer.json").exists():
+        captions = captions_of(data, seed=seed, most=MOST_CAPTIONS)
+        save_tokenizer(train_tokenizer(captions, vocab_size=vocabulary, length=length), folder)
+    comm.barrier()
+    return load_tokenizer(str(folder))
+
+
+def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
+    """One caption of each sample that has one, `most` samples at most."""
+    shards = ShardSet.open(data.train)
+    if len(shards) == 0:
+        raise DataError(f"{data.train} holds no sample; there is nothing to learn words from")
+    chosen = permutation(len(shards), key_of(seed, "vocabulary"))[:most]
+    for index in torch.sort(chosen).values.tolist():
+        sample = shards.read(index)
+        try:
+            yield choose_caption(
+                sample.fields,
+                sample_id=sample.sample_id,
+                epoch=0,
+                seed=seed,
+                config=data.captions,
+            )
+        except BadSample:
+            continue

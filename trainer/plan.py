@@ -1,0 +1,39 @@
+"""What a run is about to do, in a few lines: the first thing that a user reads."""
+
+from __future__ import annotations
+
+import json
+
+from trainer.config import RunConfig
+from trainer.data.stream import Stream
+
+
+def describe(
+    config: RunConfig, parameters: dict[str, int], stream: Stream, *, world_size: int
+) -> str:
+    """Batch split, sizes and length of the run, one fact a line.
+
+    Bytes are of weights and Adam's two moments in float32, which ZeRO divides by the ranks from
+    stage 3 and stage 1 on; activations come on top.
+    """
+    stage = int(json.loads(config.deepspeed.read_text())["zero_optimization"]["stage"])
+    trained = parameters["trained"]
+    weights = 4 * parameters["total"] / (world_size if stage == 3 else 1)
+    moments = 8 * trained / (world_size if stage >= 1 else 1)
+    epochs = config.steps * config.global_batch / max(1, stream.epoch_size)
+    parts = ", ".join(
+        f"{name} {count / 1e6:.2f} M"
+        for name, count in parameters.items()
+        if name not in {"total", "trained"} and count > 1000
+    )
+    lines = [
+        f"{config.recipe.name}: {config.steps} steps of {config.global_batch} samples, "
+        f"{epochs:.1f} epochs of {stream.epoch_size}",
+        f"global batch {config.global_batch} = {world_size} ranks x "
+        f"{stream.num_micro_batches} micro-batches of {stream.micro_batch}",
+        f"{parameters['total'] / 1e6:.2f} M parameters ({parts}), "
+        f"{trained / 1e6:.2f} M of them trained",
+        f"ZeRO-{stage}, gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}: "
+        f"{(weights + moments) / 2**20:.0f} MiB of weights and moments per rank",
+    ]
+    return "\n".join(lines)
