@@ -58,7 +58,8 @@ def decode_image(
     """Decode, composite over `background` and resample a box of the image to a square.
 
     `crop(width, height)` gives the box; without it, the largest centred square, which is the
-    shorter side resized to `size` and centre-cropped in one go. Bicubic, antialiased.
+    shorter side resized to `size` and centre-cropped in one go. Bicubic, antialiased; pixels just
+    outside the box weigh in, as in an image that is resized before it is cropped.
     BadSample for a format that is not allowed, more than `max_pixels` (known from the header,
     nothing is decoded) and damaged data.
     """
@@ -101,7 +102,7 @@ def _decode_box(image: Image.Image, box: Box, size: int) -> tuple[Image.Image, B
     image.load()
     width, height = image.size
     left, top, right, bottom = (edge / shrink for edge in box)
-    return image, (left, top, min(right, width), min(bottom, height))
+    return image, (left, top, min(right, float(width)), min(bottom, float(height)))
 
 
 def _draft_factor(image: Image.Image, box: Box, size: int) -> int:
