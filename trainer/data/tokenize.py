@@ -78,7 +78,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path | str) -> None:
-    """Write the folder that `load_tokenizer` and `AutoTokenizer` read."""
+    """Write the folder that `load_tokenizer` and `AutoTokenizer` read.
+
+    How the latest call truncated is not part of it.
+    """
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(str(path))
 
 
@@ -103,6 +108,7 @@ def token_ids(
         max_length=length,
         return_attention_mask=False,
         return_token_type_ids=False,
+        split_special_tokens=True,  # "<|endoftext|>" in a caption is text
     )["input_ids"]
     return ids
 
