@@ -10,12 +10,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 from braceexpand import braceexpand
 
+from trainer.data.tar import Bytes
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of
 
@@ -24,7 +26,8 @@ T = TypeVar("T")
 ATTEMPTS = 8
 FIRST_DELAY_SECONDS = 0.05
 REQUEST_TIMEOUT_SECONDS = 60.0
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+_FINAL = (PermissionError, IsADirectoryError, NotImplementedError)
+_BUSY = (408, 425, 429)
 
 
 def is_remote(path: str) -> bool:
@@ -79,10 +82,16 @@ def file_size(path: str) -> int:
     """Bytes of a file."""
     if not is_remote(path):
         return os.stat(path).st_size
-    size = _retried(lambda: _remote(path)[0].size(_remote(path)[1]), path)
+    size = _retried(lambda: _remote_size(path), path)
     if size is None:
         raise DataError(f"{path}: the server does not say how large it is")
     return int(size)
+
+
+def _remote_size(path: str) -> int | None:
+    system, inner = _remote(path)
+    size: int | None = system.info(inner, **_limits(system))["size"]
+    return size
 
 
 def read_file(path: str) -> bytes:
@@ -100,17 +109,18 @@ def read_range(path: str, start: int, end: int) -> bytes:
 
 def _checked_range(path: str, start: int, end: int) -> bytes:
     system, inner = _remote(path)
-    data = system.cat_file(inner, start=start, end=end, timeout=REQUEST_TIMEOUT_SECONDS)
+    data = system.cat_file(inner, start=start, end=end, **_limits(system))
     if len(data) != end - start:
         raise OSError(f"expected {end - start} bytes from byte {start} on, found {len(data)}")
     return cast(bytes, data)
 
 
-def open_for_scan(path: str) -> BinaryIO:
+def open_for_scan(path: str) -> AbstractContextManager[Bytes]:
     """The file from its first byte on, for one pass."""
     if not is_remote(path):
         return open(path, "rb")
-    return cast(BinaryIO, _remote(path)[0].open(_remote(path)[1], "rb"))
+    system, inner = _remote(path)
+    return cast(AbstractContextManager[Bytes], system.open(inner, "rb"))
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -130,18 +140,36 @@ def _remote(path: str) -> tuple[Any, str]:
     return system, inner
 
 
+def _limits(system: Any) -> dict[str, float]:
+    return {"timeout": REQUEST_TIMEOUT_SECONDS} if system.async_impl else {}
+
+
 def _retried(action: Callable[[], T], path: str) -> T:
     """Call `action` up to ATTEMPTS times; waits double and are spread by a hash of the path."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
-        except _FINAL:
-            raise
         except Exception as error:
+            if _is_missing(error):
+                raise FileNotFoundError(path) from error
+            if isinstance(error, _FINAL) or _refused(error):
+                raise DataError(f"{path}: {error!r}") from error
             reason = error
         if attempt + 1 < ATTEMPTS:
             time.sleep(_delay(path, attempt))
     raise DataError(f"{path}: {ATTEMPTS} attempts failed, the last with: {reason!r}") from reason
+
+
+def _is_missing(error: Exception) -> bool:
+    # fsspec calls a file missing as well when the connection broke while it asked.
+    cause = error.__cause__
+    return isinstance(error, FileNotFoundError) and (cause is None or _refused(cause))
+
+
+def _refused(error: BaseException) -> bool:
+    """True for an HTTP status that asking again will not change."""
+    status = getattr(error, "status", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in _BUSY
 
 
 def _delay(path: str, attempt: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from trainer.errors import DataError
 
@@ -24,6 +24,13 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
+
+
+@runtime_checkable
+class Bytes(Protocol):
+    """A file to be read from its first byte on."""
+
+    def read(self, count: int, /) -> bytes: ...
 
 
 class Member(NamedTuple):
@@ -46,7 +53,7 @@ class _Header(NamedTuple):
     kind: bytes
 
 
-def scan_tar(file: BinaryIO, *, shard: str, max_member_bytes: int) -> Iterator[Member]:
+def scan_tar(file: Bytes, *, shard: str, max_member_bytes: int) -> Iterator[Member]:
     """Read an archive from its first byte to its last and yield its plain files.
 
     A DataError names the shard, the byte and the member: a header whose checksum is wrong, a cut,
@@ -57,7 +64,7 @@ def scan_tar(file: BinaryIO, *, shard: str, max_member_bytes: int) -> Iterator[M
 
 
 class _Scan:
-    def __init__(self, file: BinaryIO, shard: str, max_member_bytes: int) -> None:
+    def __init__(self, file: Bytes, shard: str, max_member_bytes: int) -> None:
         self.file, self.shard, self.max_member_bytes = file, shard, max_member_bytes
         self.position = 0
         self.place = "the first header"

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import webdataset
 from braceexpand import braceexpand
@@ -35,6 +36,7 @@ from trainer.data.feed import (
 from trainer.data.ledger import Rejected
 from trainer.data.remote import expand_shards, open_for_scan
 from trainer.data.shards import RawSample, sample_id
+from trainer.data.tar import Bytes
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import key_of
 
@@ -165,10 +167,10 @@ def _expand(config: DataConfig) -> list[str]:
     return shards
 
 
-def _open(url: str) -> BinaryIO:
+def _open(url: str) -> AbstractContextManager[Bytes]:
     if not url.startswith("pipe:"):
         return open_for_scan(url)
-    return cast(BinaryIO, webdataset.gopen.gopen(url))
+    return cast(AbstractContextManager[Bytes], webdataset.gopen(url))
 
 
 def _raw(sample: dict[str, Any]) -> RawSample:

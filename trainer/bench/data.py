@@ -1,0 +1,130 @@
+"""Samples per second and core: the indexed reader beside webdataset's own pipeline.
+
+Both decode, crop and augment by the same functions, without captions, in one process and one
+thread, on the same shards. Rounds alternate and each side's best round counts: by the clock and,
+for machines that are busy with other things, by seconds of this process's CPU time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import webdataset
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.config import DataConfig
+from trainer.data.decode import decode_image, find_image
+from trainer.data.remote import expand_shards
+from trainer.data.shards import sample_id
+from trainer.data.stream import Stream
+from trainer.data.views import View, augment, random_crop
+
+BATCH = 64
+ROUNDS = 4
+
+
+def run(shards: str, *, seconds: float, size: int) -> list[dict[str, Any]]:
+    """One row per reader: samples/s on one core, and the ratio to webdataset's loader.
+
+    `seconds` is the measuring time over both sides and all rounds; `size` the image's side.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = DataConfig(train=shards)
+        sides = {"indexed": _indexed(config, size), "webdataset": _webdataset(config, size)}
+        best = _best_of_rounds(sides, seconds / (2 * ROUNDS))
+    finally:
+        torch.set_num_threads(threads)
+    theirs = best["webdataset"]
+    return [
+        {
+            "bench": "data",
+            "reader": name,
+            "size": size,
+            "samples_per_second_per_core": round(rate.clock, 1),
+            "ratio_to_webdataset": round(rate.clock / theirs.clock, 3),
+            "cpu_ratio_to_webdataset": round(rate.cpu / theirs.cpu, 3),
+        }
+        for name, rate in best.items()
+    ]
+
+
+class Rate(NamedTuple):
+    """Samples per second by the clock, and per second of CPU time."""
+
+    clock: float
+    cpu: float
+
+
+def _best_of_rounds(sides: dict[str, Iterator[Tensor]], seconds: float) -> dict[str, Rate]:
+    for side in sides.values():
+        next(side)  # files are opened and caches filled before the clock starts
+    best = dict.fromkeys(sides, Rate(0.0, 0.0))
+    for turn in range(ROUNDS):
+        # Whoever goes first in one round goes last in the next.
+        for name in sorted(sides, reverse=bool(turn % 2)):
+            best[name] = Rate(*map(max, best[name], _rate(sides[name], seconds)))
+    return best
+
+
+def _rate(batches: Iterator[Tensor], seconds: float) -> Rate:
+    began, cpu_began, count = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - began < seconds:
+        count += len(next(batches))
+    return Rate(count / (time.perf_counter() - began), count / (time.process_time() - cpu_began))
+
+
+def _indexed(config: DataConfig, size: int) -> Iterator[Tensor]:
+    stream = Stream(
+        config,
+        Comm.solo(),
+        tokenizer=None,
+        image_size=size,
+        text_length=1,
+        seed=0,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        workdir=None,
+    )
+    while True:
+        (batch,) = stream.take()
+        assert batch.images is not None
+        yield batch.images
+
+
+def _webdataset(config: DataConfig, size: int) -> Iterator[Tensor]:
+    """Resampled, shuffled and batched as webdataset's documentation does it for training."""
+    dataset = webdataset.WebDataset(
+        expand_shards(config.train), resampled=True, shardshuffle=False, seed=0
+    ).shuffle(1000)
+    decoded = dataset.map(partial(_decoded, config=config, size=size)).batched(BATCH, _stacked)
+    loader = webdataset.WebLoader(decoded, batch_size=None, num_workers=0)
+    for images, ids in loader:
+        epochs = torch.zeros_like(ids)
+        yield augment(images, ids, epochs, seed=0, purpose="train", config=config.augment)
+
+
+def _decoded(sample: dict[str, Any], *, config: DataConfig, size: int) -> tuple[Tensor, int]:
+    number = sample_id(sample["__url__"], sample["__key__"])
+    crop: Callable[[int, int], Any] = partial(
+        random_crop, sample_id=number, view=View(0, 0, "train", config.augment)
+    )
+    image = decode_image(
+        find_image(sample),
+        size=size,
+        background=config.background,
+        max_pixels=config.max_pixels,
+        crop=crop,
+    )
+    return image, number
+
+
+def _stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    images, ids = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(ids)
