@@ -31,6 +31,7 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
 from trainer.manifest import (
+    STATE,
     FileEntry,
     Manifest,
     NamedTensors,
@@ -43,7 +44,6 @@ from trainer.manifest import (
     write_manifest,
 )
 
-STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
@@ -89,7 +89,8 @@ class Restored:
         try:
             with safetensors.safe_open(self.folder / entry.name, framework="pt") as file:
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    # A copy: a part may keep it for longer than the file exists.
+                    yield name, file.get_tensor(name).clone()
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{self.folder / entry.name} can't be read: {error}") from error
 
@@ -262,9 +263,9 @@ class Checkpointer:
         names = self._comm.broadcast_json([path.name for *_, path in self._found()])
         reasons: list[str] = []
         for name in reversed(names):
-            manifest, reason = self._verified(self._folder / name)
-            if manifest is not None:
-                return self._open(self._folder / name, manifest)
+            restored, reason = self._verified(self._folder / name)
+            if restored is not None:
+                return restored
             self._refused.add(name)
             reasons.append(f"{name}: {reason}")
             if self._comm.is_main:
@@ -276,8 +277,8 @@ class Checkpointer:
             )
         return None
 
-    def _verified(self, folder: Path) -> tuple[Manifest | None, str]:
-        """The manifest if every file is as it says, else None and why; equal on all ranks."""
+    def _verified(self, folder: Path) -> tuple[Restored | None, str]:
+        """The checkpoint if every file is as its manifest says, else None and why."""
         text, reason = None, ""
         if self._comm.is_main:
             try:
@@ -289,16 +290,26 @@ class Checkpointer:
             return None, reason
         try:
             manifest = parse_manifest(text)
+            problems = self._damages(folder, manifest)
+            return (None, "; ".join(problems)) if problems else (_opened(folder, manifest), "")
         except ValueError as error:
             return None, str(error)
+
+    def _damages(self, folder: Path, manifest: Manifest) -> list[str]:
         mine = manifest.files[self._comm.rank :: self._comm.world_size]
         found = [problem for entry in mine if (problem := damage(folder, entry))]
-        problems = [problem for part in self._comm.gather_json(found) for problem in part]
-        return (None, "; ".join(problems)) if problems else (manifest, "")
+        return [problem for part in self._comm.gather_json(found) for problem in part]
 
-    def _open(self, folder: Path, manifest: Manifest) -> Restored:
-        texts = {f.name: (folder / f.name).read_text() for f in manifest.files if f.group is None}
-        return Restored(folder, manifest, json.loads(texts.pop(STATE)), texts)
+
+def _opened(folder: Path, manifest: Manifest) -> Restored:
+    texts = {f.name: (folder / f.name).read_text() for f in manifest.files if f.group is None}
+    try:
+        state = json.loads(texts.pop(STATE))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{STATE}: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} is not a mapping")
+    return Restored(folder, manifest, state, texts)
 
 
 def _is_listed_in_full(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import safetensors.torch
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from trainer.config import Frozen
@@ -23,6 +23,7 @@ NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 MANIFEST = "manifest.json"
 SUM = "manifest.sha256"
+STATE = "state.json"
 MAX_MANIFEST_BYTES = 256 << 20
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
 
@@ -54,6 +55,13 @@ class Manifest(Frozen):
     world_size: int = Field(gt=0)
     """Ranks that wrote it. Any number of ranks may read it."""
     files: tuple[FileEntry, ...]
+
+    @model_validator(mode="after")
+    def _names_are_unique_and_a_state_is_among_them(self) -> Manifest:
+        names = [entry.name for entry in self.files]
+        if len(set(names)) != len(names) or names.count(STATE) != 1:
+            raise ValueError(f"must list every file once, and {STATE}")
+        return self
 
 
 class Share(Frozen):
