@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from trainer.comm import Comm
+from trainer.models.exact import exact_buffers
 
 
 class GlobalBatchNorm(nn.Module):
@@ -62,12 +62,7 @@ class GlobalBatchNorm(nn.Module):
         self.running_mean.lerp_(mean, self.momentum)
         self.running_variance.lerp_(unbiased, self.momentum)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the module, but keep the running statistics in float32."""
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != buffer.dtype and not moved.is_meta:
-                self._buffers[name] = buffer.to(device=moved.device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalBatchNorm:
+        with exact_buffers(self, persistent=True):
+            super()._apply(fn, recurse)
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,7 +29,7 @@ class TowerConfig(Frozen):
     """Which states become the embedding. `auto`: what the model was made for."""
 
     @model_validator(mode="after")
-    def _path_or_sizes(self) -> Self:
+    def _path_or_sizes(self) -> TowerConfig:
         sizes = {
             "width": self.width,
             "layers": self.layers,
@@ -121,7 +121,7 @@ class TwoTowerConfig(Frozen):
         return filled
 
     @model_validator(mode="after")
-    def _whole_patches(self) -> Self:
+    def _whole_patches(self) -> TwoTowerConfig:
         if self.image.path is None and self.image_size % self.patch_size:
             lower = self.image_size // self.patch_size * self.patch_size
             raise ValueError(

@@ -60,6 +60,7 @@ def text_tower(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerFast) -> To
         projection_of(backbone, config.embed_dim, loaded=projection),
         pool=_text_pool(section, backbone),
         trained=section.trained,
+        causal=_is_causal(backbone),
         eos_token_id=tokenizer.eos_token_id,
     )
 
@@ -68,7 +69,10 @@ def projection_of(backbone: Any, embed_dim: int, *, loaded: nn.Linear | None) ->
     """Into the shared space: the loaded one where it fits, else CLIP's initialisation."""
     if loaded is not None and loaded.out_features == embed_dim:
         return loaded
-    width: int = backbone.config.hidden_size
+    width = getattr(backbone.config, "hidden_size", None)
+    if width is None:
+        kind = type(backbone).__name__
+        raise ConfigError(f"{kind} has no hidden_size; a tower is a single transformer encoder")
     projection = nn.Linear(width, embed_dim, bias=False)
     nn.init.normal_(projection.weight, std=width**-0.5)
     return projection
@@ -110,7 +114,7 @@ def _loaded(path: str, *, part: str) -> tuple[Any, nn.Linear | None]:
     """The backbone at `path` in float32, and its projection where it has one (CLIP)."""
     try:
         settings = AutoConfig.from_pretrained(path)
-        _drop_dropout(settings)
+        _settle(settings)
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
         if settings.model_type == "clip":
             return _clip_part(CLIPModel.from_pretrained(path, config=settings, **options), part)
@@ -138,13 +142,16 @@ def _without_pooler(backbone: Any) -> Any:
     return backbone
 
 
-def _drop_dropout(settings: Any) -> None:
+def _settle(settings: Any) -> None:
+    """No dropout, and no cache of keys and values, which only generation needs."""
     for name, value in vars(settings).items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(settings, name, 0.0)
+    if getattr(settings, "use_cache", False):
+        settings.use_cache = False
     for name in ("vision_config", "text_config"):
         if hasattr(settings, name):
-            _drop_dropout(getattr(settings, name))
+            _settle(getattr(settings, name))
 
 
 def _check_image_size(backbone: Any, config: TwoTowerConfig) -> None:
@@ -186,8 +193,16 @@ def _text_pool(section: TowerConfig, backbone: Any) -> Pool:
     """`auto`: end of text for CLIP, last token for causal models, mean for encoders."""
     if section.pooling != "auto":
         return section.pooling
-    kind = backbone.config.model_type
     if isinstance(backbone, CLIPTextModel):
         return "eos"
-    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return "last" if causal and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "mean"
+    return "last" if _is_causal(backbone) else "mean"
+
+
+def _is_causal(backbone: Any) -> bool:
+    if isinstance(backbone, CLIPTextModel):
+        return True
+    settings = backbone.config
+    both_ways = settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(
+        settings, "use_bidirectional_attention", False
+    )
+    return settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both_ways

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from trainer.errors import ConfigError
+from trainer.models.exact import exact_buffers
 
 Pool = Literal["clip", "eos", "last", "mean", "cls"]
 
@@ -21,6 +25,7 @@ class Tower(nn.Module):
         *,
         pool: Pool,
         trained: bool,
+        causal: bool = False,
         eos_token_id: int | None = None,
     ) -> None:
         super().__init__()
@@ -28,40 +33,66 @@ class Tower(nn.Module):
         self.projection = projection
         self.pool: Pool = pool
         self.trained = trained
+        self.causal = causal
         self.eos_token_id = eos_token_id
         self.blocks, self.num_blocks = _blocks(backbone)
         if not trained:
             backbone.requires_grad_(False)
             backbone.eval()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Tower:
         super().train(mode)
         if not self.trained:
             self.backbone.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tower:
+        with exact_buffers(self, persistent=False):
+            super()._apply(fn, recurse)
+        return self
+
     def images(self, pixels: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n dim"]:
         """Embeddings of images, not normalised, in the dtype of the weights."""
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            output = self.backbone(pixel_values=pixels.to(self.projection.weight.dtype))
+            output = self.backbone(pixel_values=pixels)
         if self.pool == "clip":
-            return self._projected(output.pooler_output)
-        states = output.last_hidden_state
-        return self._projected(states.mean(dim=1) if self.pool == "mean" else states[:, 0])
+            pooled = output.pooler_output
+        else:
+            states = output.last_hidden_state
+            pooled = states.mean(dim=1) if self.pool == "mean" else states[:, 0]
+        embeddings: Tensor = self.projection(pooled)
+        return embeddings
 
     def texts(
         self, tokens: Int[Tensor, "n length"], mask: Bool[Tensor, "n length"]
     ) -> Float[Tensor, "n dim"]:
         """Embeddings of right-padded texts, not normalised, in the dtype of the weights."""
+        # A causal model's real tokens don't see the padding on their right. Without a mask its
+        # attention takes the fused causal path, and nothing asks the device what the mask holds.
+        attention_mask = None if self.causal else mask.long()
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            output = self.backbone(input_ids=tokens, attention_mask=mask.long())
-        return self._projected(self._pooled(output.last_hidden_state, tokens, mask))
+            output = self.backbone(input_ids=tokens, attention_mask=attention_mask)
+        embeddings: Tensor = self.projection(self._pooled(output.last_hidden_state, tokens, mask))
+        return embeddings
 
     def forward(
         self, values: Tensor, mask: Bool[Tensor, "n length"] | None = None
     ) -> Float[Tensor, "n dim"]:
         """`texts` where there is a mask, else `images`."""
         return self.images(values) if mask is None else self.texts(values, mask)
+
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep the inputs of the blocks only, and compute the rest again in the backward pass."""
+        if not enabled:
+            self.backbone.activation_checkpointing_disable()
+            return
+        try:
+            self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            kind = type(self.backbone).__name__
+            raise ConfigError(
+                f"{kind} can't be checkpointed; set gradient_checkpointing=false"
+            ) from error
 
     def depth(self, name: str) -> int:
         """How many blocks are above a parameter of this tower; embeddings are below all."""
@@ -81,17 +112,13 @@ class Tower(nn.Module):
             below.add(name)
         return below
 
-    def _projected(self, pooled: Tensor) -> Tensor:
-        projected: Tensor = self.projection(pooled.to(self.projection.weight.dtype))
-        return projected
-
     def _pooled(self, states: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         if self.pool == "cls":
             return states[:, 0]
         if self.pool == "mean":
-            weights = mask.unsqueeze(2).to(torch.float32)
+            weights = mask.unsqueeze(2).float()
             total = (states.float() * weights).sum(dim=1)
-            return total / weights.sum(dim=1).clamp(min=1.0)
+            return (total / weights.sum(dim=1).clamp(min=1.0)).to(states.dtype)
         position = _last_true(mask)
         if self.pool == "eos":
             is_eos = (tokens == self.eos_token_id) & mask
@@ -106,11 +133,11 @@ def _last_true(mask: Tensor) -> Tensor:
 
 
 def _blocks(backbone: nn.Module) -> tuple[str, int]:
-    """Name and length of the longest list of modules: the transformer's blocks."""
+    """Name and length of the transformer's blocks: the longest of the outermost module lists."""
     lists = {
         name: len(module)
         for name, module in backbone.named_modules()
         if isinstance(module, nn.ModuleList)
     }
-    name = max(lists, key=lambda key: lists[key], default="")
+    name = min(lists, key=lambda key: (key.count("."), -lists[key]), default="")
     return name, lists.get(name, 0)

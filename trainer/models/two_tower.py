@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +19,7 @@ from trainer.models.load import image_tower, text_tower
 from trainer.models.scales import LearnedBias, LearnedScale
 from trainer.models.tower import Tower
 from trainer.types import Batch, Features
+from trainer.types import Tower as TowerName
 
 __all__ = ["HeadConfig", "TowerConfig", "TwoTower", "TwoTowerConfig", "build_two_tower"]
 
@@ -69,14 +69,10 @@ class TwoTower(nn.Module):
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Keep only the inputs of a trained tower's blocks, and recompute the rest backward."""
         for tower in (self.image, self.text):
-            if not tower.trained:
-                continue
-            if enabled:
-                tower.backbone.activation_checkpointing_enable({"use_reentrant": False})
-            else:
-                tower.backbone.activation_checkpointing_disable()
+            if tower.trained:
+                tower.gradient_checkpointing(enabled)
 
-    def parameter_depth(self, name: str) -> tuple[Literal["image", "text", "other"], int]:
+    def parameter_depth(self, name: str) -> tuple[TowerName, int]:
         """Tower of a parameter and the number of its blocks above it.
 
         Projections, final norms and top blocks have depth 0, embeddings the number of blocks.

@@ -1,0 +1,210 @@
+"""Exported folders load offline elsewhere and give the embeddings that the trainer computes."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModel, AutoTokenizer, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from tests.models.small import (
+    LENGTH,
+    save_bert,
+    save_llama,
+    small_batch,
+    small_config,
+    word_tokenizer,
+)
+from trainer.comm import Comm
+from trainer.config import parse_run
+from trainer.data.decode import decode_image
+from trainer.data.views import normalize
+from trainer.errors import CheckpointError
+from trainer.export import export_model, load_exported, load_trained, rebuild_model
+from trainer.models.two_tower import TwoTower, build_two_tower
+
+HEAD = {"hidden": 16, "dim": 8}
+
+
+def moved_model(**changes: object) -> TwoTower:
+    """A model whose every number differs from its start, running statistics included."""
+    model = build_two_tower(small_config(head=HEAD, **changes), word_tokenizer(), Comm.solo())
+    chosen = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(torch.rand(value.shape, generator=chosen) * 0.1)
+    return model.eval()
+
+
+def picture(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(4).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@torch.no_grad()
+def test_clip_model_gives_the_same_embeddings(tmp_path: Path) -> None:
+    model = moved_model()
+    exported = export_model(model, word_tokenizer(), tmp_path)
+    assert exported.is_clip
+    clip = CLIPModel.from_pretrained(tmp_path).eval()
+    batch = small_batch(6)
+    ours = model(batch)
+    theirs = clip(
+        input_ids=batch.tokens,
+        attention_mask=batch.token_mask.long(),
+        pixel_values=batch.images,
+    )
+    torch.testing.assert_close(theirs.image_embeds, ours.image, rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.text_embeds, ours.text, rtol=0, atol=1e-5)
+    logits = ours.logit_scale * ours.image @ ours.text.T
+    torch.testing.assert_close(theirs.logits_per_image, logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokenizer_and_image_processor_feed_the_model_as_the_trainer_does(tmp_path: Path) -> None:
+    model = moved_model()
+    export_model(model, word_tokenizer(), tmp_path)
+    clip = CLIPModel.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    names = ["word3 word1", "word7"]
+    tokens = tokenizer(names, padding=True, return_token_type_ids=False, return_tensors="pt")
+    full = word_tokenizer()(names, padding="max_length", max_length=LENGTH, return_tensors="pt")
+    batch = small_batch(2)._replace(
+        images=None, tokens=full["input_ids"], token_mask=full["attention_mask"].bool()
+    )
+    theirs = clip.get_text_features(**tokens).pooler_output
+    theirs = theirs / theirs.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(theirs, model(batch).text, rtol=0, atol=1e-5)
+
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    for size in [(50, 50), (32, 32), (96, 40)]:
+        file = io.BytesIO()
+        picture(*size).save(file, "PNG")
+        pixels = decode_image(
+            file.getvalue(), size=32, background=(255, 255, 255), max_pixels=10_000
+        )
+        ours = normalize(pixels.unsqueeze(0))
+        processed = processor(picture(*size), return_tensors="pt")["pixel_values"]
+        assert processed.shape == ours.shape
+        if size[0] == size[1]:
+            torch.testing.assert_close(processed, ours, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "llama", "bert"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_native_weights_come_back_bit_for_bit_without_the_original_folders(
+    kind: str, trained: bool, tmp_path: Path
+) -> None:
+    save = {"llama": save_llama, "bert": save_bert}.get(kind)
+    text = {"path": save(tmp_path / "before")} if save else {"width": 32, "layers": 2, "heads": 2}
+    model = moved_model(text={**text, "trained": trained})
+    expected = model(small_batch())
+    exported = export_model(model, word_tokenizer(), tmp_path / "out")
+    assert exported.is_clip == (kind == "clip")
+    if save:
+        (tmp_path / "before").rename(tmp_path / "gone")
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    loaded, tokenizer = load_exported(tmp_path / "elsewhere")
+    result = loaded(small_batch())
+    assert len(tokenizer) == len(word_tokenizer())
+    for before, after in zip(expected, result, strict=True):
+        assert (before is None and after is None) or torch.equal(before, after)
+    if kind != "clip":
+        alone = AutoModel.from_pretrained(tmp_path / "elsewhere" / "text")
+        ours = model.text.backbone.state_dict()
+        assert all(torch.equal(v, ours[n]) for n, v in alone.state_dict().items() if n in ours)
+
+
+@torch.no_grad()
+def test_a_clip_that_was_loaded_from_a_folder_exports_as_clip_again(tmp_path: Path) -> None:
+    export_model(moved_model(), word_tokenizer(), tmp_path / "first")
+    path = {"path": str(tmp_path / "first")}
+    config = small_config(image=path, text=path, logit_scale_init=20.0)
+    again = build_two_tower(config, word_tokenizer()).eval()
+    original = moved_model()(small_batch())
+    torch.testing.assert_close(again(small_batch()).image, original.image, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again(small_batch()).text, original.text, rtol=0, atol=1e-5)
+    assert export_model(again, word_tokenizer(), tmp_path / "second").is_clip
+    loaded, _ = load_exported(tmp_path / "second")
+    assert torch.equal(loaded(small_batch()).text, again(small_batch()).text)
+
+
+def test_an_end_token_that_clip_misreads_gives_towers_and_says_why(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(("[pad]", "[begin]", "[end]"))
+    assert tokenizer.eos_token_id == 2
+    model = build_two_tower(small_config(), tokenizer)
+    exported = export_model(model, tokenizer, tmp_path)
+    assert not exported.is_clip
+    assert "id 2" in exported.why_not_clip
+    assert exported.why_not_clip in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "text" / "config.json").exists()
+
+
+def test_model_card_states_input_and_licence(tmp_path: Path) -> None:
+    export_model(moved_model(), word_tokenizer(), tmp_path, data_licence="Pictures: CC BY 4.0.")
+    card = (tmp_path / "README.md").read_text()
+    for part in ["32 x 32 pixels", "0.48145466", "0.26862954", "at most 12 tokens", "CC BY 4.0"]:
+        assert part in card
+
+
+def test_the_code_of_the_model_card_runs_offline_in_a_bare_process(tmp_path: Path) -> None:
+    export_model(moved_model(), word_tokenizer(), tmp_path)
+    picture(40, 40).save(tmp_path / "picture.png")
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "tensor([[" in result.stdout
+
+
+def run_yaml(**model: object) -> str:
+    sizes = {"width": 32, "layers": 2, "heads": 2}
+    values = small_config(image=sizes, text=sizes, **model).model_dump(mode="json")
+    return yaml.safe_dump(
+        {
+            "workdir": "runs/x",
+            "steps": 1,
+            "global_batch": 2,
+            "recipe": {"name": "clip", "model": values},
+            "data": {"train": "a.tar"},
+        }
+    )
+
+
+@torch.no_grad()
+def test_a_run_and_its_weights_make_the_model_again() -> None:
+    model = moved_model()
+    run = parse_run(run_yaml(head=HEAD))
+    held = {name: value.clone() for name, value in model.state_dict().items()}
+    held |= dict(model.named_buffers())
+    rebuilt = rebuild_model(run, held, word_tokenizer())
+    assert torch.equal(rebuilt(small_batch()).image_projected, model(small_batch()).image_projected)
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    model = moved_model()
+    weights = model.state_dict()
+    less = {name: value for name, value in weights.items() if name != "text.projection.weight"}
+    with pytest.raises(CheckpointError, match="1 tensors stand on one side only, as text"):
+        load_trained(model, less)
+    with pytest.raises(CheckpointError, match="as stranger"):
+        load_trained(model, {**weights, "stranger": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="size mismatch"):
+        load_trained(model, {**weights, "text.projection.weight": torch.zeros(3, 3)})
+    with pytest.raises(CheckpointError, match="is no exported model"):
+        load_exported(Path("nowhere"))

@@ -1,0 +1,212 @@
+"""Trained weights to folders that `transformers` loads offline, and to plain safetensors.
+
+folder/                config.json, model.safetensors: CLIPModel, where both towers are CLIP's
+folder/image, text     else the towers alone, each as a transformers model
+folder/                tokenizer, preprocessor_config.json, README.md (a model card)
+folder/native/         model.safetensors by our own names, prototype heads included; model.json
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from trainer.config import RunConfig
+from trainer.data.tokenize import load_tokenizer, save_tokenizer
+from trainer.data.views import IMAGE_MEAN, IMAGE_STD
+from trainer.errors import CheckpointError, ConfigError
+from trainer.models.card import model_card
+from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
+
+NATIVE = Path("native")
+LEGACY_EOS = 2
+"""transformers reads this end-of-text id as that of old files, and pools at the largest id."""
+
+
+class Exported(NamedTuple):
+    """What an export wrote."""
+
+    folder: Path
+    is_clip: bool
+    """True where `CLIPModel.from_pretrained(folder)` loads it."""
+    why_not_clip: str
+    """Empty where it is."""
+
+
+def export_model(
+    model: TwoTower,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path | str,
+    *,
+    data_licence: str | None = None,
+) -> Exported:
+    """Write every form of a model; its weights must be whole (not sharded) and are kept as is.
+
+    `data_licence` says in the model card what was trained on and under which terms.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    why_not_clip = _why_not_clip(model, tokenizer)
+    if why_not_clip:
+        model.image.backbone.save_pretrained(folder / "image")
+        model.text.backbone.save_pretrained(folder / "text")
+    else:
+        clip_model(model, tokenizer).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    _image_processor(model.config.image_size).save_pretrained(folder)
+    _save_native(model, folder, is_clip=not why_not_clip)
+    exported = Exported(folder, not why_not_clip, why_not_clip)
+    card = model_card(model.config, why_not_clip=why_not_clip, data_licence=data_licence)
+    (folder / "README.md").write_text(card)
+    return exported
+
+
+def clip_model(model: TwoTower, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    """The same weights as a `CLIPModel`: equal embeddings for equal pixels and tokens."""
+    log_scale = math.log(model.logit_scale().detach().item())
+    settings = CLIPConfig(
+        text_config=model.text.backbone.config.to_dict() | _special_tokens(tokenizer),
+        vision_config=model.image.backbone.config.to_dict(),
+        projection_dim=model.config.embed_dim,
+        logit_scale_init_value=log_scale,
+    )
+    clip: CLIPModel = CLIPModel(settings)
+    weights = {"logit_scale": torch.tensor(log_scale)}
+    for ours, theirs in (("image", "vision"), ("text", "text")):
+        tower = model.get_submodule(ours)
+        backbone = tower.get_submodule("backbone").state_dict()
+        weights |= {f"{theirs}_model.{name}": value for name, value in backbone.items()}
+    weights["visual_projection.weight"] = model.image.projection.weight
+    weights["text_projection.weight"] = model.text.projection.weight
+    clip.load_state_dict(weights)
+    clip.eval()
+    return clip
+
+
+def load_exported(folder: Path | str) -> tuple[TwoTower, PreTrainedTokenizerFast]:
+    """The model and tokenizer of an exported folder, prototype heads included."""
+    folder = Path(folder)
+    try:
+        values = TwoTowerConfig.model_validate_json((folder / NATIVE / "model.json").read_text())
+        weights = load_file(folder / NATIVE / "model.safetensors")
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder} is no exported model: {reason}") from error
+    tokenizer = load_tokenizer(str(folder))
+    model = build_two_tower(_with_paths_in(folder, values), tokenizer)
+    load_trained(model, weights)
+    return model.eval(), tokenizer
+
+
+def rebuild_model(
+    run: RunConfig, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast
+) -> TwoTower:
+    """The model of a run, with weights by name as a checkpoint holds them (in any dtype)."""
+    config = getattr(run.recipe, "model", None)
+    if not isinstance(config, TwoTowerConfig):
+        raise ConfigError(f"the recipe {run.recipe} has no two-tower model to export")
+    if any(name.startswith("text_head.") for name in weights):
+        config = config.with_head()
+    if "logit_bias.shift" in weights:
+        config = config.with_bias()
+    model = build_two_tower(config, tokenizer, seed=run.seed)
+    load_trained(model, weights)
+    return model.eval()
+
+
+def load_trained(model: TwoTower, weights: Mapping[str, Tensor]) -> None:
+    """Load weights by name; only frozen ones, which the model has from its files, may be absent."""
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    expected = set(model.state_dict())
+    known = expected | {name for name, _ in model.named_buffers()}  # tables that no state holds
+    if wrong := sorted((expected - frozen - weights.keys()) | (weights.keys() - known)):
+        raise CheckpointError(
+            f"{len(wrong)} tensors stand on one side only, as {wrong[0]}; "
+            "the weights are of another model"
+        )
+    try:
+        model.load_state_dict(dict(weights), strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"the weights are of another model: {reason}") from error
+
+
+def _why_not_clip(model: TwoTower, tokenizer: PreTrainedTokenizerFast) -> str:
+    if not isinstance(model.image.backbone, CLIPVisionModel):
+        return f"the image tower is a {type(model.image.backbone).__name__}"
+    if not isinstance(model.text.backbone, CLIPTextModel):
+        return f"the text tower is a {type(model.text.backbone).__name__}"
+    if (model.image.pool, model.text.pool) != ("clip", "eos"):
+        return f"it pools by {model.image.pool} and {model.text.pool}, which CLIPModel does not"
+    if tokenizer.eos_token_id == LEGACY_EOS:
+        return f"the tokenizer's end token has id {LEGACY_EOS}, which CLIPModel takes for another"
+    return ""
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _image_processor(size: int) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+
+
+def _save_native(model: TwoTower, folder: Path, *, is_clip: bool) -> None:
+    """All weights but those of loaded and frozen backbones, which stand in their own folders."""
+    (folder / NATIVE).mkdir(exist_ok=True)
+    elsewhere = tuple(
+        f"{name}.backbone."
+        for name, section in (("image", model.config.image), ("text", model.config.text))
+        if section.path is not None and not section.trained
+    )
+    weights = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+        if not name.startswith(elsewhere)
+    }
+    save_file(weights, folder / NATIVE / "model.safetensors", metadata={"format": "pt"})
+    config = _with_exported_paths(model.config, is_clip=is_clip)
+    (folder / NATIVE / "model.json").write_text(config.model_dump_json(indent=2) + "\n")
+
+
+def _with_exported_paths(config: TwoTowerConfig, *, is_clip: bool) -> TwoTowerConfig:
+    """Towers that were loaded from somewhere are found in the exported folder from now on."""
+    changes: dict[str, Any] = {"tokenizer": "."}
+    for name in ("image", "text"):
+        section = getattr(config, name)
+        if section.path is not None:
+            changes[name] = section.model_copy(update={"path": "." if is_clip else name})
+    return config.model_copy(update=changes)
+
+
+def _with_paths_in(folder: Path, config: TwoTowerConfig) -> TwoTowerConfig:
+    changes: dict[str, Any] = {"tokenizer": str(folder)}
+    for name in ("image", "text"):
+        section = getattr(config, name)
+        if section.path is not None:
+            changes[name] = section.model_copy(update={"path": str(folder / section.path)})
+    return config.model_copy(update=changes)
