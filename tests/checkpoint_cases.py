@@ -111,6 +111,7 @@ def failing_saves(comm: Comm, folder: Path) -> dict[str, Any]:
     checkpoints, errors = Checkpointer(folder, comm, file_bytes=5000), []
     save(checkpoints, comm, 1)
     listing = sorted(os.listdir(folder))
+    comm.barrier()
     for broken, limit in ((1, 3000), (0, 1500)):
         if comm.rank == broken:
             limit_file_size(limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -44,22 +44,6 @@ class Speedometer:
         )
 
 
-class Display(Protocol):
-    """Where progress is shown."""
-
-    def step(self, progress: Progress, speed: Speed) -> None:
-        """Called every step."""
-        ...
-
-    def figures(self, progress: Progress, loss: float | None, speed: Speed) -> None:
-        """Called once per logging interval."""
-        ...
-
-    def line(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class PlainLines:
     """One line per logging interval, for files and pipes."""
 
@@ -68,9 +52,10 @@ class PlainLines:
         self._total_steps = total_steps
 
     def step(self, progress: Progress, speed: Speed) -> None:
-        pass
+        """Called every step; only a bar moves that often."""
 
     def figures(self, progress: Progress, loss: float | None, speed: Speed) -> None:
+        """Called once per logging interval."""
         parts = [f"step {progress.step}/{self._total_steps}", *_figures(loss, speed)]
         self.line("  ".join([*parts, f"ETA {_eta(progress, self._total_steps, speed)}"]))
 
@@ -106,6 +91,9 @@ class LiveBar:
 
     def close(self) -> None:
         self._bar.stop()
+
+
+Display = PlainLines | LiveBar
 
 
 def display_for(console: Console, *, total_steps: int) -> Display:
