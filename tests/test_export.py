@@ -23,6 +23,8 @@ from tests.models.small import (
     small_config,
     word_tokenizer,
 )
+from tools import export as tool
+from trainer.checkpoint import Checkpointer
 from trainer.comm import Comm
 from trainer.config import parse_run
 from trainer.data.decode import decode_image
@@ -194,6 +196,29 @@ def test_a_run_and_its_weights_make_the_model_again() -> None:
     held |= dict(model.named_buffers())
     rebuilt = rebuild_model(run, held, word_tokenizer())
     assert torch.equal(rebuilt(small_batch()).image_projected, model(small_batch()).image_projected)
+
+
+def test_the_tool_exports_the_newest_checkpoint_of_a_workdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = moved_model()
+    word_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    checkpoints = Checkpointer(tmp_path / "checkpoints", Comm.solo())
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    held = {name: value.detach() for name, value in weights.items()}
+    checkpoints.save(7, {"weights": held}, {}, {"run.yaml": run_yaml(head=HEAD)})
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), "--data-licence", "Ours."])
+    assert tool.main() == 0
+    assert "step 7" in capsys.readouterr().out
+    clip = CLIPModel.from_pretrained(tmp_path / "export").eval()
+    batch = small_batch()
+    with torch.no_grad():
+        theirs = clip.get_image_features(pixel_values=batch.images).pooler_output
+        ours = model(batch).image
+    torch.testing.assert_close(theirs / theirs.norm(dim=1, keepdim=True), ours, rtol=0, atol=1e-5)
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "tokenizer")])
+    with pytest.raises(CheckpointError, match="no checkpoint to export"):
+        tool.main()
 
 
 def test_weights_of_another_model_are_refused() -> None:
