@@ -34,7 +34,7 @@ def main() -> int:
         manifest = build_corpus(
             options.out, cache=options.cache, glosses=not options.no_glosses, report=print
         )
-    except TrainerError as error:
+    except (TrainerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(manifest))

@@ -78,3 +78,9 @@ def test_icons_are_drawn_in_dark_grey_where_they_name_no_colour() -> None:
 def test_what_cannot_be_drawn_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the renderer's own words
         render_svg(data)
+
+
+@pytest.mark.parametrize("cut", [0, 8, 100, 600])
+def test_a_damaged_picture_is_a_value_error(cut: int) -> None:
+    with pytest.raises(ValueError, match="no readable picture"):
+        square_png(read_pairs(1)[0]["png"][:cut])

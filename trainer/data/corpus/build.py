@@ -21,7 +21,7 @@ from trainer.data.corpus.icons import ICON_SETS, read_icons
 from trainer.data.corpus.pairs import Pair
 from trainer.data.corpus.splits import assign_splits
 from trainer.data.corpus.wheels import DEFAULT_CACHE, PINS, fetch_wheels, sha256_of
-from trainer.data.corpus.write import MANIFEST, write_corpus
+from trainer.data.corpus.write import MANIFEST, PAIRS_PER_SHARD, write_corpus
 from trainer.data.index import index_path
 from trainer.errors import DataError
 
@@ -42,11 +42,17 @@ def packages_of(*, glosses: bool) -> list[str]:
     return [wanted[0], GLOSS_PACKAGE, *wanted[1:]] if glosses else wanted
 
 
-def make_header(packages: Sequence[str], *, glosses: bool) -> dict[str, Any]:
+def make_header(packages: Sequence[str], *, glosses: bool, per_shard: int) -> dict[str, Any]:
     """What a corpus is made of; two corpora with equal fingerprints have equal bytes."""
     sources = {name: PINS[name]._asdict() for name in packages}
     drawn_with = {name: importlib.metadata.version(name) for name in ("resvg-py", "pillow")}
-    what = {"format": FORMAT, "preset": "open", "with_glosses": glosses, "packages": sources}
+    what = {
+        "format": FORMAT,
+        "preset": "open",
+        "with_glosses": glosses,
+        "per_shard": per_shard,
+        "packages": sources,
+    }
     fingerprint = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
     return {"fingerprint": fingerprint, **what, "drawn_with": drawn_with}
 
@@ -105,6 +111,7 @@ def build_corpus(
     *,
     cache: Path = DEFAULT_CACHE,
     glosses: bool = True,
+    per_shard: int = PAIRS_PER_SHARD,
     report: Report = lambda line: None,
 ) -> dict[str, Any]:
     """Builds the corpus in folder `out` unless it's there already; returns its manifest.
@@ -112,7 +119,7 @@ def build_corpus(
     The folder appears whole or not at all. `report` gets one line per stage.
     """
     packages = packages_of(glosses=glosses)
-    header = make_header(packages, glosses=glosses)
+    header = make_header(packages, glosses=glosses, per_shard=per_shard)
     if manifest := find_corpus(out, header["fingerprint"]):
         report(f"already built: {manifest['pairs']} pairs in {out}")
         return manifest
@@ -126,7 +133,7 @@ def build_corpus(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-building-") as building:
         folder = Path(building) / "corpus"
         folder.mkdir()
-        manifest = write_corpus(folder, splits, header=header)
+        manifest = write_corpus(folder, splits, header=header, per_shard=per_shard)
         replace_folder(folder, out)
     report(f"built: {manifest['pairs']} pairs in {out}")
     return manifest

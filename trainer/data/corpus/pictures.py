@@ -19,12 +19,15 @@ _WHITE = (255, 255, 255, 255)
 def square_png(data: bytes) -> bytes:
     """The picture as RGBA of 72 x 72 pixels: centred on a transparent square, then resized.
 
-    Bytes that have this form already come back unchanged.
+    Bytes that have this form already come back unchanged. ValueError if they are no picture.
     """
-    stored = Image.open(io.BytesIO(data))
+    try:
+        stored = Image.open(io.BytesIO(data))
+        picture = stored.convert("RGBA")
+    except OSError as error:
+        raise ValueError(f"no readable picture: {error}") from None
     if stored.format == "PNG" and stored.mode == "RGBA" and stored.size == (SIDE, SIDE):
         return data
-    picture = stored.convert("RGBA")
     side = max(picture.size)
     square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))

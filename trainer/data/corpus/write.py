@@ -126,7 +126,7 @@ def write_corpus(
     splits: Mapping[str, Sequence[Pair]],
     *,
     header: Mapping[str, Any],
-    per_shard: int = PAIRS_PER_SHARD,
+    per_shard: int,
 ) -> dict[str, Any]:
     """Writes all shards, then the manifest, which starts with `header`. Returns the manifest."""
     pairs = [pair for split in splits.values() for pair in split]
