@@ -10,7 +10,7 @@ The towers have no dropout, so both passes see the same features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer.types import Batch, Features, Losses
 
 
+@runtime_checkable
 class Differentiable(Protocol):
     def __call__(self, batch: Batch) -> Features: ...
     def backward(self, loss: Tensor) -> None: ...

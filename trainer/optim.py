@@ -10,6 +10,7 @@ from torch import nn
 from trainer.config import OptimConfig
 from trainer.types import Tower
 
+
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,

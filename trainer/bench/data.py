@@ -8,8 +8,9 @@ for machines that are busy with other things, by seconds of this process's CPU t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +75,10 @@ def _best_of_rounds(sides: dict[str, Iterator[Tensor]], seconds: float) -> dict[
 
 
 def _rate(batches: Iterator[Tensor], seconds: float) -> Rate:
-    began, cpu_began, count = time.perf_counter(), time.process_time(), 0
+    began, cpu_began, done = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds:
-        count += len(next(batches))
-    return Rate(count / (time.perf_counter() - began), count / (time.process_time() - cpu_began))
+        done += len(next(batches))
+    return Rate(done / (time.perf_counter() - began), done / (time.process_time() - cpu_began))
 
 
 def _indexed(config: DataConfig, size: int) -> Iterator[Tensor]:
@@ -103,28 +104,30 @@ def _webdataset(config: DataConfig, size: int) -> Iterator[Tensor]:
     dataset = webdataset.WebDataset(
         expand_shards(config.train), resampled=True, shardshuffle=False, seed=0
     ).shuffle(1000)
-    decoded = dataset.map(partial(_decoded, config=config, size=size)).batched(BATCH, _stacked)
-    loader = webdataset.WebLoader(decoded, batch_size=None, num_workers=0)
-    for images, ids in loader:
-        epochs = torch.zeros_like(ids)
+    # A new number for every visit, so that both sides draw equally many blurs and jitters.
+    decode = partial(_decoded, visits=count(), config=config, size=size)
+    loader = webdataset.WebLoader(
+        dataset.map(decode).batched(BATCH, _stacked), batch_size=None, num_workers=0
+    )
+    for images, ids, epochs in loader:
         yield augment(images, ids, epochs, seed=0, purpose="train", config=config.augment)
 
 
-def _decoded(sample: dict[str, Any], *, config: DataConfig, size: int) -> tuple[Tensor, int]:
-    number = sample_id(sample["__url__"], sample["__key__"])
-    crop: Callable[[int, int], Any] = partial(
-        random_crop, sample_id=number, view=View(0, 0, "train", config.augment)
-    )
+def _decoded(
+    sample: dict[str, Any], *, visits: Iterator[int], config: DataConfig, size: int
+) -> tuple[Tensor, int, int]:
+    number, visit = sample_id(sample["__url__"], sample["__key__"]), next(visits)
+    view = View(0, visit, "train", config.augment)
     image = decode_image(
         find_image(sample),
         size=size,
         background=config.background,
         max_pixels=config.max_pixels,
-        crop=crop,
+        crop=partial(random_crop, sample_id=number, view=view),
     )
-    return image, number
+    return image, number, visit
 
 
-def _stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    images, ids = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(ids)
+def _stacked(samples: list[tuple[Tensor, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    images, ids, visits = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(ids), torch.tensor(visits)

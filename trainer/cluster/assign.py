@@ -4,11 +4,12 @@ The scan scores tiles by matrix products. Their last bits depend on the shape of
 thread count and the library, so the scan only proposes: every centroid whose score lies within a
 proven bound of the row's best is a candidate, and rows with several candidates are decided by a
 float64 distance whose sum has a fixed order. The label is therefore a pure function of the point
-and the centroids: blocks, ranks and processors don't enter.
+and the centroids: blocks, ranks, processors and the precision of the scan don't enter.
 """
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,10 @@ from trainer.hashing import hash_bits
 ROW_BLOCK = 512
 COLUMN_BLOCK = 2048
 _MEMBERS = 32
+_LANES = 16
+_NEVER = 1e38
 _PAIR_ELEMENTS = 1 << 22
+# of operands in float32 products on a GPU, by torch.get_float32_matmul_precision()
 _UNIT_ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-10, "medium": 2.0**-8}
 
 
@@ -30,14 +34,14 @@ class CentroidTable(NamedTuple):
     centroids: Float[Tensor, "k d"]
     origin: Float[Tensor, " d"]
     """o: distances don't depend on it, rounding errors are small if it is near the points."""
-    centred: Float[Tensor, "columns d"]
-    """Rows c - o; zero rows fill up to a multiple of the group size."""
-    offsets: Float[Tensor, " columns"]
-    """-|c - o|^2 / 2, and -inf where a column is not eligible."""
+    scanned: Float[Tensor, "columns width"]
+    """Rows c - o in the precision of the scan, then the offset -|c - o|^2 / 2 in parts."""
     eligible: Bool[Tensor, " columns"]
     """False for filling and for copies of an earlier row, which never win a tie."""
     longest: float
     """Largest |c - o|."""
+    rounding: float
+    """Largest distance between c - o and its rounded form."""
 
 
 class _Candidates(NamedTuple):
@@ -52,13 +56,14 @@ def assign(
     *,
     row_block: int = ROW_BLOCK,
     column_block: int = COLUMN_BLOCK,
+    precision: torch.dtype = torch.float32,
 ) -> Int64[Tensor, " n"]:
     """The nearest centroid of every point: argmin_k |x - c_k|^2, ties to the lowest k.
 
-    Equal to the argmin of `pair_distances` in float64 whatever the block sizes. Never holds more
+    Equal to the argmin of `pair_distances` whatever the block sizes and the precision. Never holds more
     than row_block x column_block scores. Values must be finite.
     """
-    table = prepare(centroids)
+    table = prepare(centroids, precision=precision)
     blocks = [
         assign_block(points[first : first + row_block], table, column_block=column_block)
         for first in range(0, points.shape[0], row_block)
@@ -66,23 +71,49 @@ def assign(
     return torch.cat(blocks) if blocks else points.new_zeros(0, dtype=torch.int64)
 
 
-def prepare(centroids: Float[Tensor, "k d"]) -> CentroidTable:
-    """What a scan over these centroids needs; costs one pass over them."""
+def prepare(
+    centroids: Float[Tensor, "k d"], *, precision: torch.dtype = torch.float32
+) -> CentroidTable:
+    """What a scan over these centroids needs; costs one pass over them.
+
+    `precision` float32 or bfloat16 is that of the scan's products. It changes how many candidates
+    are looked at twice, never the labels.
+    """
     centroids = centroids.float()
     origin = centroids.double().mean(0).float()
     shifted = centroids.double() - origin.double()
     squares = shifted.square().sum(1)
+    eligible = ~_repeated(centroids)
+    offsets = (-0.5 * squares).float().masked_fill(~eligible, -_NEVER)
+    rounded = shifted.to(precision)
     filling = -centroids.shape[0] % _MEMBERS
-    eligible = torch.nn.functional.pad(~_repeated(centroids), (0, filling), value=False)
-    offsets = torch.nn.functional.pad(-0.5 * squares, (0, filling)).float()
     return CentroidTable(
         centroids=centroids,
         origin=origin,
-        centred=torch.nn.functional.pad(shifted.float(), (0, 0, 0, filling)),
-        offsets=offsets.masked_fill(~eligible, -torch.inf),
-        eligible=eligible,
+        scanned=_widened(rounded, _in_parts(offsets, precision), filling=filling),
+        eligible=torch.nn.functional.pad(eligible, (0, filling), value=False),
         longest=float(squares.max().sqrt()),
+        rounding=float((shifted - rounded.double()).norm(dim=1).max()),
     )
+
+
+def fastest_precision(
+    points: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]
+) -> torch.dtype:
+    """The scan precision that takes less time on this machine for these points; float32 in doubt.
+
+    Timing may decide, because the labels are the same.
+    """
+    points, seconds = points[:ROW_BLOCK], {}
+    if points.shape[0] == 0:
+        return torch.float32
+    for precision in (torch.float32, torch.bfloat16):
+        table = prepare(centroids[: 4 * COLUMN_BLOCK], precision=precision)
+        assign_block(points, table)
+        start = time.perf_counter()
+        assign_block(points, table)
+        seconds[precision] = time.perf_counter() - start
+    return min(seconds, key=lambda precision: seconds[precision])
 
 
 def assign_block(
@@ -125,19 +156,41 @@ def ordered_sum(terms: Float64[Tensor, "n d"]) -> Float64[Tensor, " n"]:
 def _scan(points: Tensor, table: CentroidTable, *, column_block: int) -> _Candidates:
     """All (row, column) whose score may be the row's best, rounding considered."""
     shifted = points - table.origin
-    margin = _margin(shifted, table)
-    best = torch.full_like(margin, -torch.inf)
+    rounded = shifted.to(table.scanned.dtype)
+    margin = _margin(shifted, rounded, table)
+    ones = torch.ones_like(rounded[:, :1]).expand(-1, _num_parts(rounded.dtype))
+    wide = _widened(rounded, ones, filling=0)
+    best = torch.full_like(margin.fixed, -torch.inf)
     width = max(column_block // _MEMBERS, 1) * _MEMBERS
     found = []
-    for first in range(0, table.centred.shape[0], width):
-        columns = slice(first, first + width)
-        scores = torch.addmm(table.offsets[columns], shifted, table.centred[columns].T)
+    for first in range(0, table.scanned.shape[0], width):
+        scores = wide @ table.scanned[first : first + width].T
         groups = scores.unflatten(1, (_MEMBERS, -1))
         tops = groups.amax(1)
         best = torch.maximum(best, tops.amax(1))
-        found.append(_in_reach(groups, tops, best - margin, first))
+        found.append(_in_reach(groups, tops, margin.below(best), first))
     together = _Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    return _kept(together, (best - margin), table)
+    return _kept(together, margin.below(best), table)
+
+
+def _num_parts(precision: torch.dtype) -> int:
+    """Numbers of this precision that hold a float32 together."""
+    return 1 if precision == torch.float32 else 3
+
+
+def _in_parts(values: Tensor, precision: torch.dtype) -> Tensor:
+    """Columns that sum to the float32 values, each of the given precision."""
+    parts = []
+    for _ in range(_num_parts(precision)):
+        parts.append(values.to(precision))
+        values = values - parts[-1].float()
+    return torch.stack(parts, 1)
+
+
+def _widened(rows: Tensor, extra: Tensor, *, filling: int) -> Tensor:
+    """Rows with extra columns, zeros up to a multiple of 16 columns, and `filling` zero rows."""
+    wide = torch.cat([rows, extra], 1)
+    return torch.nn.functional.pad(wide, (0, -wide.shape[1] % _LANES, 0, filling))
 
 
 def _in_reach(groups: Tensor, tops: Tensor, threshold: Tensor, first: int) -> _Candidates:
@@ -156,23 +209,37 @@ def _kept(found: _Candidates, threshold: Tensor, table: CentroidTable) -> _Candi
     return _Candidates(*(part[keep] for part in found))
 
 
-def _margin(shifted: Tensor, table: CentroidTable) -> Tensor:
-    """Twice a bound on the error of any score of each row.
+class _Margin(NamedTuple):
+    """How far below the best score a column may lie and still be the nearest."""
 
-    A sum of d products in any order errs by at most (d - 1) u |x| |c| (Higham, "Accuracy and
-    Stability of Numerical Algorithms", 3.1); 8 covers the roundings of x - o, c - o, |c - o|^2
-    and the addition. The last term bounds what underflow loses.
+    fixed: Float[Tensor, " n"]
+    share: float
+    """Of |best|: rounding of the scores themselves."""
+
+    def below(self, best: Tensor) -> Tensor:
+        """The threshold; monotone in `best`, so an early one keeps what a later one keeps."""
+        return best.float() - self.fixed - self.share * best.float().abs()
+
+
+def _margin(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> _Margin:
+    """From a bound E on the error of any score before it is rounded: 2 E + 2 u (|best| + 2 E).
+
+    E = |x - x'| |c| + |x'| |c - c'| for operands rounded to x', c'; (d + 16) u |x| |c| for a sum
+    of products in any order (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1), for
+    x - o, c - o and the offset; and what underflow loses.
     """
-    inputs = 0.0
-    if shifted.is_cuda:
-        inputs = 2 * _UNIT_ROUNDOFF[torch.get_float32_matmul_precision()]
-    relative = (shifted.shape[1] + 8) * 2.0**-24 + inputs
-    lengths = shifted.norm(dim=1) * (1 + 2**-10)
+    lengths = shifted.norm(dim=1) * (1 + 2**-7)
     products = lengths * table.longest + 0.5 * table.longest * table.longest
+    relative = (shifted.shape[1] + 16) * 2.0**-24
+    if shifted.is_cuda and rounded.dtype == torch.float32:
+        relative += 2 * _UNIT_ROUNDOFF[torch.get_float32_matmul_precision()]
+    error = relative * products + lengths * table.rounding
+    error += (shifted - rounded.float()).norm(dim=1) * (1 + 2**-7) * table.longest
+    error += shifted.shape[1] * 2.0**-120 * (1.0 + lengths + table.longest)
     # a sum may overflow on its way to a finite value: then all columns are candidates
-    relative_error = (relative * products).masked_fill(~(products < 2.0**100), torch.inf)
-    margin: Tensor = 2.0 * (relative_error + shifted.shape[1] * 2.0**-125)
-    return margin
+    error = error.masked_fill(~(products < 2.0**100), torch.inf)
+    share = 2.02 * torch.finfo(rounded.dtype).eps
+    return _Margin((2.0 + 2.0 * share) * error, share)
 
 
 def _nearest_of_pairs(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from trainer.comm import Comm
@@ -59,13 +60,15 @@ def embed_captions(
     writer = StoreWriter.begin(Path(out), identity, sources)
     agreed(comm, writer.announce if comm.is_main else _nothing)
     todo = comm.broadcast_json([name for name in names if not writer.has(name)])
+    nothing = torch.empty(0, identity.vectors, identity.dim)
     skipped: list[int] = []
 
     def compute() -> None:
         for row, name in enumerate(names):
             if name in todo and row % comm.world_size == comm.rank:
                 ids, texts = read_captions(shards, row, captions)
-                writer.write(name, ids, teacher.encode(texts))
+                vectors = teacher.encode(texts) if texts else nothing
+                writer.write(name, ids, vectors)
                 skipped.append(shards.sizes[row] - len(ids))
                 report(f"{name}: {len(ids)} vectors")
 

@@ -237,7 +237,8 @@ class StoreWriter:
         count = sum(entry.rows or 0 for entry in shards.values())
         header = StoreHeader(identity=self.header.identity, count=count, shards=shards)
         _write(self.folder / HEADER, header.model_dump_json(indent=1).encode())
-        (self.folder / BUILDING).unlink(missing_ok=True)
+        for left_over in [self.folder / BUILDING, *self.folder.glob("*.partial")]:
+            left_over.unlink(missing_ok=True)
         return header
 
     def _rows(self, shard: str) -> int:

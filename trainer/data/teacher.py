@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float32
@@ -34,6 +34,7 @@ _BATCH_TOKENS = 8192
 """Tokens of one forward pass, padding included."""
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Gives every text a few vectors."""
 

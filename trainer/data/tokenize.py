@@ -101,6 +101,8 @@ def token_ids(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int
 ) -> list[list[int]]:
     """The ids of every text, special tokens included, at most `length` of them."""
+    if not texts:
+        return []
     ids: list[list[int]] = tokenizer(
         list(texts),
         padding=False,

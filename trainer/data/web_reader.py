@@ -132,8 +132,9 @@ class WebSamples(IterableDataset[RawBatch | Failure]):
         """An endless stream of samples of shards drawn with replacement."""
         # Nothing of webdataset's decoding or opening is used except, where allowed, its pipes.
         webdataset.utils.enforce_security = not self.config.allow_pipe
+        start = self.plan.first + self.number * self.plan.rows
         rank = self.plan.share.rank
-        seed = key_of(self.prepare.seed, self.plan.purpose, self.number, rank, worker)
+        seed = key_of(self.prepare.seed, self.plan.purpose, self.plan.base, start, rank, worker)
         urls = webdataset.ResampledShards(
             self.shards, seed=seed, worker_seed=lambda: worker, deterministic=True
         )

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# One machine: bash launch/local.sh RUN.yaml [key=value ...]
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+source launch/processes.sh
+exec "${LAUNCH[@]}" --module trainer "$@"

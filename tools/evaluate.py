@@ -1,0 +1,39 @@
+"""Evaluate a run's newest weights: python tools/evaluate.py WORKDIR [--table].
+
+The evaluations are those of the run's YAML; `deepspeed`, `torchrun` or plain python spread them
+over their ranks. `--table` shows what training wrote at its end instead of measuring again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainer.comm import Comm
+from trainer.command import run_command
+from trainer.evals.table import format_table
+from trainer.workdir import evaluate_workdir, logged_results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--table", action="store_true", help="show the figures logged at the end")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    comm = Comm.solo() if arguments.table else Comm.from_environment()
+    measure = logged_results if arguments.table else lambda folder: evaluate_workdir(folder, comm)
+    results = measure(arguments.workdir)
+    if comm.is_main:
+        print(format_table(results))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

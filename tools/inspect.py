@@ -1,0 +1,25 @@
+"""Pictures of a run: python tools/inspect.py WORKDIR. Writes WORKDIR/pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainer.command import run_command
+from trainer.inspection import inspect_workdir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workdir", type=Path)
+    written = inspect_workdir(parser.parse_args().workdir)
+    for path in written:
+        if path is not None:
+            print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

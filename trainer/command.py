@@ -1,0 +1,21 @@
+"""How every command line ends: a user's mistake is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from trainer.errors import TrainerError
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and leave the process; of several ranks only the first one speaks."""
+    try:
+        main()
+    except TrainerError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    sys.exit(0)
