@@ -60,6 +60,7 @@ def test_the_vocabulary_has_every_byte_and_three_special_tokens(tokenizer):
 
 
 def test_a_text_stands_between_bos_and_eos_and_padding_is_masked(tokenizer):
+    assert tokenize(tokenizer, [], length=12)[0].shape == (0, 12)
     tokens, mask = tokenize(tokenizer, ["red apple", "fire"], length=12)
     assert tokens.shape == mask.shape == (2, 12)
     for row in range(2):
