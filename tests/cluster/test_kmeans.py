@@ -144,7 +144,10 @@ def cluster_shares(comm: Comm) -> dict[str, list[list[float]]]:
     results: dict[str, list[Any]] = {}
     for name, (points, config) in data_sets().items():
         rows = shares(len(points), comm.world_size)[comm.rank]
-        blocks = config.model_copy(update={"row_block": 32 + 45 * comm.world_size})
+        precision = ["auto", "float32", "bfloat16"][comm.rank % 3]
+        blocks = config.model_copy(
+            update={"row_block": 32 + 45 * comm.world_size, "precision": precision}
+        )
         found = kmeans(points[rows], rows, blocks, comm)
         results[name] = [
             rows.tolist(),
@@ -189,7 +192,7 @@ def test_same_bits_for_every_world_size(world_size: int, single: dict[str, Any])
 # -- assignment -------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     count=st.integers(1, 70),
     clusters=st.integers(1, 70),
@@ -198,9 +201,17 @@ def test_same_bits_for_every_world_size(world_size: int, single: dict[str, Any])
     kind=st.sampled_from(["normal", "integers", "offset", "tiny", "huge", "copies"]),
     row_block=st.integers(1, 80),
     column_block=st.integers(1, 100),
+    precision=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_every_label_is_the_argmin(
-    count: int, clusters: int, dim: int, seed: int, kind: str, row_block: int, column_block: int
+    count: int,
+    clusters: int,
+    dim: int,
+    seed: int,
+    kind: str,
+    row_block: int,
+    column_block: int,
+    precision: torch.dtype,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(count, dim, generator=generator)
@@ -215,7 +226,9 @@ def test_every_label_is_the_argmin(
     if kind == "copies":
         centroids = centroids[torch.randint(clusters, (clusters,), generator=generator) // 2]
         points = centroids[torch.randint(clusters, (count,), generator=generator)]
-    labels = assign(points, centroids, row_block=row_block, column_block=column_block)
+    labels = assign(
+        points, centroids, row_block=row_block, column_block=column_block, precision=precision
+    )
     assert labels.tolist() == naive_labels(points, centroids).tolist()
 
 
@@ -231,6 +244,7 @@ def test_labels_do_not_depend_on_blocks_where_rounding_decides() -> None:
     for row_block, column_block in [(1, 300), (7, 33), (512, 64), (800, 2048)]:
         labels = assign(points, centroids, row_block=row_block, column_block=column_block)
         assert torch.equal(labels, expected)
+    assert torch.equal(assign(points, centroids, precision=torch.bfloat16), expected)
     order = torch.randperm(800, generator=generator)
     assert torch.equal(assign(points[order], centroids), expected[order])
 

@@ -21,7 +21,6 @@ from trainer.hashing import hash_bits
 ROW_BLOCK = 512
 COLUMN_BLOCK = 2048
 _MEMBERS = 32
-_LANES = 16
 _NEVER = 1e38
 _PAIR_ELEMENTS = 1 << 22
 # of operands in float32 products on a GPU, by torch.get_float32_matmul_precision()
@@ -35,7 +34,9 @@ class CentroidTable(NamedTuple):
     origin: Float[Tensor, " d"]
     """o: distances don't depend on it, rounding errors are small if it is near the points."""
     scanned: Float[Tensor, "columns width"]
-    """Rows c - o in the precision of the scan, then the offset -|c - o|^2 / 2 in parts."""
+    """Rows c - o in the precision of the scan; below float32 followed by the offset in parts."""
+    offsets: Float[Tensor, " columns"]
+    """-|c - o|^2 / 2; very small where a column is not eligible."""
     eligible: Bool[Tensor, " columns"]
     """False for filling and for copies of an earlier row, which never win a tie."""
     longest: float
@@ -60,8 +61,8 @@ def assign(
 ) -> Int64[Tensor, " n"]:
     """The nearest centroid of every point: argmin_k |x - c_k|^2, ties to the lowest k.
 
-    Equal to the argmin of `pair_distances` whatever the block sizes and the precision. Never holds more
-    than row_block x column_block scores. Values must be finite.
+    Equal to the argmin of `pair_distances` whatever the block sizes and the precision of the
+    scan. Never holds more than row_block x column_block scores. Values must be finite.
     """
     table = prepare(centroids, precision=precision)
     blocks = [
@@ -82,24 +83,24 @@ def prepare(
     centroids = centroids.float()
     origin = centroids.double().mean(0).float()
     shifted = centroids.double() - origin.double()
+    filling = (0, -centroids.shape[0] % _MEMBERS)
+    eligible = torch.nn.functional.pad(~_repeated(centroids), filling, value=False)
     squares = shifted.square().sum(1)
-    eligible = ~_repeated(centroids)
-    offsets = (-0.5 * squares).float().masked_fill(~eligible, -_NEVER)
+    offsets = torch.nn.functional.pad(-0.5 * squares, filling).float()
+    offsets = offsets.masked_fill(~eligible, -_NEVER)
     rounded = shifted.to(precision)
-    filling = -centroids.shape[0] % _MEMBERS
     return CentroidTable(
         centroids=centroids,
         origin=origin,
-        scanned=_widened(rounded, _in_parts(offsets, precision), filling=filling),
-        eligible=torch.nn.functional.pad(eligible, (0, filling), value=False),
+        scanned=_widened(torch.nn.functional.pad(rounded, (0, 0, *filling)), offsets),
+        offsets=offsets,
+        eligible=eligible,
         longest=float(squares.max().sqrt()),
         rounding=float((shifted - rounded.double()).norm(dim=1).max()),
     )
 
 
-def fastest_precision(
-    points: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]
-) -> torch.dtype:
+def fastest_precision(points: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]) -> torch.dtype:
     """The scan precision that takes less time on this machine for these points; float32 in doubt.
 
     Timing may decide, because the labels are the same.
@@ -158,13 +159,12 @@ def _scan(points: Tensor, table: CentroidTable, *, column_block: int) -> _Candid
     shifted = points - table.origin
     rounded = shifted.to(table.scanned.dtype)
     margin = _margin(shifted, rounded, table)
-    ones = torch.ones_like(rounded[:, :1]).expand(-1, _num_parts(rounded.dtype))
-    wide = _widened(rounded, ones, filling=0)
+    wide = _widened(rounded, None)
     best = torch.full_like(margin.fixed, -torch.inf)
     width = max(column_block // _MEMBERS, 1) * _MEMBERS
     found = []
     for first in range(0, table.scanned.shape[0], width):
-        scores = wide @ table.scanned[first : first + width].T
+        scores = _scores(wide, table, slice(first, first + width))
         groups = scores.unflatten(1, (_MEMBERS, -1))
         tops = groups.amax(1)
         best = torch.maximum(best, tops.amax(1))
@@ -173,24 +173,27 @@ def _scan(points: Tensor, table: CentroidTable, *, column_block: int) -> _Candid
     return _kept(together, margin.below(best), table)
 
 
-def _num_parts(precision: torch.dtype) -> int:
-    """Numbers of this precision that hold a float32 together."""
-    return 1 if precision == torch.float32 else 3
+def _scores(wide: Tensor, table: CentroidTable, columns: slice) -> Tensor:
+    if wide.dtype == torch.float32:
+        return torch.addmm(table.offsets[columns], wide, table.scanned[columns].T)
+    return wide @ table.scanned[columns].T
 
 
-def _in_parts(values: Tensor, precision: torch.dtype) -> Tensor:
-    """Columns that sum to the float32 values, each of the given precision."""
-    parts = []
-    for _ in range(_num_parts(precision)):
-        parts.append(values.to(precision))
-        values = values - parts[-1].float()
-    return torch.stack(parts, 1)
+def _widened(rows: Tensor, offsets: Tensor | None) -> Tensor:
+    """Below float32 a sum of products must bring the offset: as three columns of its parts.
 
-
-def _widened(rows: Tensor, extra: Tensor, *, filling: int) -> Tensor:
-    """Rows with extra columns, zeros up to a multiple of 16 columns, and `filling` zero rows."""
-    wide = torch.cat([rows, extra], 1)
-    return torch.nn.functional.pad(wide, (0, -wide.shape[1] % _LANES, 0, filling))
+    The other factor's rows (offsets None) get three columns of ones. Float32 rows stay as they
+    are. The width is filled up to a multiple of 4.
+    """
+    if rows.dtype == torch.float32:
+        return rows
+    parts = [torch.ones_like(rows[:, 0])] * 3
+    if offsets is not None:
+        for place in range(3):
+            parts[place] = offsets.to(rows.dtype)
+            offsets = offsets - parts[place].float()
+    wide = torch.cat([rows, torch.stack(parts, 1)], 1)
+    return torch.nn.functional.pad(wide, (0, -wide.shape[1] % 4))
 
 
 def _in_reach(groups: Tensor, tops: Tensor, threshold: Tensor, first: int) -> _Candidates:
@@ -222,7 +225,8 @@ class _Margin(NamedTuple):
 
 
 def _margin(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> _Margin:
-    """From a bound E on the error of any score before it is rounded: 2 E + 2 u (|best| + 2 E).
+    """From a bound E on the error of any score before it is rounded: 2 E + 2 u (|best| + 2 E),
+    u the unit roundoff of the scores.
 
     E = |x - x'| |c| + |x'| |c - c'| for operands rounded to x', c'; (d + 16) u |x| |c| for a sum
     of products in any order (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1), for
@@ -238,7 +242,7 @@ def _margin(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> _Margin:
     error += shifted.shape[1] * 2.0**-120 * (1.0 + lengths + table.longest)
     # a sum may overflow on its way to a finite value: then all columns are candidates
     error = error.masked_fill(~(products < 2.0**100), torch.inf)
-    share = 2.02 * torch.finfo(rounded.dtype).eps
+    share = 1.01 * torch.finfo(rounded.dtype).eps
     return _Margin((2.0 + 2.0 * share) * error, share)
 
 

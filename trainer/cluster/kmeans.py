@@ -21,6 +21,7 @@ from trainer.cluster.assign import (
     COLUMN_BLOCK,
     ROW_BLOCK,
     assign_block,
+    fastest_precision,
     ordered_sum,
     prepare,
 )
@@ -52,6 +53,8 @@ class KMeansConfig(Frozen):
     """`faiss` gathers all points on rank 0: at most 50000 clusters and 8 GiB of points."""
     row_block: PositiveInt = ROW_BLOCK
     """Points scored at once. The result does not depend on it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the scan's products; `auto` times both. The result does not depend on it."""
     column_block: PositiveInt = COLUMN_BLOCK
     """Centroids scored at once. The result does not depend on it."""
 
@@ -240,7 +243,7 @@ def _pass(problem: _Problem, centroids: Tensor) -> _Sums:
     sums = torch.zeros((rows, points.shape[1]), dtype=torch.int64, device=comm.device)
     counts = torch.zeros(rows, dtype=torch.int64, device=comm.device)
     labels = torch.empty(points.shape[0], dtype=torch.int64, device=comm.device)
-    table = prepare(centroids)
+    table = prepare(centroids, precision=_precision(problem, centroids))
     for first in range(0, points.shape[0], config.row_block):
         block = points[first : first + config.row_block].to(comm.device, torch.float32)
         nearest = assign_block(block, table, column_block=config.column_block)
@@ -248,6 +251,13 @@ def _pass(problem: _Problem, centroids: Tensor) -> _Sums:
         counts.index_add_(0, nearest, torch.ones_like(nearest))
         labels[first : first + config.row_block] = nearest
     return _Sums(labels, comm.reduce_scatter(sums), comm.sum(counts)[: config.clusters])
+
+
+def _precision(problem: _Problem, centroids: Tensor) -> torch.dtype:
+    if problem.config.precision == "auto":
+        block = problem.points[: problem.config.row_block]
+        return fastest_precision(block.to(centroids.device), centroids)
+    return torch.float32 if problem.config.precision == "float32" else torch.bfloat16
 
 
 def _objective(problem: _Problem, found: _Sums, centroids: Tensor) -> float:
