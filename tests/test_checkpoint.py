@@ -151,7 +151,13 @@ def test_a_refused_checkpoint_counts_for_nothing(tmp_path: Path) -> None:
     checkpoints.latest(warn=lambda line: None)
     assert save(checkpoints, COMM, 25).name == "step-00000025-1"
     assert listing(tmp_path) == ["step-00000020", "step-00000025", "step-00000025-1"]
-    assert cases.latest_step(tmp_path) == 25
+    checkpoints = solo(tmp_path)
+    shutil.rmtree(tmp_path / "step-00000025")
+    (tmp_path / "step-00000025-1" / "state.json").write_text("{}")
+    checkpoints.latest(warn=lambda line: None)
+    save(checkpoints, COMM, 35)
+    assert listing(tmp_path) == ["step-00000020", "step-00000035"]
+    assert cases.latest_step(tmp_path) == 35
 
 
 @pytest.mark.parametrize("keep", [2, 3])

@@ -85,6 +85,7 @@ class LiveBar:
 
     def figures(self, progress: Progress, loss: float | None, speed: Speed) -> None:
         self._loss = loss
+        self.step(progress, speed)
 
     def line(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
