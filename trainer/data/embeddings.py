@@ -192,7 +192,7 @@ class StoreWriter:
     def announce(self) -> None:
         """Write down what is being built (one rank). A finished store that lacks nothing stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.finished:
+        if not self.finished and read_header(self.folder / BUILDING) != self.header:
             _write(self.folder / BUILDING, self.header.model_dump_json(indent=1).encode())
 
     @property

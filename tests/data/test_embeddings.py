@@ -1,0 +1,272 @@
+"""The embedding store: vectors come back by id, whole or not at all, whoever wrote them."""
+
+import hashlib
+import json
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fixtures.emoji import read_pairs, write_shards
+from tests.ranks import run_ranks
+from trainer.comm import Comm
+from trainer.config import CaptionConfig
+from trainer.data.embed import embed_captions
+from trainer.data.embeddings import BUILDING, HEADER, EmbeddingStore, Identity, StoreWriter
+from trainer.data.shards import ShardSet
+from trainer.errors import DataError
+
+_fork = multiprocessing.get_context("fork")  # a build starts in milliseconds
+DIM = 6
+SOURCES = {"a": "1", "b": "2", "c": "3"}
+
+
+def identity(**changes: object) -> Identity:
+    values = {"teacher": "t", "model": "m", "tokenizer": "k", "text": "txt", "pooling": "mean"}
+    return Identity(**{**values, "dim": DIM, **changes})
+
+
+class HashTeacher:
+    """A vector per text from its SHA-256: exact in float16, different for every text."""
+
+    def __init__(self, seconds: float = 0.0, poison: str = "") -> None:
+        self.seconds, self.poison = seconds, poison
+
+    def identity(self, *, text: str) -> Identity:
+        return identity(text=text)
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return torch.stack([self._vector(text) for text in texts])[:, None]
+
+    def _vector(self, text: str) -> torch.Tensor:
+        digest = hashlib.sha256(text.encode()).digest()[:DIM]
+        return torch.tensor(list(digest)) / (0 if text == self.poison else 256)
+
+
+def build(comm: Comm, spec: str, out: str, seconds: float = 0.0, poison: str = "") -> list[object]:
+    try:
+        return list(embed_captions(spec, out, teacher=HashTeacher(seconds, poison), comm=comm))
+    except DataError as error:
+        return [str(error)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> str:
+    return write_shards(tmp_path_factory.mktemp("shards"), count=90, per_shard=20)
+
+
+@pytest.fixture(scope="module")
+def whole(spec, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("store") / "whole"
+    assert build(Comm.solo(), spec, str(out)) == [5, 5, 0]
+    return out
+
+
+def small_store(folder: Path, counts: dict[str, int], vectors: int = 1) -> dict[int, torch.Tensor]:
+    """A store of random vectors; what it holds, by id."""
+    generator = torch.Generator().manual_seed(0)
+    named = dict.fromkeys(counts, "x")
+    writer = StoreWriter.begin(folder, identity(vectors=vectors), named)
+    writer.announce()
+    held: dict[int, torch.Tensor] = {}
+    for number, (name, count) in enumerate(counts.items()):
+        ids = np.array([10**12 * (7 - number) - row for row in range(count)], dtype=np.int64)
+        values = torch.randn(count, vectors, DIM, generator=generator)
+        writer.write(name, ids, values)
+        held |= dict(zip(ids.tolist(), values, strict=True))
+    writer.finish()
+    return held
+
+
+def test_every_caption_has_its_vector(spec, whole):
+    store = EmbeddingStore.open(whole)
+    shards = ShardSet.open(spec)
+    assert len(store) == len(shards) == 90
+    assert (store.dim, store.vectors) == (DIM, 1)
+    assert store.ids.dtype == np.int64
+    assert sorted(store.ids) == sorted(shards.ids)
+    order = torch.from_numpy(shards.ids)[torch.randperm(90)]
+    place = {int(name): row for row, name in enumerate(shards.ids)}
+    names = [shards.read(place[int(name)]).fields["txt"].decode() for name in order]
+    assert torch.equal(store.rows(order), HashTeacher().encode(names)[:, 0])
+    assert names[0] in {record["name"] for record in read_pairs(90)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=5), st.integers(1, 3), st.randoms())
+def test_any_selection_of_ids_gives_their_vectors(tmp_path_factory, counts, vectors, random):
+    folder = tmp_path_factory.mktemp("any")
+    held = small_store(folder, {f"s{row}": count for row, count in enumerate(counts)}, vectors)
+    store = EmbeddingStore.open(folder)
+    assert len(store) == sum(counts)
+    wanted = random.choices(list(held), k=9) if held else []
+    found = store.blocks(torch.tensor(wanted, dtype=torch.int64))
+    assert found.shape == (len(wanted), vectors, DIM)
+    for name, row in zip(wanted, found, strict=True):
+        assert torch.equal(row, held[name].half().float())
+    if vectors > 1:
+        with pytest.raises(DataError, match=f"{vectors} vectors per sample"):
+            store.rows(torch.tensor(wanted, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("counts", [{"a": 4}, {"a": 0}])
+def test_unknown_ids_are_counted(tmp_path, counts):
+    held = small_store(tmp_path, counts)
+    store = EmbeddingStore.open(tmp_path)
+    known = next(iter(held), -5)
+    with pytest.raises(DataError, match=rf"{3 - bool(held)} of 3 sample ids have no vector"):
+        store.rows(torch.tensor([5, known, 2**62]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 70_000.0])
+def test_a_vector_that_float16_can_not_hold_is_named_and_nothing_is_written(tmp_path, bad):
+    writer = StoreWriter.begin(tmp_path, identity(), {"a": "1"})
+    writer.announce()
+    vectors = torch.zeros(3, 1, DIM)
+    vectors[1, 0, 2] = bad
+    with pytest.raises(DataError, match=r"1 of 3 vectors of shard a .* sample 22 \(row 1\)"):
+        writer.write("a", np.array([11, 22, 33]), vectors)
+    assert not writer.has("a")
+    assert sorted(contents(tmp_path)) == [BUILDING]
+
+
+def test_files_of_another_size_are_named_with_both_sizes(tmp_path):
+    small_store(tmp_path, {"a": 4, "b": 3})
+    for name, size in (("a.f16", 4 * DIM * 2), ("b.ids", 3 * 8)):
+        path = tmp_path / name
+        data = path.read_bytes()
+        for damaged in (data[:-1], data[:8], b"", data + b"\0" * 8):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=rf"{name} should hold {size} .* {len(damaged)};"):
+                EmbeddingStore.open(tmp_path)
+        path.unlink()
+        with pytest.raises(DataError, match=rf"{name} is missing; it should hold {size} bytes"):
+            EmbeddingStore.open(tmp_path)
+        path.write_bytes(data)
+    assert len(EmbeddingStore.open(tmp_path)) == 7
+
+
+def test_a_store_that_is_not_there_or_not_ready_says_so(tmp_path):
+    with pytest.raises(DataError, match="no embedding store"):
+        EmbeddingStore.open(tmp_path / "none")
+    writer = StoreWriter.begin(tmp_path, identity(), SOURCES)
+    writer.announce()
+    writer.write("b", np.array([1]), torch.ones(1, 1, DIM))
+    with pytest.raises(DataError, match=r"unfinished \(1 of 3 shards\)"):
+        EmbeddingStore.open(tmp_path)
+    with pytest.raises(DataError, match="lacks shard a"):
+        writer.finish()
+
+
+@pytest.mark.parametrize(
+    "header", [b"{}", b"", b"[", b'{"format": "other"}', b'{"shards": {"../x": 1}}']
+)
+def test_a_header_that_is_none_is_refused(tmp_path, header):
+    (tmp_path / HEADER).write_bytes(header)
+    with pytest.raises(DataError, match="is no header of a store"):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_a_header_can_not_point_out_of_its_folder(tmp_path):
+    small_store(tmp_path, {"a": 2})
+    header = json.loads((tmp_path / HEADER).read_text())
+    for name in ("../a", "/etc/a", "b/c", ".hidden", ""):
+        header["shards"] = {name: {"source": "1", "rows": 2}}
+        (tmp_path / HEADER).write_text(json.dumps(header))
+        with pytest.raises(DataError, match="is no header of a store"):
+            EmbeddingStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{"model": "n"}, {"tokenizer": "x"}, {"prompt": "a {}"}, {"dim": 5}, {"layer": 3}]
+)
+def test_other_vectors_are_never_mixed_in(tmp_path, changes, finished):
+    writer = StoreWriter.begin(tmp_path, identity(), {"a": "1"})
+    writer.announce()
+    writer.write("a", np.array([1]), torch.ones(1, 1, DIM))
+    if finished:
+        writer.finish()
+    (key, value), *_ = changes.items()
+    with pytest.raises(DataError, match=f"holds vectors with {key} .*, not {value!r}"):
+        StoreWriter.begin(tmp_path, identity(**changes), {"a": "1"})
+    with pytest.raises(DataError, match="shard a has changed"):
+        StoreWriter.begin(tmp_path, identity(), {"a": "2"})
+    (tmp_path / (HEADER if finished else BUILDING)).unlink()
+    with pytest.raises(DataError, match="without a header"):
+        StoreWriter.begin(tmp_path, identity(), {"a": "1"})
+
+
+def test_a_store_grows_by_the_shards_it_lacks(spec, whole, tmp_path):
+    first = spec.replace("..000004}", "..000001}")
+    assert first != spec
+    assert build(Comm.solo(), first, str(tmp_path)) == [2, 2, 0]
+    assert len(EmbeddingStore.open(tmp_path)) == 40
+    assert build(Comm.solo(), spec, str(tmp_path)) == [5, 3, 0]
+    assert contents(tmp_path) == contents(whole)
+    assert build(Comm.solo(), first, str(tmp_path)) == [2, 0, 0]
+    assert build(Comm.solo(), spec, str(tmp_path)) == [5, 0, 0]
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_samples_without_a_caption_are_counted_and_left_out(spec, tmp_path):
+    captions = CaptionConfig(fields=("alias",))
+    teacher = HashTeacher()
+    done = embed_captions(spec, tmp_path, teacher=teacher, comm=Comm.solo(), captions=captions)
+    assert done == (5, 5, 90)
+    assert len(EmbeddingStore.open(tmp_path)) == 0
+
+
+def several(comm: Comm, spec: str, out: str, poison: str) -> list[list[object]]:
+    return [
+        build(comm, spec, f"{out}/ranks"),
+        build(comm, spec, f"{out}/ranks"),
+        build(comm, spec, f"{out}/poisoned", poison=poison),
+    ]
+
+
+def test_three_ranks_write_what_one_writes_and_fail_together(spec, whole, tmp_path):
+    poison = read_pairs(90)[30]["name"]
+    results = run_ranks(several, 3, spec, str(tmp_path), poison)
+    for done, again, failed in results:
+        assert done == [5, 5, 0]
+        assert again == [5, 0, 0]
+        assert len(failed) == 1
+        assert "rank 1: 1 of 20 vectors of shard emoji-000001 are not finite" in failed[0]
+    assert contents(tmp_path / "ranks") == contents(whole)
+    assert build(Comm.solo(), spec, str(tmp_path / "poisoned")) == [5, 2, 0]
+    assert contents(tmp_path / "poisoned") == contents(whole)
+
+
+def test_a_build_that_is_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
+    """A process of its own, killed within milliseconds after it has written something more."""
+    spec = write_shards(tmp_path / "shards", count=60, per_shard=5)
+    assert build(Comm.solo(), spec, str(tmp_path / "whole"))[1] == 12
+    out, moments, kills = tmp_path / "store", random.Random(0), 0
+    for _ in range(30):
+        before = len(list(out.glob("*.f16*")))
+        process = _fork.Process(target=build, args=(Comm.solo(), spec, str(out), 0.002))
+        process.start()
+        while process.is_alive() and len(list(out.glob("*.f16*"))) <= before:
+            time.sleep(0.0005)
+        time.sleep(moments.uniform(0.0, 0.012))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if (out / HEADER).exists():
+            break
+    assert kills >= 3
+    build(Comm.solo(), spec, str(out))
+    assert contents(out) == contents(tmp_path / "whole")
