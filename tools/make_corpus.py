@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # this folder: its inspect.py would hide Python's own
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.data.corpus.build import build_corpus
