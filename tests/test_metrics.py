@@ -67,8 +67,10 @@ def train(workdir: Path, start: int, stop: int, *, saves: Iterable[int] = ()) ->
     )
     log.resume(at(start))
     for step in range(start + 1, stop + 1):
+        if step in (1, 9, 15):
+            log.event(at(step - 1), "episode", objective=1.0 / step)
         log.put(at(step), values(step))
-        if step % 5 == 0:
+        if step % 4 == 0:
             log.event(at(step), "evaluation", top1=step / 20)
         if step in saves:
             log.flush()
@@ -84,9 +86,14 @@ def scalars(workdir: Path, tag: str) -> dict[int, float]:
 
 
 def test_kill_and_resume_leave_the_lines_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    """Killed at 13 after a checkpoint at 8, and at 9 while writing; nothing missing or doubled."""
-    train(tmp_path / "whole", 0, 20)
+    """Killed before the first checkpoint, then at 13 and at 9 after one at 8.
+
+    Steps, evaluations and episodes (which may begin between a checkpoint and the next step) are
+    neither missing nor doubled.
+    """
+    train(tmp_path / "whole", 0, 20, saves=[8])
     killed = tmp_path / "killed"
+    train(killed, 0, 6)
     train(killed, 0, 13, saves=[8])
     with (killed / METRICS).open("a") as file:
         file.write('{"step": 14, "sam')
@@ -95,8 +102,12 @@ def test_kill_and_resume_leave_the_lines_of_an_uninterrupted_run(tmp_path: Path)
     for name in (METRICS, EVENTS):
         assert fixed(killed / name) == fixed(tmp_path / "whole" / name)
     assert [line["step"] for line in fixed(killed / METRICS)] == list(range(2, 21, 2))
-    assert [line["step"] for line in fixed(killed / EVENTS)] == [5, 10, 15, 20]
-    for tag in ("train/loss", "evaluation/top1"):
+    events = [(line["event"][:2], line["step"]) for line in fixed(killed / EVENTS)]
+    assert events == [
+        *[("ep", 0), ("ev", 4), ("ev", 8), ("ep", 8)],
+        *[("ev", 12), ("ep", 14), ("ev", 16), ("ev", 20)],
+    ]
+    for tag in ("train/loss", "evaluation/top1", "episode/objective"):
         assert scalars(killed, tag) == scalars(tmp_path / "whole", tag)
 
 

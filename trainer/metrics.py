@@ -90,6 +90,7 @@ class MetricLog:
         if self._last is not None:
             raise RuntimeError("resume comes before the first put, event or image")
         self._last = progress
+        self._saved_at = progress.samples
         self._started = time.monotonic()
         self._speedometer = Speedometer(progress, self._started)
         if self._comm.is_main:
@@ -124,7 +125,8 @@ class MetricLog:
         """Something that happened at a step; what rank 0 passes is written and shown."""
         self._begun()
         if self._files is not None:
-            self._files.event(progress, name, plain(figures))
+            after_save = progress.samples == self._saved_at
+            self._files.event(progress, name, plain(figures), after_save=after_save)
         self.say(event_line(progress, name, plain(figures)))
 
     def image(
@@ -141,8 +143,13 @@ class MetricLog:
             self._display.line(text)
 
     def flush(self) -> None:
-        """Everything put so far is in the files and on the disk."""
+        """Everything put so far is in the files and on the disk; call it before each save.
+
+        Events after this call and before the next step will happen again if the run goes on from
+        that checkpoint, so their lines say `after_save`, and `resume` cuts them.
+        """
         self._write_pending()
+        self._saved_at = self._begun().samples
         if self._files is not None:
             self._files.flush()
 
@@ -187,7 +194,7 @@ class _Files:
         workdir.mkdir(parents=True, exist_ok=True)
 
         def is_past(record: dict[str, Any]) -> bool:
-            return int(record.get("samples", 0)) <= resumed.samples
+            return (record["samples"], record.get("after_save", False)) <= (resumed.samples, False)
 
         self._metrics = JsonLines(workdir / METRICS, keep=is_past)
         self._events = JsonLines(workdir / EVENTS, keep=is_past)
@@ -208,12 +215,15 @@ class _Files:
         scalars["speed/data_wait"] = speed.data_wait
         self.tensorboard.scalars(progress.step, scalars)
 
-    def event(self, progress: Progress, name: str, figures: Mapping[str, Any]) -> None:
-        timing = {"time": time.time()}
-        self._events.append({**_place(progress), "event": name, **figures, "timing": timing})
+    def event(
+        self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
+    ) -> None:
+        place = {**_place(progress), "after_save": after_save, "event": name}
+        self._events.append({**place, **figures, "timing": {"time": time.time()}})
         scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
         if scalars:
-            self.tensorboard.scalars(progress.step, scalars)
+            # After a save it belongs to the step to come, with which a resume takes it back.
+            self.tensorboard.scalars(progress.step + int(after_save), scalars)
 
     def flush(self) -> None:
         for file in (self._metrics, self._events, self.tensorboard):

@@ -144,6 +144,6 @@ def _accepted(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
         return False
     try:
         record = json.loads(line)
-    except ValueError:
+        return isinstance(record, dict) and keep(record)
+    except (ValueError, TypeError, KeyError):  # somebody else's line, or a damaged one
         return False
-    return isinstance(record, dict) and keep(record)
