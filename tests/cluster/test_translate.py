@@ -90,3 +90,8 @@ def test_groups_can_be_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_labels_of_another_clustering_are_refused() -> None:
     with pytest.raises(DataError, match="a label is 7 but there are only 7 groups"):
         means_of(torch.zeros(3, 2), torch.tensor([0, 7, -1]), 7)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_wrong_label_of_one_rank_is_refused_on_all(world_size: int) -> None:
+    assert all(cases["translate"]["refused"] for cases in results(world_size))

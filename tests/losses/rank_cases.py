@@ -19,6 +19,7 @@ from tests.losses.dense import problem, random_rows
 from tests.ranks import run_ranks
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
+from trainer.errors import DataError
 from trainer.losses.contrastive import info_nce
 from trainer.losses.prototype import (
     PrototypeTable,
@@ -249,7 +250,18 @@ def translate_case(comm: Comm) -> Arrays:
         "rows": means.rows.numpy(),
         "counts": means.counts.numpy(),
         "rows_in_float32": single.rows.numpy(),
+        "refused": np.array(refuses_a_wrong_label_of_rank_zero(comm)),
     }
+
+
+def refuses_a_wrong_label_of_rank_zero(comm: Comm) -> bool:
+    """Every rank has to, or those that don't would wait for the one that left."""
+    labels = torch.tensor([0, TRANSLATE_GROUPS if comm.rank == 0 else 1])
+    try:
+        group_means(torch.zeros(2, 3), labels, num_groups=TRANSLATE_GROUPS, comm=comm)
+    except DataError:
+        return True
+    return False
 
 
 def own_share(comm: Comm, rows: Tensor) -> Tensor:
