@@ -14,6 +14,6 @@ echo "2/4 training: $processes processes, $OMP_NUM_THREADS threads each"
 "${LAUNCH[@]}" --module trainer "$run" "$@"
 echo "3/4 export and pictures"
 python tools/export.py "$workdir"
-python tools/inspect.py "$workdir"
+python tools/pictures.py "$workdir"
 echo "4/4 result"
 python tools/evaluate.py "$workdir" --table

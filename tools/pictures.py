@@ -1,4 +1,4 @@
-"""Pictures of a run: python tools/inspect.py WORKDIR. Writes WORKDIR/pictures."""
+"""Pictures of a run: python tools/pictures.py WORKDIR. Writes WORKDIR/pictures."""
 
 from __future__ import annotations
 
