@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import tarfile
+import warnings
 
 import pytest
 import torch
@@ -12,9 +14,14 @@ from tests.data.streams import SIDE, open_stream, write_shards
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"  # webdataset leaves its tars to the collector
-)
+
+@pytest.fixture(autouse=True)
+def _files_left_to_the_collector():
+    """webdataset closes no file that it opens, and an abandoned stream still holds one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
 
 
 def open_web(spec: str, **config):

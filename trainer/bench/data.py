@@ -118,8 +118,9 @@ def _decoded(
 ) -> tuple[Tensor, int, int]:
     number, visit = sample_id(sample["__url__"], sample["__key__"]), next(visits)
     view = View(0, visit, "train", config.augment)
+    fields = {name: data for name, data in sample.items() if isinstance(data, bytes)}
     image = decode_image(
-        find_image(sample),
+        find_image(fields),
         size=size,
         background=config.background,
         max_pixels=config.max_pixels,
