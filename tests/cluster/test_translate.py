@@ -74,6 +74,8 @@ def test_a6_10_sums_over_shards_equal_the_mean_of_all(world_size: int) -> None:
     counts = np.concatenate([rank["counts"] for rank in ranks])
     assert counts.tolist() == sizes.tolist()
     np.testing.assert_allclose(rows, expected / sizes.clamp_min(1)[:, None], rtol=0, atol=1e-14)
+    for rank in ranks:
+        np.testing.assert_array_equal(rank["rows_in_blocks"], rank["rows"])
     single = np.concatenate([rank["rows_in_float32"] for rank in ranks])
     np.testing.assert_allclose(single, results(1)[0]["translate"]["rows_in_float32"], atol=1e-7)
 

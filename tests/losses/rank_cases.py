@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tests.losses.dense import problem, random_rows
 from tests.ranks import run_ranks
+from trainer.cluster import translate
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
 from trainer.errors import DataError
@@ -245,10 +247,13 @@ def translate_case(comm: Comm) -> Arrays:
     owner = torch.arange(40) ** 2 // 7 % max(1, comm.world_size - 1)
     mine = features[owner == comm.rank], labels[owner == comm.rank]
     means = group_means(*mine, num_groups=TRANSLATE_GROUPS, comm=comm)
+    with patch.object(translate, "BLOCK_ELEMENTS", 9):
+        blocks = group_means(*mine, num_groups=TRANSLATE_GROUPS, comm=comm)
     single = group_means(mine[0].float(), mine[1], num_groups=TRANSLATE_GROUPS, comm=comm)
     return {
         "rows": means.rows.numpy(),
         "counts": means.counts.numpy(),
+        "rows_in_blocks": blocks.rows.numpy(),
         "rows_in_float32": single.rows.numpy(),
         "refused": np.array(refuses_a_wrong_label_of_rank_zero(comm)),
     }

@@ -47,8 +47,7 @@ def _block_sum(
 ) -> Tensor:
     """The sum over one block of pairs; in the own block the diagonal is the matching pairs."""
     logits = logit_scale * image @ texts.T + logit_bias
-    matching = logits.diagonal()
-    negatives = -logsigmoid(-logits).sum()
-    if not own:
-        return negatives
-    return negatives + (logsigmoid(-matching) - logsigmoid(matching)).sum()
+    if own:
+        matching = torch.eye(image.shape[0], dtype=torch.bool, device=image.device)
+        logits = torch.where(matching, -logits, logits)
+    return -logsigmoid(-logits).sum()
