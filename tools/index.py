@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.pop(0)  # this folder, whose inspect.py would hide Python's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.data.index import MAX_MEMBER_BYTES, write_index
