@@ -45,6 +45,11 @@ class Trainable(Protocol):
     def parameter_depth(self, name: str) -> tuple[Tower, int]: ...
 
 
+# Without a GPU DeepSpeed would compile an op at the first launch, for minutes, and a build that is
+# killed leaves a lock for which every later launch waits forever. Only inference uses that op.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class Engine:
     """DeepSpeed's engine with one door in (`engine(batch)`) and state by parameter name.
 
