@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import T5Config
+from transformers import T5Config, ViTConfig, ViTModel
 
 from tests.models.small import small_batch, small_config, texts, word_tokenizer
 from trainer.errors import ConfigError
@@ -142,6 +142,31 @@ def test_padding_and_batch_mates_do_not_matter(kind: str, saved: dict[str, str])
     for row in range(4):
         alone = model(text_only(tokens[row : row + 1], mask[row : row + 1])).text[0]
         torch.testing.assert_close(alone, together[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["auto", "mean"])
+def test_an_image_tower_can_be_any_vision_transformer(pooling: str, tmp_path: Path) -> None:
+    settings = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=16,
+    )
+    ViTModel(settings).save_pretrained(tmp_path)
+    config = small_config(image={"path": str(tmp_path), "pooling": pooling})
+    model = build_two_tower(config, word_tokenizer())
+    batch = small_batch()
+    states = model.image.backbone(pixel_values=batch.images).last_hidden_state
+    pooled = states[:, 0] if pooling == "auto" else states.mean(dim=1)
+    expected = torch.nn.functional.normalize(model.image.projection(pooled))
+    result = model(batch)
+    torch.testing.assert_close(result.image, expected, rtol=0, atol=1e-6)
+    (result.image * result.text).sum().backward()
+    assert all(p.grad is not None for p in model.image.parameters())
+    with pytest.raises(ConfigError, match=r"set model.image_size=32"):
+        build_two_tower(config.model_copy(update={"image_size": 48}), word_tokenizer())
 
 
 def test_a_text_without_an_end_token_is_pooled_at_its_last_token() -> None:
