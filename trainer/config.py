@@ -57,7 +57,7 @@ class Period(Frozen):
 def _read_period(value: Any) -> Any:
     if isinstance(value, str):
         if value.strip() == "never":
-            return {"count": math.inf, "unit": "never"}
+            return Period.model_construct(count=math.inf, unit="never")
         match = re.fullmatch(r"\s*([\d.]+)\s*(steps?|samples?|epochs?|min)\s*", value)
         if not match:
             raise ValueError(f"{value!r} is no period; write '1000 steps', '2 epochs' or '30 min'")

@@ -20,7 +20,7 @@ def parameter_groups(
 
     `depth_of(name)` is the tower and the number of layers above a parameter; its base learning
     rate is the tower's times `layer_decay ** depth`. Vectors and scalars (norms, biases, scales)
-    are not decayed. Frozen parameters are left out.
+    are not decayed, nor are the prototype heads (arXiv 2206.10996). Frozen parameters are left out.
     """
     towers = {"image": config.image_learning_rate, "text": config.text_learning_rate, "other": None}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
@@ -29,7 +29,8 @@ def parameter_groups(
             continue
         tower, depth = depth_of(name)
         rate = (towers[tower] or config.learning_rate) * config.layer_decay**depth
-        decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+        decays = parameter.dim() >= 2 and tower != "other"
+        decay = config.weight_decay if decays else 0.0
         shared = {"tower": tower, "lr": rate, "base_lr": rate, "weight_decay": decay}
         group = groups.setdefault((tower, rate, decay), {"params": [], **shared})
         group["params"].append(parameter)

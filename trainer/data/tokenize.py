@@ -38,7 +38,7 @@ def train_tokenizer(
     tokenizer = _untrained()
     trainer = BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, BOS, EOS],
+        special_tokens=[PAD, EOS, BOS],  # transformers reads an EOS id of 2 as an old file
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -36,7 +36,7 @@ from trainer.losses.prototype import (
     target_figures,
     unit_rows,
 )
-from trainer.models.two_tower import HeadConfig, TwoTowerConfig, build_two_tower
+from trainer.models.two_tower import TwoTowerConfig, build_two_tower
 from trainer.parts.episode import EpisodeTables
 from trainer.parts.teacher import TeacherConfig, TeacherGroups, load_teacher
 from trainer.recipe import Context, Encode, Samples
@@ -50,7 +50,7 @@ class Config(RecipeConfig):
     """Defaults are the recipe of the paper's 8-GPU run; K is a tenth of an episode."""
 
     name: Literal["protoclip"] = "protoclip"
-    model: TwoTowerConfig = TwoTowerConfig(head=HeadConfig())
+    model: TwoTowerConfig = TwoTowerConfig()
     episode_samples: PositiveInt = 200_000
     """Samples between two clusterings, over all ranks; rounded up to whole global batches."""
     clusters: PositiveInt = 20_000
@@ -94,11 +94,10 @@ class Extracted(NamedTuple):
 
 class Recipe:
     def __init__(self, config: Config, context: Context) -> None:
-        model = config.model
-        if model.head is None:
-            model = model.model_copy(update={"head": HeadConfig()})
         self.config, self.context, self.comm = config, context, context.comm
-        self.model = build_two_tower(model, context.tokenizer, context.comm, seed=context.seed)
+        self.model = build_two_tower(
+            config.model.with_head(), context.tokenizer, context.comm, seed=context.seed
+        )
         self.episode = EpisodeTables(context.comm)
         self.parts = {"episode": self.episode}
         batch = context.global_batch

@@ -14,13 +14,13 @@ from trainer.types import Batch, Features, Losses
 
 class Config(RecipeConfig):
     name: Literal["siglip"] = "siglip"
-    model: TwoTowerConfig = TwoTowerConfig(bias=True)
+    model: TwoTowerConfig = TwoTowerConfig()
 
 
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm = context.comm
-        model = config.model.model_copy(update={"bias": True, "head": None})
+        model = config.model.model_copy(update={"head": None}).with_bias()
         self.model = build_two_tower(model, context.tokenizer, context.comm, seed=context.seed)
         self.parts: Mapping[str, Part] = {}
 
