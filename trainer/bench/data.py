@@ -103,7 +103,7 @@ def _webdataset(config: DataConfig, size: int) -> Iterator[Tensor]:
     """Resampled, shuffled and batched as webdataset's documentation does it for training."""
     dataset = webdataset.WebDataset(
         expand_shards(config.train), resampled=True, shardshuffle=False, seed=0
-    ).shuffle(1000)
+    ).shuffle(1000, initial=1000)  # full before the clock starts: filling it reads twice as much
     # A new number for every visit, so that both sides draw equally many blurs and jitters.
     decode = partial(_decoded, visits=count(), config=config, size=size)
     loader = webdataset.WebLoader(
