@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.hashing import hash_bits
 
-ROW_BLOCK = 512
+ROW_BLOCK = 1024
 COLUMN_BLOCK = 2048
 _MEMBERS = 32
 _NEVER = 1e38
@@ -81,7 +81,8 @@ def prepare(
     are looked at twice, never the labels.
     """
     centroids = centroids.float()
-    origin = centroids.double().mean(0).float()
+    total = ordered_sum(centroids.double().T.contiguous())
+    origin = (total / centroids.shape[0]).float()
     shifted = centroids.double() - origin.double()
     filling = (0, -centroids.shape[0] % _MEMBERS)
     eligible = torch.nn.functional.pad(~_repeated(centroids), filling, value=False)
@@ -92,7 +93,7 @@ def prepare(
     return CentroidTable(
         centroids=centroids,
         origin=origin,
-        scanned=_widened(torch.nn.functional.pad(rounded, (0, 0, *filling)), offsets),
+        scanned=widened(torch.nn.functional.pad(rounded, (0, 0, *filling)), offsets),
         offsets=offsets,
         eligible=eligible,
         longest=float(squares.max().sqrt()),
@@ -123,15 +124,27 @@ def assign_block(
     """As `assign`, for one block of points and a prepared table."""
     points = points.float()
     found = _scan(points, table, column_block=column_block)
-    per_row = torch.bincount(found.rows, minlength=points.shape[0])
+    return resolve(points, table.centroids, found.rows, found.columns)
+
+
+def resolve(
+    points: Float[Tensor, "n d"],
+    centroids: Float[Tensor, "k d"],
+    rows: Int64[Tensor, " p"],
+    columns: Int64[Tensor, " p"],
+) -> Int64[Tensor, " n"]:
+    """Per point the nearest of its candidates (row, column), ties to the lowest column.
+
+    Every row needs a candidate; only rows with several cost a distance.
+    """
+    per_row = torch.bincount(rows, minlength=points.shape[0])
     labels = torch.empty_like(per_row)
-    alone = per_row[found.rows] == 1
-    labels[found.rows[alone]] = found.columns[alone]
-    if not bool(alone.all()):
-        rows, columns = found.rows[~alone], found.columns[~alone]
-        nearest = _nearest_of_pairs(points, table.centroids, rows, columns)
-        labels = torch.where(per_row == 1, labels, nearest)
-    return labels
+    alone = per_row[rows] == 1
+    labels[rows[alone]] = columns[alone]
+    if bool(alone.all()):
+        return labels
+    nearest = _nearest_of_pairs(points, centroids, rows[~alone], columns[~alone])
+    return torch.where(per_row == 1, labels, nearest)
 
 
 def pair_distances(
@@ -158,13 +171,13 @@ def _scan(points: Tensor, table: CentroidTable, *, column_block: int) -> _Candid
     """All (row, column) whose score may be the row's best, rounding considered."""
     shifted = points - table.origin
     rounded = shifted.to(table.scanned.dtype)
-    margin = _margin(shifted, rounded, table)
-    wide = _widened(rounded, None)
+    margin = margin_of(shifted, rounded, table)
+    wide = widened(rounded, None)
     best = torch.full_like(margin.fixed, -torch.inf)
     width = max(column_block // _MEMBERS, 1) * _MEMBERS
     found = []
     for first in range(0, table.scanned.shape[0], width):
-        scores = _scores(wide, table, slice(first, first + width))
+        scores = scores_of(wide, table, slice(first, first + width))
         groups = scores.unflatten(1, (_MEMBERS, -1))
         tops = groups.amax(1)
         best = torch.maximum(best, tops.amax(1))
@@ -173,13 +186,13 @@ def _scan(points: Tensor, table: CentroidTable, *, column_block: int) -> _Candid
     return _kept(together, margin.below(best), table)
 
 
-def _scores(wide: Tensor, table: CentroidTable, columns: slice) -> Tensor:
+def scores_of(wide: Tensor, table: CentroidTable, columns: slice) -> Tensor:
     if wide.dtype == torch.float32:
         return torch.addmm(table.offsets[columns], wide, table.scanned[columns].T)
     return wide @ table.scanned[columns].T
 
 
-def _widened(rows: Tensor, offsets: Tensor | None) -> Tensor:
+def widened(rows: Tensor, offsets: Tensor | None) -> Tensor:
     """Below float32 a sum of products must bring the offset: as three columns of its parts.
 
     The other factor's rows (offsets None) get three columns of ones. Float32 rows stay as they
@@ -212,7 +225,7 @@ def _kept(found: _Candidates, threshold: Tensor, table: CentroidTable) -> _Candi
     return _Candidates(*(part[keep] for part in found))
 
 
-class _Margin(NamedTuple):
+class Margin(NamedTuple):
     """How far below the best score a column may lie and still be the nearest."""
 
     fixed: Float[Tensor, " n"]
@@ -224,7 +237,7 @@ class _Margin(NamedTuple):
         return best.float() - self.fixed - self.share * best.float().abs()
 
 
-def _margin(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> _Margin:
+def margin_of(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> Margin:
     """From a bound E on the error of any score before it is rounded: 2 E + 2 u (|best| + 2 E),
     u the unit roundoff of the scores.
 
@@ -243,7 +256,7 @@ def _margin(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> _Margin:
     # a sum may overflow on its way to a finite value: then all columns are candidates
     error = error.masked_fill(~(products < 2.0**100), torch.inf)
     share = 1.01 * torch.finfo(rounded.dtype).eps
-    return _Margin((2.0 + 2.0 * share) * error, share)
+    return Margin((2.0 + 2.0 * share) * error, share)
 
 
 def _nearest_of_pairs(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
+from trainer.cluster import two_level
 from trainer.cluster.assign import (
     COLUMN_BLOCK,
     ROW_BLOCK,
@@ -53,6 +55,13 @@ class KMeansConfig(Frozen):
     """`faiss` gathers all points on rank 0: at most 50000 clusters and 8 GiB of points."""
     row_block: PositiveInt = ROW_BLOCK
     """Points scored at once. The result does not depend on it."""
+    assignment: Literal["exact", "two_level"] = "exact"
+    """`two_level` looks for the nearest centroid in the nearest coarse cells only. Its labels, and
+    so the objective, may be worse than the best; it pays from some thousand clusters on."""
+    cells: PositiveInt | None = None
+    """Coarse cells of the two-level assignment; about sqrt(K) where None."""
+    probes: PositiveInt = 8
+    """Cells a point looks into. More cost time and find better centroids."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the scan's products; `auto` times both. The result does not depend on it."""
     column_block: PositiveInt = COLUMN_BLOCK
@@ -64,7 +73,8 @@ class KMeansResult(NamedTuple):
 
     centroids: Float[Tensor, "k d"]
     labels: Int64[Tensor, " n"]
-    """The nearest centroid of each local point (lowest id in a tie)."""
+    """The nearest centroid of each local point (lowest id in a tie); for two-level assignment the
+    nearest of those looked at."""
     counts: Int64[Tensor, " k"]
     objective: list[float]
     """Mean squared distance per point before each update."""
@@ -243,20 +253,43 @@ def _pass(problem: _Problem, centroids: Tensor) -> _Sums:
     sums = torch.zeros((rows, points.shape[1]), dtype=torch.int64, device=comm.device)
     counts = torch.zeros(rows, dtype=torch.int64, device=comm.device)
     labels = torch.empty(points.shape[0], dtype=torch.int64, device=comm.device)
-    table = prepare(centroids, precision=_precision(problem, centroids))
-    for first in range(0, points.shape[0], config.row_block):
-        block = points[first : first + config.row_block].to(comm.device, torch.float32)
-        nearest = assign_block(block, table, column_block=config.column_block)
+    step, nearest_of = _assigner(problem, centroids)
+    for first in range(0, points.shape[0], step):
+        block = points[first : first + step].to(comm.device, torch.float32)
+        nearest = nearest_of(block)
         sums.index_add_(0, nearest, (block.double() * problem.scale).round().long())
         counts.index_add_(0, nearest, torch.ones_like(nearest))
-        labels[first : first + config.row_block] = nearest
+        labels[first : first + step] = nearest
     return _Sums(labels, comm.reduce_scatter(sums), comm.sum(counts)[: config.clusters])
+
+
+def _assigner(problem: _Problem, centroids: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """How many points to take at once, and the function that labels them."""
+    config = problem.config
+    if config.assignment == "exact":
+        table = prepare(centroids, precision=_precision(problem, centroids))
+        return config.row_block, partial(
+            assign_block, table=table, column_block=config.column_block
+        )
+    cells = _cells(centroids, config)
+    return max(config.row_block, two_level.ROWS), partial(two_level.assign_two_level, cells=cells)
+
+
+def _cells(centroids: Tensor, config: KMeansConfig) -> two_level.Cells:
+    """Coarse cells: a k-means of the centroids, on every rank the same."""
+    count = min(config.cells or math.isqrt(config.clusters), config.clusters)
+    coarse = KMeansConfig(clusters=count, iterations=4, seed=config.seed, precision="float32")
+    ids = torch.arange(config.clusters, device=centroids.device)
+    found = kmeans(centroids, ids, coarse, Comm.solo(centroids.device))
+    return two_level.group_into_cells(
+        centroids, found.centroids, found.labels, probes=config.probes
+    )
 
 
 def _precision(problem: _Problem, centroids: Tensor) -> torch.dtype:
     if problem.config.precision == "auto":
         block = problem.points[: problem.config.row_block]
-        return fastest_precision(block.to(centroids.device), centroids)
+        return fastest_precision(block.to(centroids.device, torch.float32), centroids)
     return torch.float32 if problem.config.precision == "float32" else torch.bfloat16
 
 

@@ -1,0 +1,140 @@
+"""Nearest centroids among those of the nearest cells: about 2 sqrt(K) scores a point, not K.
+
+Centroids are grouped into coarse cells. A point looks into the `probes` cells nearest to it, and
+its label is the exact nearest centroid of these cells. Which cells it looks into is decided in
+integers, so here too blocks, ranks and processors don't enter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from trainer.cluster.assign import (
+    CentroidTable,
+    margin_of,
+    prepare,
+    resolve,
+    scores_of,
+)
+
+ROWS = 16384
+_POINT_LEVELS, _CELL_LEVELS = 127.0, 63.0
+_LARGEST_SUM = 1 << 24
+
+
+class Cells(NamedTuple):
+    """Centroids in order of their cell."""
+
+    table: CentroidTable
+    centroids: Float[Tensor, "k d"]
+    """In order of id, as they were given."""
+    ids: Int64[Tensor, " k"]
+    """The centroid of each row of the table; ascending within a cell."""
+    starts: list[int]
+    """First row of each cell, and K."""
+    coarse: Float[Tensor, "cells d"]
+    """Cell centres minus the origin, in whole numbers from -63 to 63."""
+    coarse_scale: float
+    coarse_offsets: Float[Tensor, " cells"]
+    probes: int
+
+
+def group_into_cells(
+    centroids: Float[Tensor, "k d"],
+    centres: Float[Tensor, "cells d"],
+    cell_of: Int64[Tensor, " k"],
+    *,
+    probes: int,
+) -> Cells:
+    """Make centroids ready for `assign_two_level`; `cell_of` is the cell of each centroid.
+
+    Cells without a centroid are dropped. Takes dimensions up to 2096: sums of products of the
+    whole numbers must be exact in float32.
+    """
+    if centroids.shape[1] * _POINT_LEVELS * _CELL_LEVELS > _LARGEST_SUM:
+        raise ValueError(f"two-level assignment takes at most 2096 dims, not {centroids.shape[1]}")
+    used, cell_of = torch.unique(cell_of, return_inverse=True)
+    sizes = torch.bincount(cell_of, minlength=len(used))
+    ids = torch.argsort(cell_of, stable=True)
+    table = prepare(centroids[ids])
+    centred = centres[used].float() - table.origin
+    scale = max(float(centred.abs().max()) / _CELL_LEVELS, torch.finfo(torch.float32).tiny)
+    coarse = (centred / scale).round()
+    return Cells(
+        table=table,
+        centroids=centroids,
+        ids=ids,
+        starts=[0, *sizes.cumsum(0).tolist()],
+        coarse=coarse,
+        coarse_scale=scale,
+        coarse_offsets=(-0.5 * (coarse.double() * scale).square().sum(1)).float(),
+        probes=min(probes, len(used)),
+    )
+
+
+def assign_two_level(points: Float[Tensor, "n d"], cells: Cells) -> Int64[Tensor, " n"]:
+    """The nearest centroid of every point among its nearest cells, ties to the lowest id.
+
+    Holds points x cells scores: give it some 10 000 points at once.
+    """
+    shifted = points.float() - cells.table.origin
+    rows, members = _probed(shifted, cells)
+    tops = _best_of_cells(shifted, rows, members, cells)
+    best = tops.new_full((points.shape[0],), -torch.inf).scatter_reduce_(0, rows, tops, "amax")
+    threshold = margin_of(shifted, shifted, cells.table).below(best)
+    near = ~(tops < threshold[rows])
+    passed = torch.nn.functional.pad(near.long().cumsum(0), (1, 0))
+    ends = torch.tensor([0, *members]).cumsum(0).to(passed.device)
+    left = passed[ends].diff().tolist()
+    rows, columns = _candidates(shifted, rows[near], left, threshold, cells)
+    return resolve(points.float(), cells.centroids, rows, columns)
+
+
+def _probed(shifted: Tensor, cells: Cells) -> tuple[Tensor, list[int]]:
+    """Rows of the points that look into each cell, cell by cell, and how many each cell has.
+
+    All cells that score at least as well as the `probes`-th best. The products are sums of whole
+    numbers below 2^24 and the rest is elementwise, so every bit is determined.
+    """
+    scale = shifted.abs().amax(1, keepdim=True) / _POINT_LEVELS
+    whole = (shifted / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    scores = (whole @ cells.coarse.T).mul_(scale * cells.coarse_scale).add_(cells.coarse_offsets)
+    last = scores.topk(cells.probes, dim=1, sorted=False).values.amin(1, keepdim=True)
+    # "not below" instead of "at least": NaN (overflow) looks into every cell
+    inside = (~(scores < last)).T.contiguous()
+    return inside.nonzero()[:, 1], inside.sum(1).tolist()
+
+
+def _best_of_cells(shifted: Tensor, rows: Tensor, members: list[int], cells: Cells) -> Tensor:
+    """The best score in the cell for each pair of point and cell."""
+    tops = shifted.new_empty(rows.shape[0])
+    place = 0
+    for cell, count in enumerate(members):
+        if count:
+            columns = slice(cells.starts[cell], cells.starts[cell + 1])
+            chosen = rows[place : place + count]
+            scores = scores_of(shifted.index_select(0, chosen), cells.table, columns)
+            tops[place : place + count] = scores.amax(1)
+            place += count
+    return tops
+
+
+def _candidates(
+    shifted: Tensor, rows: Tensor, members: list[int], threshold: Tensor, cells: Cells
+) -> tuple[Tensor, Tensor]:
+    """(row, centroid id) of every score that may be the row's best."""
+    found_rows, found_ids = [], []
+    for cell, chosen in enumerate(rows.split(members)):
+        if chosen.shape[0] == 0:
+            continue
+        first, last = cells.starts[cell], cells.starts[cell + 1]
+        scores = scores_of(shifted.index_select(0, chosen), cells.table, slice(first, last))
+        within = ~(scores < threshold[chosen, None]) & cells.table.eligible[first:last]
+        entry, column = within.nonzero(as_tuple=True)
+        found_rows.append(chosen[entry])
+        found_ids.append(cells.ids[first + column])
+    return torch.cat(found_rows), torch.cat(found_ids)
