@@ -354,5 +354,7 @@ def test_mistakes_are_named() -> None:
     points[3, 1] = torch.inf
     with pytest.raises(DataError, match=r"1 of the points.*lowest sample id of them is 3"):
         solo(points, KMeansConfig(clusters=2))
+    with pytest.raises(ConfigError, match=r"\(3, 3\) and must be \(2, 3\)"):
+        solo(torch.zeros(4, 3), KMeansConfig(clusters=2), initial=torch.zeros(3, 3))
     with pytest.raises(ConfigError, match="at most 50000 clusters"):
         solo(torch.zeros(50_001, 1), KMeansConfig(clusters=50_001, backend="faiss", iterations=1))

@@ -9,93 +9,24 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field
 from torch import Tensor
 
 from trainer.cluster import two_level
-from trainer.cluster.assign import (
-    COLUMN_BLOCK,
-    ROW_BLOCK,
-    assign_block,
-    fastest_precision,
-    ordered_sum,
-    prepare,
-)
+from trainer.cluster.assign import assign_block, fastest_precision, ordered_sum, prepare
+from trainer.cluster.faiss_peer import faiss_centroids
+from trainer.cluster.problem import KMeansConfig, KMeansResult, Problem, pose, starting_points
 from trainer.comm import Comm
-from trainer.config import Frozen, PositiveInt
-from trainer.errors import ConfigError, DataError
-from trainer.hashing import hash_bits, key_of
+from trainer.errors import ConfigError
+
+__all__ = ["KMeansConfig", "KMeansResult", "kmeans"]
 
 _SPLIT = 1.0 / 1024.0
-_FAISS_CLUSTERS = 50_000
-_FAISS_BYTES = 8 << 30
-
-
-class KMeansConfig(Frozen):
-    """How to cluster."""
-
-    clusters: PositiveInt
-    """K, over all ranks."""
-    iterations: PositiveInt = 20
-    """Centroid updates at most."""
-    restarts: PositiveInt = 1
-    """Runs from different starting points; the one with the least inertia is kept."""
-    spherical: bool = False
-    """Scale the centroids to length one after every update."""
-    seed: int = 1234
-    tolerance: float = Field(default=0.0, ge=0.0)
-    """Stop when the objective fell by less than this share of itself. Zero: at the fixed point."""
-    backend: Literal["torch", "faiss"] = "torch"
-    """`faiss` gathers all points on rank 0: at most 50000 clusters and 8 GiB of points."""
-    row_block: PositiveInt = ROW_BLOCK
-    """Points scored at once. The result does not depend on it."""
-    assignment: Literal["exact", "two_level"] = "exact"
-    """`two_level` looks for the nearest centroid in the nearest coarse cells only. Its labels, and
-    so the objective, may be worse than the best; it pays from some thousand clusters on."""
-    cells: PositiveInt | None = None
-    """Coarse cells of the two-level assignment; about sqrt(K) where None."""
-    probes: PositiveInt = 8
-    """Cells a point looks into. More cost time and find better centroids."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the scan's products; `auto` times both. The result does not depend on it."""
-    column_block: PositiveInt = COLUMN_BLOCK
-    """Centroids scored at once. The result does not depend on it."""
-
-
-class KMeansResult(NamedTuple):
-    """Centroids and counts are global and equal on all ranks; labels are this rank's."""
-
-    centroids: Float[Tensor, "k d"]
-    labels: Int64[Tensor, " n"]
-    """The nearest centroid of each local point (lowest id in a tie); for two-level assignment the
-    nearest of those looked at."""
-    counts: Int64[Tensor, " k"]
-    objective: list[float]
-    """Mean squared distance per point before each update."""
-    repaired: int
-    """Empty clusters that were refilled by splitting the largest one."""
-    inertia: float
-    """Sum of squared distances of all points to the final centroids."""
-
-
-class _Problem(NamedTuple):
-    """What stays the same over restarts and iterations."""
-
-    points: Tensor
-    ids: Tensor
-    config: KMeansConfig
-    comm: Comm
-    num_points: int
-    scale: float
-    """A power of two: integers are round(x * scale)."""
-    sum_of_squares: float
-    """Of all points on all ranks."""
 
 
 class _Sums(NamedTuple):
@@ -123,12 +54,16 @@ def kmeans(
     DataError names the sample of a non-finite value; ConfigError if there are fewer points than
     clusters. Holds K x d integers per rank and nothing of size N x K.
     """
-    problem = _posed(points, ids, config, comm)
+    problem = pose(points, ids, config, comm)
+    shape = (config.clusters, points.shape[1])
+    if initial is not None and initial.shape != shape:
+        raise ConfigError(f"the initial centroids are {tuple(initial.shape)} and must be {shape}")
     if config.backend == "faiss":
         return _by_faiss(problem, initial)
     best: KMeansResult | None = None
     for restart in range(config.restarts):
-        start = initial if initial is not None and restart == 0 else _start(problem, restart)
+        given = initial if restart == 0 else None
+        start = starting_points(problem, restart) if given is None else given
         result = _lloyd(problem, start.to(comm.device, torch.float32))
         if best is None or result.inertia < best.inertia:
             best = result
@@ -136,89 +71,7 @@ def kmeans(
     return best
 
 
-# -- the problem ------------------------------------------------------------------------------
-
-
-def _posed(points: Tensor, ids: Tensor, config: KMeansConfig, comm: Comm) -> _Problem:
-    """Check the points; choose the scale of the integers from their number and largest value."""
-    _check_finite(points, ids, comm)
-    local = torch.tensor([points.shape[0]], device=comm.device)
-    num_points = int(comm.sum(local))
-    if num_points < config.clusters:
-        raise ConfigError(
-            f"{config.clusters} clusters need at least as many points and there are {num_points};"
-            f" use at most {num_points} clusters or more samples"
-        )
-    largest = points.new_zeros(1, dtype=torch.float64).to(comm.device)
-    for block in _blocks(points, config.row_block):
-        largest = torch.maximum(largest, block.abs().max().double())
-    largest_value = float(comm.max(largest))
-    scale = _scale(num_points, largest_value)
-    norm_scale = _scale(num_points, points.shape[1] * largest_value**2)
-    total = torch.zeros(1, dtype=torch.int64, device=comm.device)
-    for block in _blocks(points, config.row_block):
-        total += (ordered_sum(block.double().square()) * norm_scale).round().long().sum()
-    squares = int(comm.sum(total)) / norm_scale
-    return _Problem(points, ids, config, comm, num_points, scale, squares)
-
-
-def _blocks(points: Tensor, size: int) -> Iterator[Tensor]:
-    """Consecutive blocks of at most `size` rows; none of no rows."""
-    return (points[first : first + size] for first in range(0, points.shape[0], size))
-
-
-def _scale(count: int, largest: float) -> float:
-    """The largest power of two for which `count` values up to `largest` sum below 2^62."""
-    if largest == 0.0:
-        return 1.0
-    exponent = 62 - math.frexp(largest)[1] - count.bit_length()
-    return math.ldexp(1.0, min(exponent, 1000))
-
-
-def _check_finite(points: Tensor, ids: Tensor, comm: Comm) -> None:
-    bad = torch.cat(
-        [torch.zeros(0, dtype=torch.bool, device=points.device)]
-        + [~torch.isfinite(block).all(1) for block in _blocks(points, ROW_BLOCK)]
-    )
-    last = torch.iinfo(torch.int64).max
-    lowest = torch.where(bad, ids, last).min() if bad.any() else torch.tensor(last)
-    count = int(comm.sum(bad.sum()[None].to(comm.device)))
-    named = int(comm.min(lowest[None].to(comm.device)))
-    if count:
-        raise DataError(
-            f"{count} of the points to cluster are not finite, the lowest sample id of them is"
-            f" {named}; look at that sample's features"
-        )
-
-
-def _start(problem: _Problem, restart: int) -> Float[Tensor, "k d"]:
-    """The K points whose ids have the smallest hash, in order of the hash."""
-    clusters, comm = problem.config.clusters, problem.comm
-    bits = hash_bits(problem.ids, key_of(problem.config.seed, "kmeans start", restart))
-    local = torch.sort(bits).values[:clusters]
-    threshold = torch.sort(comm.gather_rows(local)).values[clusters - 1]
-    chosen = bits <= threshold
-    rows = comm.gather_rows(problem.points[chosen].float())
-    keys = comm.gather_rows(bits[chosen])
-    order = _lexicographic(keys, rows)
-    return rows[order[:clusters]]
-
-
-def _lexicographic(keys: Tensor, rows: Tensor) -> Tensor:
-    """Order by key; equal keys (an id given twice) by the row's values, wherever the row was."""
-    order = torch.argsort(keys, stable=True)
-    if torch.unique(keys).numel() < keys.numel():
-        order = torch.arange(keys.shape[0], device=keys.device)
-        for column in reversed(range(rows.shape[1])):
-            order = order[torch.argsort(rows[order, column], stable=True)]
-        order = order[torch.argsort(keys[order], stable=True)]
-    return order
-
-
-# -- iterations -------------------------------------------------------------------------------
-
-
-def _lloyd(problem: _Problem, centroids: Tensor) -> KMeansResult:
+def _lloyd(problem: Problem, centroids: Tensor) -> KMeansResult:
     config = problem.config
     if config.spherical:
         centroids = _unit(centroids, instead=centroids)
@@ -239,6 +92,14 @@ def _lloyd(problem: _Problem, centroids: Tensor) -> KMeansResult:
     return KMeansResult(centroids, found.labels, found.counts, objective, repaired, inertia)
 
 
+def _by_faiss(problem: Problem, initial: Tensor | None) -> KMeansResult:
+    """faiss's centroids, then one exact pass of our own for labels, counts and inertia."""
+    centroids, objective = faiss_centroids(problem, initial)
+    found = _pass(problem, centroids)
+    inertia = _objective(problem, found, centroids) * problem.num_points
+    return KMeansResult(centroids, found.labels, found.counts, objective, 0, inertia)
+
+
 def _settled(objective: list[float], value: float, tolerance: float) -> bool:
     """True when the last update lowered the objective, but by less than asked for."""
     if not objective or tolerance == 0.0:
@@ -246,7 +107,7 @@ def _settled(objective: list[float], value: float, tolerance: float) -> bool:
     return 0.0 <= objective[-1] - value < tolerance * objective[-1]
 
 
-def _pass(problem: _Problem, centroids: Tensor) -> _Sums:
+def _pass(problem: Problem, centroids: Tensor) -> _Sums:
     """Assign every local point and add it, as integers, to its cluster; then reduce."""
     config, comm, points = problem.config, problem.comm, problem.points
     rows = -(-config.clusters // comm.world_size) * comm.world_size
@@ -263,7 +124,7 @@ def _pass(problem: _Problem, centroids: Tensor) -> _Sums:
     return _Sums(labels, comm.reduce_scatter(sums), comm.sum(counts)[: config.clusters])
 
 
-def _assigner(problem: _Problem, centroids: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
+def _assigner(problem: Problem, centroids: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
     """How many points to take at once, and the function that labels them."""
     config = problem.config
     if config.assignment == "exact":
@@ -286,14 +147,14 @@ def _cells(centroids: Tensor, config: KMeansConfig) -> two_level.Cells:
     )
 
 
-def _precision(problem: _Problem, centroids: Tensor) -> torch.dtype:
+def _precision(problem: Problem, centroids: Tensor) -> torch.dtype:
     if problem.config.precision == "auto":
         block = problem.points[: problem.config.row_block]
         return fastest_precision(block.to(centroids.device, torch.float32), centroids)
     return torch.float32 if problem.config.precision == "float32" else torch.bfloat16
 
 
-def _objective(problem: _Problem, found: _Sums, centroids: Tensor) -> float:
+def _objective(problem: Problem, found: _Sums, centroids: Tensor) -> float:
     """Mean of |x - c|^2 = (sum |x|^2 + sum_k n_k |c_k|^2 - 2 c_k . s_k) / N, from exact sums."""
     first, last = problem.comm.row_range(problem.config.clusters)
     own = centroids[first:last].double()
@@ -304,7 +165,7 @@ def _objective(problem: _Problem, found: _Sums, centroids: Tensor) -> float:
     return max(total, 0.0) / problem.num_points
 
 
-def _updated(problem: _Problem, found: _Sums, centroids: Tensor) -> tuple[Tensor, int]:
+def _updated(problem: Problem, found: _Sums, centroids: Tensor) -> tuple[Tensor, int]:
     """Means of the clusters, empty ones refilled; how many were."""
     comm, clusters = problem.comm, problem.config.clusters
     first, last = comm.row_range(clusters)
@@ -344,60 +205,3 @@ def _unit(rows: Tensor, *, instead: Tensor) -> Tensor:
     """Rows scaled to length one; a zero row is replaced by that of `instead`."""
     lengths = ordered_sum(rows.double().square()).sqrt()[:, None]
     return torch.where(lengths > 0, (rows.double() / lengths).float(), instead)
-
-
-# -- the peer ---------------------------------------------------------------------------------
-
-
-def _by_faiss(problem: _Problem, initial: Tensor | None) -> KMeansResult:
-    """faiss.Kmeans on rank 0, on points in order of id; then one exact pass of our own.
-
-    With more than 256 points a cluster faiss trains on a sample of them, as by default.
-    """
-    config, comm = problem.config, problem.comm
-    _check_faiss_limits(problem)
-    rows = comm.gather_rows(problem.points.float().to(comm.device))
-    order = torch.argsort(comm.gather_rows(problem.ids.to(comm.device)), stable=True)
-    centroids = rows.new_zeros((config.clusters, rows.shape[1]))
-    objective: list[float] = []
-    if comm.is_main:
-        centroids, objective = _train_faiss(rows[order].cpu(), config, initial)
-    centroids = comm.broadcast(centroids.to(comm.device))
-    objective = comm.broadcast_json(objective)
-    found = _pass(problem, centroids)
-    inertia = _objective(problem, found, centroids) * problem.num_points
-    return KMeansResult(centroids, found.labels, found.counts, objective, 0, inertia)
-
-
-def _train_faiss(
-    points: Tensor, config: KMeansConfig, initial: Tensor | None
-) -> tuple[Tensor, list[float]]:
-    import faiss
-
-    trainer = faiss.Kmeans(
-        points.shape[1],
-        config.clusters,
-        niter=config.iterations,
-        nredo=config.restarts,
-        seed=config.seed,
-        spherical=config.spherical,
-        min_points_per_centroid=1,
-        gpu=faiss.get_num_gpus() > 0,
-    )
-    start = None if initial is None else initial.cpu().float().numpy()
-    trainer.train(points.contiguous().numpy(), init_centroids=start)
-    # the log runs over all restarts, and its unit is the sum over the points trained on
-    used = min(points.shape[0], 256 * config.clusters)
-    assert trainer.obj is not None
-    assert trainer.centroids is not None
-    objective = [float(value) / used for value in trainer.obj]
-    return torch.from_numpy(trainer.centroids.copy()), objective
-
-
-def _check_faiss_limits(problem: _Problem) -> None:
-    clusters, size = problem.config.clusters, problem.num_points * problem.points.shape[1] * 4
-    if clusters > _FAISS_CLUSTERS or size > _FAISS_BYTES:
-        raise ConfigError(
-            f"backend faiss takes at most {_FAISS_CLUSTERS} clusters and {_FAISS_BYTES >> 30} GiB"
-            f" of points, and these are {clusters} and {size / 2**30:.1f} GiB; use backend: torch"
-        )
