@@ -128,3 +128,81 @@ def test_every_stage_rank_count_and_split_takes_the_same_steps(world_size):
             torch.testing.assert_close(
                 weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, c=message: f"{c}: {m}"
             )
+
+
+def poison_one_rank(comm: Comm, stages: list[str]) -> list[dict]:
+    """A NaN pixel in one sample of rank 1: nothing may move anywhere, and rank 1 is named."""
+    from trainer.diagnosis import explain_skip, one_line
+
+    results = []
+    for stage in stages:
+        engine = new_engine(comm, stage)
+        run_steps(engine, comm, range(2), 1)
+        before = engine.weights_share() | engine.moments_share()
+        batches = batch_of(2, comm, 1)
+        if comm.rank == 1:
+            batches[0].images[1, 0, 0, 0] = float("nan")
+        losses = accumulate(engine, loss_of(comm), batches)
+        applied = engine.step(factor(2))
+        why = one_line(explain_skip(engine, batches, losses))
+        after = engine.weights_share() | engine.moments_share()
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        run_steps(engine, comm, range(2, 3), 1)
+        results.append(
+            {"applied": applied, "moved": moved, "why": why, "end": engine.gathered_weights()}
+        )
+    return results
+
+
+def test_a_nan_on_one_rank_changes_no_parameter_anywhere_and_names_the_rank():
+    expected = reference(3)
+    ranks = run_ranks(poison_one_rank, 2, STAGES, timeout_seconds=400)
+    for index, stage in enumerate(STAGES):
+        for rank in ranks:
+            assert not rank[index]["applied"], stage
+            assert rank[index]["moved"] == [], stage
+            assert "rank 1 (pixels of samples 7)" in rank[index]["why"], stage
+        for name, value in ranks[0][index]["end"].items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_zero_3_holds_a_share_of_weights_and_moments():
+    """Bytes per rank are within 5 % of 1 / W (persistence off)."""
+    ranks = run_ranks(measure_bytes, 2, timeout_seconds=300)
+    total = 4 * sum(p.numel() for p in small_model(Comm.solo()).parameters())
+    for rank in ranks:
+        assert abs(rank["weights"] / (total / 2) - 1) < 0.05
+        assert abs(rank["moments"] / total - 1) < 0.05
+
+
+def measure_bytes(comm: Comm) -> dict[str, int]:
+    engine = new_engine(comm, "zero3")
+    run_steps(engine, comm, range(1), 1)
+    return engine.bytes_per_rank()
+
+
+def test_bfloat16_takes_steps_at_every_stage():
+    """Bfloat16 weights, float32 masters: close to the float32 steps, and restored exactly."""
+    (ranks,) = run_ranks(train_in_bfloat16, 1, timeout_seconds=400)
+    expected = reference(3)
+    for stage, (weights, again) in ranks.items():
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=0.1, atol=0.02)
+            assert torch.equal(weights[name], again[name]), f"{stage} {name}"
+
+
+def train_in_bfloat16(comm: Comm) -> dict[str, tuple[dict, dict]]:
+    results = {}
+    for stage in ("zero1", "zero2", "zero3"):
+        engine = new_engine(comm, stage, bf16=True)
+        run_steps(engine, comm, range(3), 1)
+        weights, moments = engine.weights_share(), engine.moments_share()
+        other = new_engine(comm, stage, weights, bf16=True)
+        other.restore(weights, moments, 3, batch_of(0, comm, 1)[0])
+        results[stage] = (weights, other.weights_share())
+        for batch_step in range(3, 5):  # the restored engine continues as the first one does
+            for one in (engine, other):
+                run_steps(one, comm, range(batch_step, batch_step + 1), 1)
+        first, second = engine.weights_share(), other.weights_share()
+        assert all(torch.equal(first[name], second[name]) for name in first), stage
+    return results
