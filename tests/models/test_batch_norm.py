@@ -111,3 +111,14 @@ def test_large_means_do_not_cancel() -> None:
     norm = GlobalBatchNorm(WIDTH, Comm.solo())
     expected = nn.BatchNorm1d(WIDTH).double()(rows.double())
     torch.testing.assert_close(norm(rows).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_running_statistics():
+    norm = GlobalBatchNorm(WIDTH, Comm.solo())
+    norm(ROWS.clone().requires_grad_())
+    mean, variance = norm.running_mean.clone(), norm.running_variance.clone()
+    poisoned = ROWS.clone()
+    poisoned[3, 2] = float("nan")
+    norm(poisoned.requires_grad_())
+    assert torch.equal(norm.running_mean, mean)
+    assert torch.equal(norm.running_variance, variance)

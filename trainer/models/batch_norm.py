@@ -58,9 +58,11 @@ class GlobalBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor, size: Tensor) -> None:
-        unbiased = variance * (size / (size - 1).clamp(min=1.0))
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_variance.lerp_(unbiased, self.momentum)
+        # A step that meets NaN is not applied, so it must not leave a trace here either.
+        momentum = torch.where(torch.isfinite(variance.sum()), self.momentum, 0.0)
+        unbiased = torch.nan_to_num(variance * (size / (size - 1).clamp(min=1.0)))
+        self.running_mean.lerp_(torch.nan_to_num(mean), momentum)
+        self.running_variance.lerp_(unbiased, momentum)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalBatchNorm:
         with exact_buffers(self, persistent=True):
