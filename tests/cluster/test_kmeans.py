@@ -135,6 +135,7 @@ def data_sets() -> dict[str, tuple[Tensor, KMeansConfig]]:
         "collapsed": (collapsed, KMeansConfig(clusters=20, iterations=6)),
         "ties": (grid, KMeansConfig(clusters=14, iterations=9, column_block=32)),
         "copies": (copies, KMeansConfig(clusters=45, iterations=5)),
+        "faiss": (normal, KMeansConfig(clusters=8, iterations=4, backend="faiss")),
         "early stop": (normal, KMeansConfig(clusters=9, iterations=50, tolerance=1e-3)),
     }
 

@@ -178,12 +178,20 @@ def _scan(points: Tensor, table: CentroidTable, *, column_block: int) -> _Candid
     found = []
     for first in range(0, table.scanned.shape[0], width):
         scores = scores_of(wide, table, slice(first, first + width))
-        groups = scores.unflatten(1, (_MEMBERS, -1))
+        groups = scores.unflatten(1, (_members(scores.shape[1]), -1))
         tops = groups.amax(1)
         best = torch.maximum(best, tops.amax(1))
         found.append(_in_reach(groups, tops, margin.below(best), first))
     together = _Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     return _kept(together, margin.below(best), table)
+
+
+def _members(width: int) -> int:
+    """Columns a group has in a tile, at most 32: maxima over less than 128 lanes are slow."""
+    members = _MEMBERS
+    while members > 1 and width < 128 * members:
+        members //= 2
+    return members
 
 
 def scores_of(wide: Tensor, table: CentroidTable, columns: slice) -> Tensor:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trainer.cluster import two_level
-from trainer.cluster.assign import assign_block, fastest_precision, ordered_sum, prepare
+from trainer.cluster.assign import assign_block, ordered_sum, prepare
 from trainer.cluster.faiss_peer import faiss_centroids
 from trainer.cluster.problem import KMeansConfig, KMeansResult, Problem, pose, starting_points
 from trainer.comm import Comm
@@ -128,7 +128,7 @@ def _assigner(problem: Problem, centroids: Tensor) -> tuple[int, Callable[[Tenso
     """How many points to take at once, and the function that labels them."""
     config = problem.config
     if config.assignment == "exact":
-        table = prepare(centroids, precision=_precision(problem, centroids))
+        table = prepare(centroids, precision=problem.precision)
         return config.row_block, partial(
             assign_block, table=table, column_block=config.column_block
         )
@@ -145,13 +145,6 @@ def _cells(centroids: Tensor, config: KMeansConfig) -> two_level.Cells:
     return two_level.group_into_cells(
         centroids, found.centroids, found.labels, probes=config.probes
     )
-
-
-def _precision(problem: Problem, centroids: Tensor) -> torch.dtype:
-    if problem.config.precision == "auto":
-        block = problem.points[: problem.config.row_block]
-        return fastest_precision(block.to(centroids.device, torch.float32), centroids)
-    return torch.float32 if problem.config.precision == "float32" else torch.bfloat16
 
 
 def _objective(problem: Problem, found: _Sums, centroids: Tensor) -> float:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from trainer.cluster.assign import COLUMN_BLOCK, ROW_BLOCK, ordered_sum
+from trainer.cluster.assign import COLUMN_BLOCK, ROW_BLOCK, fastest_precision, ordered_sum
 from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError, DataError
@@ -77,6 +77,8 @@ class Problem(NamedTuple):
     """A power of two: integers are round(x * scale)."""
     sum_of_squares: float
     """Of all points on all ranks."""
+    precision: torch.dtype
+    """Of the scan on this rank."""
 
 
 def pose(points: Tensor, ids: Tensor, config: KMeansConfig, comm: Comm) -> Problem:
@@ -99,7 +101,15 @@ def pose(points: Tensor, ids: Tensor, config: KMeansConfig, comm: Comm) -> Probl
     for block in _blocks(points, config.row_block):
         total += (ordered_sum(block.double().square()) * norm_scale).round().long().sum()
     squares = int(comm.sum(total)) / norm_scale
-    return Problem(points, ids, config, comm, num_points, scale, squares)
+    precision = _precision(points, config, comm)
+    return Problem(points, ids, config, comm, num_points, scale, squares, precision)
+
+
+def _precision(points: Tensor, config: KMeansConfig, comm: Comm) -> torch.dtype:
+    if config.precision != "auto":
+        return torch.float32 if config.precision == "float32" else torch.bfloat16
+    some = points[: max(config.row_block, 2 * COLUMN_BLOCK)].to(comm.device, torch.float32)
+    return fastest_precision(some[: config.row_block], some[: config.clusters])
 
 
 def _blocks(points: Tensor, size: int) -> Iterator[Tensor]:
