@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 Tile = tuple[int, int]
@@ -21,6 +21,46 @@ ACCELERATOR_TILE: Tile = (8192, 4096)
 """Enough work per launch; 128 MB in float32."""
 
 
+class Pairs(NamedTuple):
+    """Which (query, row) pairs a softmax counts, and how. By default all of them, as they are."""
+
+    bias: Float[Tensor, " rows"] | None = None
+    """Added to a row's logits: -inf where there is no such row, -ln(rate) for a row that was
+    drawn at this rate and stands for all."""
+    excluded: Int64[Tensor, "queries width"] | None = None
+    """Rows, by position, that don't exist for this query. Positions outside the rows are nothing;
+    one may occur twice."""
+    ceiling: float | None = None
+    """A logit above this becomes zero, before the bias, and has no gradient."""
+    reference: float | None = None
+    """Exponentials are taken relative to this number, not to a running maximum: saves a pass over
+    every tile. For logits whose bound is known; `fixed_reference` has one for cosines."""
+
+    def of_queries(self, part: slice) -> Pairs:
+        excluded = None if self.excluded is None else self.excluded[part]
+        return self._replace(excluded=excluded)
+
+    def of_rows(self, part: slice) -> Pairs:
+        return self._replace(
+            bias=None if self.bias is None else self.bias[part],
+            excluded=None if self.excluded is None else self.excluded - part.start,
+        )
+
+
+ALL_PAIRS = Pairs()
+
+
+def fixed_reference(scale: float) -> float | None:
+    """A reference for `scale` times cosines, or None where float32 has no room for one.
+
+    With |scale| <= 64 the sum of ten million exponentials lies between e^-64 and e^81, inside of
+    float32 without any shift. Up to 80 a shift keeps the top inside; a softmax whose every logit is
+    below -64 is then zero.
+    """
+    bound = abs(scale)
+    return None if bound > 80 else max(0.0, bound - 64.0)
+
+
 class Partition(NamedTuple):
     """What some of the rows contribute to a softmax over all of them; `merge` joins two of these.
 
@@ -28,7 +68,7 @@ class Partition(NamedTuple):
     """
 
     peak: Float[Tensor, " queries"]
-    """Largest logit; -inf where there is no row."""
+    """Largest logit, -inf where there is no row; or the reference, where one was given."""
     mass: Float[Tensor, " queries"]
     """sum_j exp(logit_j - peak)"""
     weighted: Float[Tensor, "queries width"]
@@ -69,21 +109,23 @@ def partition_sums(
     *,
     scale: Float[Tensor, ""] | float,
     valid: Bool[Tensor, " rows"] | None = None,
+    pairs: Pairs = ALL_PAIRS,
     tile: Tile | None = None,
 ) -> Partition:
     """Softmax statistics of the logits `scale * queries @ keys.T`, and of `values` under them.
 
     Equals `logsumexp(logits)` and `softmax(logits) @ values` for the matrix that is never built.
-    Rows that are not valid do not exist. Not differentiable; accumulates in the inputs' dtype.
+    Rows that are not valid do not exist. Values of logits above the ceiling are left out of the
+    weighted sum, not of the mass. Not differentiable; accumulates in the inputs' dtype.
 
     Cost: 2 * queries * rows * (dim + width) FLOPs; memory of one tile besides the results.
     """
     num_queries, num_rows = tile or _default_tile(queries)
     values = keys[:, :0] if values is None else values
-    bias = _mask_bias(valid, queries.dtype)
+    pairs = _without_invalid(pairs, valid, queries.dtype)
     chunks = [
-        _over_rows(chunk, keys, values, bias=bias, num_rows=num_rows)
-        for chunk in (queries.detach() * scale).split(num_queries)
+        _over_rows(queries[some].detach() * scale, keys, values, pairs.of_queries(some), num_rows)
+        for some in _slices(queries.shape[0], num_queries) or [slice(0, 0)]
     ]
     return Partition(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
@@ -92,31 +134,80 @@ def _default_tile(queries: Tensor) -> Tile:
     return CPU_TILE if queries.device.type == "cpu" else ACCELERATOR_TILE
 
 
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
 def _over_rows(
-    scaled: Tensor, keys: Tensor, values: Tensor, *, bias: Tensor | None, num_rows: int
+    scaled: Tensor, keys: Tensor, values: Tensor, pairs: Pairs, num_rows: int
 ) -> Partition:
     total = Partition(
         scaled.new_full((scaled.shape[0],), -torch.inf),
         scaled.new_zeros(scaled.shape[0]),
         scaled.new_zeros(scaled.shape[0], values.shape[1]),
     )
-    for first in range(0, keys.shape[0], num_rows):
-        part = slice(first, first + num_rows)
-        logits = _tile_logits(scaled, keys[part], None if bias is None else bias[part])
-        peak = logits.amax(dim=1)
-        weights = logits.sub_(finite(peak)[:, None]).exp_()
-        total = merge(total, Partition(peak, weights.sum(dim=1), weights @ values[part]))
+    if pairs.reference is not None:
+        total.peak.fill_(pairs.reference)
+    for part in _slices(keys.shape[0], num_rows):
+        logits, above = tile_logits(scaled, keys[part], pairs.of_rows(part))
+        total = _with_tile(total, logits, above, values[part], pairs.reference)
     return total
 
 
-def _tile_logits(scaled: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    return scaled @ keys.T if bias is None else torch.addmm(bias, scaled, keys.T)
+def _with_tile(
+    total: Partition,
+    logits: Tensor,
+    above: Tensor | None,
+    values: Tensor,
+    reference: float | None,
+) -> Partition:
+    peak = logits.amax(dim=1) if reference is None else total.peak
+    weights = logits.sub_(finite(peak)[:, None]).exp_()
+    mass = weights.sum(dim=1)
+    if above is not None:
+        weights.masked_fill_(above, 0.0)
+    if reference is None:
+        return merge(total, Partition(peak, mass, weights @ values))
+    return Partition(peak, total.mass.add_(mass), total.weighted.addmm_(weights, values))
 
 
-def _mask_bias(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Zero for a row that counts, -inf for one that doesn't: the mask rides on the product."""
+def tile_logits(
+    scaled: Float[Tensor, "queries dim"], keys: Float[Tensor, "rows dim"], pairs: Pairs
+) -> tuple[Float[Tensor, "queries rows"], Bool[Tensor, "queries rows"] | None]:
+    """The logits of one tile, and which of them were above the ceiling (None: there is none)."""
+    above = None
+    if pairs.ceiling is not None:
+        logits = scaled @ keys.T
+        above = logits > pairs.ceiling
+        logits.masked_fill_(above, 0.0)
+        logits = logits if pairs.bias is None else logits.add_(pairs.bias)
+    elif pairs.bias is not None:
+        logits = torch.addmm(pairs.bias, scaled, keys.T)
+    else:
+        logits = scaled @ keys.T
+    if pairs.excluded is not None:
+        _exclude(logits, pairs.excluded)
+    return logits, above
+
+
+def _exclude(logits: Tensor, positions: Tensor) -> None:
+    """Adds -inf at the positions inside of the tile. An addition can be repeated, and needs no
+    list of the pairs that hit this tile, whose length a device would have to report."""
+    inside = (positions >= 0) & (positions < logits.shape[1])
+    shift = torch.where(inside, -torch.inf, 0.0).to(logits.dtype)
+    logits.scatter_add_(1, positions.clamp(0, logits.shape[1] - 1), shift)
+
+
+def _without_invalid(pairs: Pairs, valid: Tensor | None, dtype: torch.dtype) -> Pairs:
+    """The mask of rows as a bias, which rides on the product."""
     if valid is None:
-        return None
+        return pairs
+    bias = _mask_bias(valid, dtype)
+    return pairs._replace(bias=bias if pairs.bias is None else bias + pairs.bias)
+
+
+def _mask_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zero for a row that counts, -inf for one that doesn't."""
     return torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(
         ~valid, -torch.inf
     )
@@ -166,27 +257,43 @@ class _LogPartition(torch.autograd.Function):
         pulled = gradients[0][:, None] * mean
         of_rows = None
         if wants_rows:
-            scaled, bias = queries * scale, _mask_bias(valid, rows.dtype)
-            of_rows = _rows_gradient(scaled, rows, gradients[0], log_total, bias, ctx.tile)
+            pairs = _without_invalid(ALL_PAIRS, valid, rows.dtype)
+            of_rows = rows_gradient(
+                *(queries, rows, gradients[0] * scale, log_total),
+                scale=scale,
+                pairs=pairs,
+                tile=ctx.tile,
+            )
         of_scale = (queries * pulled).sum() if wants_scale else None
         return scale * pulled if wants_queries else None, of_scale, of_rows, None, None
 
 
-def _rows_gradient(
-    scaled: Tensor,
-    rows: Tensor,
-    gradient: Tensor,
-    log_total: Tensor,
-    bias: Tensor | None,
-    tile: Tile,
-) -> Tensor:
-    """sum_i gradient_i p_ij scaled_i for each row j, from recomputed tiles."""
-    result = torch.zeros_like(rows)
-    for first in range(0, rows.shape[0], tile[1]):
-        part = slice(first, first + tile[1])
-        for start in range(0, scaled.shape[0], tile[0]):
-            some = slice(start, start + tile[0])
-            logits = _tile_logits(scaled[some], rows[part], None if bias is None else bias[part])
-            weights = logits.sub_(finite(log_total[some])[:, None]).exp_()
-            result[part] += weights.mul_(gradient[some, None]).T @ scaled[some]
+def rows_gradient(
+    queries: Float[Tensor, "queries dim"],
+    rows: Float[Tensor, "rows dim"],
+    gradient: Float[Tensor, " queries"],
+    log_total: Float[Tensor, " queries"],
+    *,
+    scale: Float[Tensor, ""] | float,
+    pairs: Pairs = ALL_PAIRS,
+    tile: Tile | None = None,
+    out: Float[Tensor, "rows dim"] | None = None,
+) -> Float[Tensor, "rows dim"]:
+    """sum_i gradient_i p_ij queries_i for each row j, from recomputed tiles; added to `out`.
+
+    p_ij = exp(logit_ij - log_total_i), zero where the logit was above the ceiling.
+    """
+    num_queries, num_rows = tile or _default_tile(queries)
+    # A sum of nothing has no probabilities: exp(logit - largest number) is zero.
+    log_total = log_total.masked_fill(log_total == -torch.inf, torch.finfo(rows.dtype).max)
+    result = torch.zeros_like(rows) if out is None else out
+    for some in _slices(queries.shape[0], num_queries):
+        scaled, weighted = queries[some] * scale, queries[some] * gradient[some, None]
+        for part in _slices(rows.shape[0], num_rows):
+            there = pairs.of_queries(some).of_rows(part)
+            logits, above = tile_logits(scaled, rows[part], there)
+            weights = logits.sub_(log_total[some, None]).exp_()
+            if above is not None:
+                weights.masked_fill_(above, 0.0)
+            result[part].addmm_(weights.T, weighted)
     return result

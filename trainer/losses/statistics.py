@@ -1,0 +1,206 @@
+"""What the losses of a sharded table need of the logits, summed over the ranks.
+
+Every rank computes the loss of the whole global batch from the same few numbers a sample, so that
+one sum over [global_batch, labels + 2] is the only exchange besides features and their gradient.
+Source of the sharding: Partial FC, arXiv 2203.15565.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainer.comm import Comm
+from trainer.errors import DataError
+from trainer.kernels.prototype_logits import prototype_logits
+from trainer.kernels.tiled import Tile, finite, fixed_reference
+
+
+class ActiveRows(NamedTuple):
+    """The rows of this rank that take part in a step: a part of its shard, or all of it."""
+
+    rows: Float[Tensor, "touched dim"]
+    """Learnable, of any length: compared as directions. First the negatives, then rows that are
+    only somebody's positives."""
+    ids: Int64[Tensor, " touched"]
+    """Their numbers in the whole table: ascending in the first part, and in the second."""
+    num_negatives: int
+    bias: Float[Tensor, " negatives"] | None = None
+    """Added to the negatives' logits; -ln(rate) makes a sample's sum an estimate of the whole."""
+
+    def positions(self, labels: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+        """Where these rows of the table stand among the active ones; -1 if they don't."""
+        sampled, others = self.ids.split([self.num_negatives, len(self.ids) - self.num_negatives])
+        place, elsewhere = _found(labels, sampled), _found(labels, others)
+        beyond = torch.where(elsewhere >= 0, elsewhere + self.num_negatives, -1)
+        return torch.where(place >= 0, place, beyond)
+
+
+class Statistics(NamedTuple):
+    """Of each sample of the global batch; equal on all ranks."""
+
+    log_negatives: Float[Tensor, " batch"]
+    """log sum_j exp(scale cos_ij) over the active rows that are no positives of i; or -inf."""
+    cosines: Float[Tensor, "batch labels"]
+    """With the positives; zero where there is none."""
+    is_positive: Bool[Tensor, "batch labels"]
+    present: Bool[Tensor, " batch"]
+    """False for a row that only fills a short batch."""
+
+
+def prototype_statistics(
+    features: Float[Tensor, "batch dim"],
+    labels: Int64[Tensor, "batch labels"],
+    active: ActiveRows,
+    comm: Comm,
+    *,
+    scale: float,
+    ceiling: float | None = None,
+    present: Bool[Tensor, " batch"] | None = None,
+    gather_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Statistics:
+    """The statistics of the global batch, of which this rank brings some samples.
+
+    `labels` are rows of the whole table, negative where there is none; one that no rank has active
+    raises DataError on a CPU, and makes the loss NaN on a device, which looking would hold up.
+    Features travel in `gather_dtype`, their gradients in full. Batches are equally long on all
+    ranks; `present` says which samples are real.
+
+    A loss made of these is the same on all ranks. Its gradient in the rows is complete, and that
+    in the features is multiplied by the number of ranks, to be averaged with the encoder's.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    everyones: Tensor = _Gathered.apply(unit(features.to(dtype)), comm, gather_dtype or dtype)
+    if present is None:
+        present = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    return statistics_of_gathered(
+        everyones,
+        comm.all_gather(labels),
+        active,
+        comm,
+        scale=scale,
+        ceiling=ceiling,
+        present=comm.all_gather(present),
+        tile=tile,
+    )
+
+
+def statistics_of_gathered(
+    queries: Float[Tensor, "batch dim"],
+    labels: Int64[Tensor, "batch labels"],
+    active: ActiveRows,
+    comm: Comm,
+    *,
+    scale: float,
+    ceiling: float | None = None,
+    present: Bool[Tensor, " batch"],
+    tile: Tile | None = None,
+) -> Statistics:
+    """As `prototype_statistics`, of unit features and labels that every rank already has."""
+    positions = active.positions(labels)
+    log_local, cosines = prototype_logits(
+        queries,
+        unit(active.rows.to(queries.dtype)),
+        positions,
+        scale=scale,
+        num_negatives=active.num_negatives,
+        bias=active.bias,
+        ceiling=ceiling,
+        tile=tile,
+    )
+    shift = _shift(log_local, scale, comm)
+    found = (positions >= 0).sum(dim=1, dtype=cosines.dtype)
+    columns = [(log_local - shift).exp()[:, None], cosines, found[:, None]]
+    total: Tensor = _SharedSum.apply(torch.cat(columns, dim=1), comm)
+    is_positive = labels >= 0
+    poison = _poison(total[:, -1], is_positive)
+    log_negatives = _logarithm(total[:, 0]) + shift + poison
+    return Statistics(log_negatives, total[:, 1:-1], is_positive, present)
+
+
+def unit(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    """Each row scaled to length one. A zero row stays zero and has no gradient.
+
+    Keeps the result and the lengths for the backward pass, and no copy of the input.
+    """
+    result: Tensor = _Unit.apply(rows)
+    return result
+
+
+def _found(labels: Tensor, ids: Tensor) -> Tensor:
+    if not len(ids):
+        return torch.full_like(labels, -1)
+    place = torch.searchsorted(ids, labels.contiguous()).clamp_max(len(ids) - 1)
+    return torch.where(ids[place] == labels, place, -1)
+
+
+def _shift(log_local: Tensor, scale: float, comm: Comm) -> Tensor:
+    """What sums over ranks are relative to: a constant wherever float32 has room for it."""
+    reference = fixed_reference(scale)
+    if reference is None:
+        return finite(comm.max(log_local))
+    return torch.full_like(log_local, reference)
+
+
+def _logarithm(mass: Tensor) -> Tensor:
+    some = mass > 0
+    return torch.where(some, torch.where(some, mass, 1.0).log(), -torch.inf)
+
+
+def _poison(found: Tensor, is_positive: Tensor) -> Tensor:
+    """Zero, or NaN for a sample with a label that no rank has."""
+    wrong = found.detach() != is_positive.sum(dim=1)
+    if wrong.device.type == "cpu" and type(wrong) is Tensor and bool(wrong.any()):
+        raise DataError(
+            f"{int(wrong.sum())} of {len(wrong)} samples have a label that no rank has a row for; "
+            "labels must be below the number of prototypes, and negative where there is none"
+        )
+    return torch.where(wrong, torch.nan, 0.0).to(found.dtype)
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
+        result = rows * inverse
+        ctx.save_for_backward(result, inverse)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """The part of the gradient along the sphere, over the length."""
+        result, inverse = ctx.saved_tensors
+        radial = torch.einsum("nd,nd->n", result, gradient)[:, None]
+        return torch.addcmul(gradient, result, radial, value=-1).mul_(inverse)
+
+
+class _Gathered(torch.autograd.Function):
+    """All ranks' rows, rounded on the way; the gradient is not, and is that of W times the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, comm: Comm, dtype: torch.dtype) -> Tensor:
+        ctx.comm = comm
+        return comm.all_gather(rows.to(dtype)).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.comm.reduce_scatter(gradients[0]) * ctx.comm.world_size, None, None
+
+
+class _SharedSum(torch.autograd.Function):
+    """A sum over ranks from which all ranks compute the same loss: each part has its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, comm: Comm) -> Tensor:
+        return comm.sum(parts.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
