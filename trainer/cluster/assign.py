@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.hashing import hash_bits
 
-ROW_BLOCK = 1024
+ROW_BLOCK = 2048
 COLUMN_BLOCK = 2048
 _MEMBERS = 32
 _NEVER = 1e38

@@ -1,8 +1,10 @@
 """Lloyd's k-means over points that stay on the rank that made them.
 
-Every quantity that decides anything is a sum of integers or a float64 expression of fixed order:
-points enter the sums as int64 multiples of a power of two, and `assign` is exact. The centroids
-are therefore bit for bit the same for every world size, block size and order of points.
+Every quantity that decides anything is a sum of whole numbers or a float64 expression of fixed
+order: points enter the sums as multiples of a power of two chosen so that no sum reaches 2^53,
+where float64 is exact in any order (and several times as fast as int64 here); and `assign` is
+exact. The centroids are therefore bit for bit the same for every world size, block size and order
+of points.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trainer.cluster import two_level
@@ -33,7 +35,8 @@ class _Sums(NamedTuple):
     """One pass over the points. Rows of `sums` are this rank's share of the clusters."""
 
     labels: Int64[Tensor, " n"]
-    sums: Int64[Tensor, "rows d"]
+    sums: Float64[Tensor, "rows d"]
+    """Whole numbers: sums of round(x * scale)."""
     counts: Int64[Tensor, " k"]
 
 
@@ -52,7 +55,7 @@ def kmeans(
     `initial` (equal on all ranks) replaces the start of the first restart.
     The result equals, bit for bit, that of one rank holding all points.
     DataError names the sample of a non-finite value; ConfigError if there are fewer points than
-    clusters. Holds K x d integers per rank and nothing of size N x K.
+    clusters. Holds K x d float64 sums per rank and nothing of size N x K.
     """
     problem = pose(points, ids, config, comm)
     shape = (config.clusters, points.shape[1])
@@ -108,17 +111,17 @@ def _settled(objective: list[float], value: float, tolerance: float) -> bool:
 
 
 def _pass(problem: Problem, centroids: Tensor) -> _Sums:
-    """Assign every local point and add it, as integers, to its cluster; then reduce."""
+    """Assign every local point and add it, as whole numbers, to its cluster; then reduce."""
     config, comm, points = problem.config, problem.comm, problem.points
     rows = -(-config.clusters // comm.world_size) * comm.world_size
-    sums = torch.zeros((rows, points.shape[1]), dtype=torch.int64, device=comm.device)
+    sums = torch.zeros((rows, points.shape[1]), dtype=torch.float64, device=comm.device)
     counts = torch.zeros(rows, dtype=torch.int64, device=comm.device)
     labels = torch.empty(points.shape[0], dtype=torch.int64, device=comm.device)
     step, nearest_of = _assigner(problem, centroids)
     for first in range(0, points.shape[0], step):
         block = points[first : first + step].to(comm.device, torch.float32)
         nearest = nearest_of(block)
-        sums.index_add_(0, nearest, (block.double() * problem.scale).round().long())
+        sums.index_add_(0, nearest, (block.double() * problem.scale).round_())
         counts.index_add_(0, nearest, torch.ones_like(nearest))
         labels[first : first + step] = nearest
     return _Sums(labels, comm.reduce_scatter(sums), comm.sum(counts)[: config.clusters])
@@ -151,7 +154,7 @@ def _objective(problem: Problem, found: _Sums, centroids: Tensor) -> float:
     """Mean of |x - c|^2 = (sum |x|^2 + sum_k n_k |c_k|^2 - 2 c_k . s_k) / N, from exact sums."""
     first, last = problem.comm.row_range(problem.config.clusters)
     own = centroids[first:last].double()
-    means = found.sums[: last - first].double() / problem.scale
+    means = found.sums[: last - first] / problem.scale
     terms = ordered_sum((found.counts[first:last, None] * own - 2.0 * means) * own)
     everyone = problem.comm.gather_rows(terms)
     total = problem.sum_of_squares + float(ordered_sum(everyone[None].clone()))
@@ -164,7 +167,7 @@ def _updated(problem: Problem, found: _Sums, centroids: Tensor) -> tuple[Tensor,
     first, last = comm.row_range(clusters)
     own = centroids.new_zeros((found.sums.shape[0], centroids.shape[1]))
     counts = found.counts[first:last, None].double()
-    means = (found.sums[: last - first].double() / problem.scale / counts.clamp(min=1)).float()
+    means = (found.sums[: last - first] / problem.scale / counts.clamp(min=1)).float()
     kept = centroids[first:last]
     means = torch.where(counts > 0, means, kept)
     own[: last - first] = _unit(means, instead=kept) if problem.config.spherical else means

@@ -18,7 +18,7 @@ class Plan(NamedTuple):
     centroid_bytes: int
     """The float32 centroids and the table made for scanning."""
     sums_bytes: int
-    """int64 sums and counts of all clusters, before they are reduced."""
+    """float64 sums and int64 counts of all clusters, before they are reduced."""
     scratch_bytes: int
     """Scores and candidates of one block; independent of the number of points."""
     scores_per_point: float

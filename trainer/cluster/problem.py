@@ -1,4 +1,4 @@
-"""The question that k-means answers: checked points, their number, and their scale in integers."""
+"""The question that k-means answers: checked points, their number, and the scale of their sums."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Problem(NamedTuple):
     comm: Comm
     num_points: int
     scale: float
-    """A power of two: integers are round(x * scale)."""
+    """A power of two: points enter sums as round(x * scale)."""
     sum_of_squares: float
     """Of all points on all ranks."""
     precision: torch.dtype
@@ -95,8 +95,8 @@ def pose(points: Tensor, ids: Tensor, config: KMeansConfig, comm: Comm) -> Probl
     for block in _blocks(points, config.row_block):
         largest = torch.maximum(largest, block.abs().max().double())
     largest_value = float(comm.max(largest))
-    scale = _scale(num_points, largest_value)
-    norm_scale = _scale(num_points, points.shape[1] * largest_value**2)
+    scale = _scale(num_points, largest_value, bits=52)
+    norm_scale = _scale(num_points, points.shape[1] * largest_value**2, bits=62)
     total = torch.zeros(1, dtype=torch.int64, device=comm.device)
     for block in _blocks(points, config.row_block):
         total += (ordered_sum(block.double().square()) * norm_scale).round().long().sum()
@@ -117,11 +117,11 @@ def _blocks(points: Tensor, size: int) -> Iterator[Tensor]:
     return (points[first : first + size] for first in range(0, points.shape[0], size))
 
 
-def _scale(count: int, largest: float) -> float:
-    """The largest power of two for which `count` values up to `largest` sum below 2^62."""
+def _scale(count: int, largest: float, *, bits: int) -> float:
+    """The largest power of two for which `count` values up to `largest` sum below 2^bits."""
     if largest == 0.0:
         return 1.0
-    exponent = 62 - math.frexp(largest)[1] - count.bit_length()
+    exponent = bits - math.frexp(largest)[1] - count.bit_length()
     return math.ldexp(1.0, min(exponent, 1000))
 
 
