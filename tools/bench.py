@@ -1,0 +1,128 @@
+"""Measure speed and memory as ratios: python tools/bench.py step | data | episode | kmeans.
+
+Every subcommand prints a table and takes `--json FILE`. What to look at on a machine that is busy
+with other things is CPU time; what to believe is a ratio, never the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainer.bench.table import format_rows
+from trainer.command import run_command
+from trainer.models.config import Preset
+
+Rows = list[dict[str, Any]]
+SHARDS = str(Path(__file__).parents[1] / "data" / "open" / "train-{000000..000002}.tar")
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    rows = arguments.measure(arguments)
+    print(format_rows(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def measure_step(arguments: argparse.Namespace) -> Rows:
+    from trainer.bench.step import StepCase, run
+    from trainer.models.config import TwoTowerConfig
+
+    case = StepCase(
+        model=TwoTowerConfig(preset=arguments.preset, text_length=arguments.text_length),
+        global_batch=arguments.batch,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+    )
+    return run(case, ranks=arguments.ranks)
+
+
+def measure_data(arguments: argparse.Namespace) -> Rows:
+    from trainer.bench.data import run
+
+    return run(arguments.data, seconds=arguments.seconds, size=arguments.size)
+
+
+def measure_episode(arguments: argparse.Namespace) -> Rows:
+    import torch
+
+    from trainer.bench.episode import EpisodeCase, run
+    from trainer.models.config import TwoTowerConfig
+
+    torch.set_num_threads(arguments.threads)
+    case = EpisodeCase(
+        model=TwoTowerConfig(preset=arguments.preset, text_length=arguments.text_length),
+        global_batch=arguments.batch,
+        timed_steps=arguments.steps,
+        rounds=arguments.rounds,
+    )
+    return run(arguments.data, samples=arguments.samples, clusters=arguments.clusters, case=case)
+
+
+def measure_kmeans(arguments: argparse.Namespace) -> Rows:
+    from trainer.bench.kmeans import QUICK, SIZES, run
+
+    sizes = SIZES if arguments.full else QUICK
+    return run(sizes, threads=arguments.threads, rounds=arguments.rounds)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="step | data | episode | kmeans")
+
+    step = _command(commands, "step", "a training step beside a plain PyTorch loop", measure_step)
+    _model_options(step)
+    step.add_argument("--rounds", type=int, default=9, help="timed steps of each side")
+    step.add_argument("--ranks", type=_numbers, default=(1, 2), help="of ZeRO-3, as in 1,2,4")
+
+    data = _command(commands, "data", "the reader beside webdataset's own loader", measure_data)
+    data.add_argument("--data", default=SHARDS, help="shards")
+    data.add_argument("--seconds", type=float, default=40.0, help="of measuring, both sides")
+    data.add_argument("--size", type=int, default=64, help="pixels per side")
+
+    episode = _command(commands, "episode", "phases of a ProtoCLIP episode", measure_episode)
+    _model_options(episode)
+    episode.add_argument("--data", default=SHARDS, help="shards")
+    episode.add_argument("--samples", type=_numbers, default=(512, 1024, 2048), help="sizes")
+    episode.add_argument("--clusters", type=_numbers, default=(64, 128, 256), help="K")
+    episode.add_argument("--steps", type=int, default=5, help="timed steps of each episode")
+    episode.add_argument("--rounds", type=int, default=2, help="episodes of each size")
+
+    kmeans = _command(commands, "kmeans", "k-means beside faiss and sklearn", measure_kmeans)
+    kmeans.add_argument("--full", action="store_true", help="the large sizes: many minutes")
+    kmeans.add_argument("--rounds", type=int, default=2, help="runs of each side; the best counts")
+    kmeans.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, text: str, measure: Callable[[argparse.Namespace], Rows]
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    command.set_defaults(measure=measure)
+    return command
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", choices=get_args(Preset), default="tiny")
+    command.add_argument("--text-length", type=int, default=16, help="tokens per caption")
+    command.add_argument("--batch", type=int, default=64, help="samples over all ranks")
+    command.add_argument("--threads", type=int, default=1, help="of each process")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    run_command(main)
