@@ -1,0 +1,112 @@
+"""Runs the Triton kernels on a CPU, through Triton's interpreter, against float64.
+
+A program of its own, because the interpreter has to be chosen before Triton is imported:
+`TRITON_INTERPRET=1 python -m tests.kernels.interpreted` prints one JSON row a case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+from tests.kernels.naive import naive_logits, pulled_back, ragged_problem
+from trainer.kernels import triton_logits
+from trainer.kernels.prototype_logits import prototype_logits
+
+
+class Case(NamedTuple):
+    queries: int
+    rows: int
+    dim: int
+    labels: int
+    dtype: str = "float32"
+    scale: float = 64.0
+    ceiling: float | None = None
+    biased: bool = False
+    extra: int = 0
+
+
+CASES = (
+    Case(1, 1, 8, 1),
+    Case(3, 17, 12, 2, biased=True),
+    Case(130, 300, 72, 8, ceiling=0.2, biased=True, extra=5),
+    Case(130, 300, 72, 3, scale=100.0, extra=5),
+    Case(70, 129, 64, 0, scale=10.0),
+    Case(129, 260, 24, 2, dtype="float16", scale=64.0),
+    Case(129, 260, 24, 2, dtype="float16", scale=100.0, biased=True),
+    Case(129, 260, 24, 2, dtype="bfloat16", scale=64.0),
+    Case(4, 0, 8, 2, extra=3),
+)
+
+
+def widen_bfloat16() -> None:
+    """The interpreter multiplies the bit patterns of bfloat16 as integers; its numbers are meant."""
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *rest):
+        return original(self, _widened(a), _widened(b), d, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _widened(handle):
+    if handle.data.dtype != np.uint16:
+        return handle
+    values = (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(values, interpreter.tl.float32)
+
+
+def errors(case: Case) -> dict[str, float]:
+    """Largest absolute error of the outputs, and of the gradients relative to their largest."""
+    problem = ragged_problem(case.queries, case.rows, case.dim, case.labels, extra=case.extra)
+    problem = problem if case.biased else problem._replace(bias=None)
+    for upstream in problem.upstream:
+        upstream.mul_(1 / 3000)
+    dtype = getattr(torch, case.dtype)
+    # Rounding of the operands is the caller's choice; here it is what the kernels do with them.
+    problem = problem._replace(
+        queries=problem.queries.to(dtype).double(), rows=problem.rows.to(dtype).double()
+    )
+    exact = problem.queries.requires_grad_(), problem.rows.requires_grad_()
+    expected = naive_logits(problem, scale=case.scale, ceiling=case.ceiling)
+    wanted = pulled_back(expected, problem, exact)
+    leaves = tuple(leaf.detach().float().requires_grad_() for leaf in exact)
+    found = prototype_logits(
+        *(*leaves, problem.positives),
+        scale=case.scale,
+        num_negatives=case.rows,
+        bias=None if problem.bias is None else problem.bias.float(),
+        ceiling=case.ceiling,
+        backend="triton",
+        operand_dtype=dtype,
+    )
+    gradients = pulled_back(found, problem, leaves)
+    same = torch.equal(found[0].isinf(), expected[0].isinf())
+    difference = (found[0].double() - expected[0]).nan_to_num(posinf=0, neginf=0).abs()
+    return {
+        "value": difference.max().item() if same else float("inf"),
+        "cosine": (found[1].double() - expected[1]).abs().amax().item() if case.labels else 0.0,
+        **{
+            name: (
+                (ours.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)
+            ).item()
+            for name, ours, theirs in zip(("queries", "rows"), gradients, wanted, strict=True)
+        },
+    }
+
+
+def main() -> None:
+    widen_bfloat16()
+    # Several blocks of queries, the last one short, and several splits of the rows.
+    triton_logits.QUERIES_PER_BLOCK, triton_logits.PROGRAMS = 64, 4
+    for case in CASES:
+        print(json.dumps({"case": case._asdict(), "errors": errors(case)}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

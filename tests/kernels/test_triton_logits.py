@@ -1,0 +1,42 @@
+"""The Triton kernels by Triton's interpreter: the same arithmetic, one program after another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton's wheel is for Linux")
+
+ROOT = Path(__file__).parents[2]
+TOLERANCES = {
+    # Probabilities are written in the operands' precision: 11 and 8 bits.
+    "float32": {"value": 2e-5, "cosine": 2e-7, "queries": 2e-6, "rows": 2e-6},
+    "float16": {"value": 2e-5, "cosine": 2e-7, "queries": 2e-3, "rows": 2e-3},
+    "bfloat16": {"value": 2e-5, "cosine": 2e-7, "queries": 1.5e-2, "rows": 1.5e-2},
+}
+
+
+def test_a6_21_values_and_gradients_equal_float64_on_ragged_shapes() -> None:
+    """Fixed reference and running maximum, ceilings, weights, several blocks and splits."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    rows: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len(rows) >= 9
+    for row in rows:
+        for name, tolerance in TOLERANCES[row["case"]["dtype"]].items():
+            assert row["errors"][name] <= tolerance, row
+    assert {row["case"]["dtype"] for row in rows} == set(TOLERANCES)

@@ -1,0 +1,320 @@
+"""The negatives of `prototype_logits` on a GPU: one Triton kernel, and cuBLAS or hipBLASLt.
+
+Forward, the kernel multiplies a tile of queries with the rows, takes exponentials in registers and
+adds them up: 2 B K D operations, and no logit leaves the chip. Backward, it recomputes the tiles of
+a block of queries and writes the probabilities, times the gradient, in half precision; two stock
+products make the gradients of them: 6 B K D operations, and a scratch of
+[QUERIES_PER_BLOCK, rows], whatever the batch.
+
+A form that keeps the gradient of a query tile on the chip was compared by its compiled code. At
+D = 512 it spills registers (128 KiB of accumulators in float32), or takes each exponential twice,
+and adds to the rows' gradient under locks, in no fixed order. This one has a fixed order
+throughout, hence equal bits in every run with one exception: libraries may be asked for split-k.
+It writes and reads 6 bytes a logit, which at D = 512 takes three quarters of the time of its
+products on an H100, and is overlapped by them.
+
+Positives are excluded in the tile: a list sorted by tile, empty for most tiles, costs the others
+one load. Cosines have bounded logits, so that sums are taken relative to a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from trainer.kernels.tiled import Pairs
+
+QUERIES_PER_BLOCK = 2048
+"""Rows of the backward pass's scratch: 0.5 GB at 125,000 prototypes a rank."""
+PROGRAMS = 1024
+"""Enough programs for every chip, by splitting the rows where there are few queries."""
+HALF_RANGE = 2.0**14
+"""Probabilities are stored in float16 times this: normal numbers down to 4e-9."""
+LOG2_E = math.log2(math.e)
+
+
+class Launch(NamedTuple):
+    """Sizes of a program. Compiled for each architecture by the tests."""
+
+    queries: int = 128
+    rows: int = 128
+    dim: int = 64
+    warps: int = 8
+    stages: int = 3
+
+
+class TilePairs(NamedTuple):
+    """The excluded pairs, sorted by (query tile, row tile)."""
+
+    offsets: Tensor
+    """int32: where the pairs of each tile begin; one more than there are tiles."""
+    queries: Tensor
+    rows: Tensor
+
+
+@triton.jit
+def exponential_product(
+    queries,
+    rows,
+    bias,
+    offsets,
+    pair_queries,
+    pair_rows,
+    shift,
+    weight,
+    sums,
+    peaks,
+    stored,
+    num_queries,
+    num_rows,
+    dim,
+    stored_stride,
+    tiles_per_split,
+    scale,
+    ceiling,
+    reference,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CEILING: tl.constexpr,
+    ONLINE: tl.constexpr,
+    STORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of queries against a range of row tiles; logits are in base 2.
+
+    STORE: writes weight_i 2^(logit_ij - shift_i). Otherwise: row sums of 2^(logit_ij - reference),
+    or, ONLINE, relative to the largest logit met so far, which is written too.
+    """
+    query_tile = tl.program_id(0)
+    split = tl.program_id(1)
+    num_tiles = tl.cdiv(num_rows, ROWS)
+    left = tl.make_tensor_descriptor(queries, [num_queries, dim], [dim, 1], [QUERIES, DIM])
+    right = tl.make_tensor_descriptor(rows, [num_rows, dim], [dim, 1], [ROWS, DIM])
+    if STORE:
+        output = tl.make_tensor_descriptor(
+            stored, [num_queries, num_rows], [stored_stride, 1], [QUERIES, ROWS]
+        )
+    query = query_tile * QUERIES + tl.arange(0, QUERIES)
+    inside = query < num_queries
+    total = tl.zeros([QUERIES], dtype=tl.float32)
+    peak = tl.full([QUERIES], -float("inf"), dtype=tl.float32)
+    if STORE:
+        query_shift = tl.load(shift + query, mask=inside, other=0.0)
+        query_weight = tl.load(weight + query, mask=inside, other=0.0)
+
+    first_tile = split * tiles_per_split
+    for row_tile in range(first_tile, min(first_tile + tiles_per_split, num_tiles)):
+        products = tl.zeros([QUERIES, ROWS], dtype=tl.float32)
+        for start in range(0, dim, DIM):
+            some_queries = left.load([query_tile * QUERIES, start])
+            some_rows = right.load([row_tile * ROWS, start])
+            products = tl.dot(some_queries, some_rows.T, products, input_precision=PRECISION)
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        logits = products * scale
+        if HAS_CEILING:
+            above = logits > ceiling
+            logits = tl.where(above, 0.0, logits)
+        if HAS_BIAS:
+            logits += tl.load(bias + row, mask=row < num_rows, other=-float("inf"))[None, :]
+        else:
+            logits = tl.where((row < num_rows)[None, :], logits, -float("inf"))
+        tile = query_tile * num_tiles + row_tile
+        for pair in range(tl.load(offsets + tile), tl.load(offsets + tile + 1)):
+            hit = (query == tl.load(pair_queries + pair))[:, None]
+            hit = hit & (row == tl.load(pair_rows + pair))[None, :]
+            logits = tl.where(hit, -float("inf"), logits)
+
+        if STORE:
+            values = tl.exp2(logits - query_shift[:, None]) * query_weight[:, None]
+            if HAS_CEILING:
+                values = tl.where(above, 0.0, values)
+            place = [query_tile * QUERIES, row_tile * ROWS]
+            output.store(place, values.to(stored.dtype.element_ty))
+        elif ONLINE:
+            higher = tl.maximum(peak, tl.max(logits, axis=1))
+            # Finite: -inf - -inf is no number.
+            base = tl.maximum(higher, -3.0e38)
+            total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(logits - base[:, None]), axis=1)
+            peak = higher
+        else:
+            total += tl.sum(tl.exp2(logits - reference), axis=1)
+    if not STORE:
+        tl.store(sums + split * num_queries + query, total, mask=inside)
+        if ONLINE:
+            tl.store(peaks + split * num_queries + query, peak, mask=inside)
+
+
+def log_negatives(
+    queries: Tensor,
+    rows: Tensor,
+    *,
+    scale: float,
+    pairs: Pairs,
+    launch: Launch = Launch(),  # noqa: B008 - a constant
+) -> Tensor:
+    """log sum_j exp(scale * queries . rows_j + bias_j), float32, of half-precision operands."""
+    count, num_tiles = queries.shape[0], triton.cdiv(rows.shape[0], launch.rows)
+    if not count or not rows.shape[0]:
+        return queries.new_full((count,), -torch.inf, dtype=torch.float32)
+    query_tiles = triton.cdiv(count, launch.queries)
+    splits = min(num_tiles, max(1, PROGRAMS // query_tiles))
+    tiles_per_split = triton.cdiv(num_tiles, splits)
+    splits = triton.cdiv(num_tiles, tiles_per_split)
+    sums = queries.new_empty((splits, count), dtype=torch.float32)
+    peaks = torch.empty_like(sums) if pairs.reference is None else sums
+    _launch(
+        (query_tiles, splits),
+        *(queries, rows, pairs, scale, launch),
+        sums=sums,
+        peaks=peaks,
+        tiles_per_split=tiles_per_split,
+    )
+    if pairs.reference is not None:
+        return sums.sum(dim=0).log() + pairs.reference
+    return torch.logsumexp(peaks / LOG2_E + sums.log(), dim=0)
+
+
+def write_gradients(
+    queries: Tensor,
+    rows: Tensor,
+    gradient: Tensor,
+    log_total: Tensor,
+    *,
+    dim: int,
+    scale: float,
+    pairs: Pairs,
+    of_queries: Tensor | None,
+    of_rows: Tensor | None,
+    launch: Launch = Launch(),  # noqa: B008 - a constant
+) -> None:
+    """Writes sum_j w_ij rows_j and sum_i w_ij queries_i, w_ij = gradient_i p_ij, to the float32
+    tensors given, which hold zeros. Half-precision products, one block of queries at a time.
+    Operands may have more than `dim` columns, of zeros."""
+    if not queries.shape[0] or not rows.shape[0]:
+        return
+    # Powers of two keep digits: float16 holds p times the largest gradient's share.
+    largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    unit = largest / HALF_RANGE if queries.dtype == torch.float16 else torch.ones_like(largest)
+    stride = -(-rows.shape[0] // 8) * 8
+    count = min(QUERIES_PER_BLOCK, queries.shape[0])
+    scratch = queries.new_empty((count, stride))
+    # A sum of nothing has no probabilities: 2^(logit - a large number) is zero.
+    shift = torch.where(log_total == -torch.inf, 3e38, log_total * LOG2_E).float()
+    for first in range(0, queries.shape[0], count):
+        some = slice(first, min(first + count, queries.shape[0]))
+        weights = scratch[: some.stop - some.start, : rows.shape[0]]
+        _launch(
+            (
+                triton.cdiv(weights.shape[0], launch.queries),
+                triton.cdiv(rows.shape[0], launch.rows),
+            ),
+            *(queries[some], rows, pairs.of_queries(some), scale, launch),
+            shift=shift[some],
+            weight=(gradient[some] / unit).float(),
+            stored=weights,
+            tiles_per_split=1,
+        )
+        if of_queries is not None:
+            torch.mul(_product(weights, rows[:, :dim]), unit, out=of_queries[some])
+        if of_rows is not None:
+            _add_product(of_rows, weights.T, queries[some, :dim])
+    if of_rows is not None:
+        of_rows.mul_(unit)
+
+
+def sorted_pairs(excluded: Tensor, *, num_rows: int, launch: Launch) -> TilePairs:
+    """The pairs of [queries, width] positions by tile, without waiting for the device: positions
+    that are no row stand behind the last tile."""
+    query_tiles = triton.cdiv(excluded.shape[0], launch.queries)
+    row_tiles = triton.cdiv(num_rows, launch.rows)
+    query = torch.arange(excluded.shape[0], device=excluded.device)[:, None].expand_as(excluded)
+    inside = (excluded >= 0) & (excluded < num_rows)
+    tile = query // launch.queries * row_tiles + excluded // launch.rows
+    tile, order = torch.where(inside, tile, query_tiles * row_tiles).flatten().sort()
+    places = torch.arange(query_tiles * row_tiles + 1, device=excluded.device)
+    offsets = torch.searchsorted(tile, places).to(torch.int32)
+    listed = [pairs.flatten()[order].to(torch.int32) for pairs in (query, excluded)]
+    return TilePairs(offsets, *listed)
+
+
+def operands(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Contiguous, in the products' precision, rows of whole 16 bytes as descriptors need them."""
+    width = 16 // dtype.itemsize
+    return [pad(tensor.to(dtype), (0, -tensor.shape[1] % width)).contiguous() for tensor in tensors]
+
+
+def _launch(
+    grid: tuple[int, int],
+    queries: Tensor,
+    rows: Tensor,
+    pairs: Pairs,
+    scale: float,
+    launch: Launch,
+    *,
+    tiles_per_split: int,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    sums: Tensor | None = None,
+    peaks: Tensor | None = None,
+    stored: Tensor | None = None,
+) -> None:
+    excluded = pairs.excluded
+    if excluded is None:
+        excluded = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=queries.device)
+    tiles = sorted_pairs(excluded, num_rows=rows.shape[0], launch=launch)
+    bias = None if pairs.bias is None else pairs.bias.float() * LOG2_E
+    any_tensor: Any = tiles.offsets
+    _allow_descriptors(queries.device)
+    exponential_product[grid](
+        *(queries, rows, any_tensor if bias is None else bias),
+        *(tiles.offsets, tiles.queries, tiles.rows),
+        *(tensor if tensor is not None else any_tensor for tensor in (shift, weight, sums, peaks)),
+        any_tensor if stored is None else stored,
+        *(queries.shape[0], rows.shape[0], queries.shape[1]),
+        8 if stored is None else stored.stride(0),
+        tiles_per_split,
+        scale * LOG2_E,
+        0.0 if pairs.ceiling is None else pairs.ceiling * LOG2_E,
+        0.0 if pairs.reference is None else pairs.reference * LOG2_E,
+        QUERIES=launch.queries,
+        ROWS=launch.rows,
+        DIM=launch.dim,
+        HAS_BIAS=bias is not None,
+        HAS_CEILING=pairs.ceiling is not None,
+        ONLINE=pairs.reference is None,
+        STORE=stored is not None,
+        PRECISION="ieee",
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def _allow_descriptors(device: torch.device) -> None:
+    """Descriptors live in memory that Triton asks for."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32, of operands that may be halves."""
+    if left.device.type == "cpu":
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.device.type == "cpu":
+        total.addmm_(left.float(), right.float())
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
