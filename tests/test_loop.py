@@ -1,4 +1,4 @@
-"""Whole runs: stop, go on, another number of ranks, another ZeRO stage; mistakes in one sentence."""
+"""Whole runs: stop, go on, other ranks, another ZeRO stage; mistakes in one sentence."""
 
 from __future__ import annotations
 

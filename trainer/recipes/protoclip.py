@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, kmeans
 from trainer.cluster.labels import ClusterLabels
-from trainer.cluster.quality import balance, normalized_mutual_information
+from trainer.cluster.report import agreement, unknown_rate
 from trainer.cluster.translate import group_means
 from trainer.config import PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
@@ -176,7 +176,12 @@ class Recipe:
             }
         with _timed(figures, "seconds_translate"):
             self._fill(extracted, clustered)
-        return figures | self._figures(extracted, clustered)
+        figures |= agreement(clustered, extracted.ids, self.classes, self.comm)
+        for space, result in clustered.items():
+            figures |= self._softness(space, result)
+        for name, groups in self.teachers.items():
+            figures[f"{name}_unknown_rate"] = unknown_rate(groups.labels, extracted.ids, self.comm)
+        return figures
 
     def _clustered(self, modality: Modality, points: Tensor, ids: Tensor) -> KMeansResult:
         config = KMeansConfig(
@@ -237,38 +242,9 @@ class Recipe:
         first, last = self.comm.row_range(rows.shape[0])
         return rows[first:last]
 
-    # -- figures --------------------------------------------------------------------------------
-
-    def _figures(
-        self, extracted: Extracted, clustered: Mapping[Modality, KMeansResult]
-    ) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        for space, result in clustered.items():
-            named = balance(result.counts)
-            named |= {k: float(v) for k, v in self._targets(result).items()}
-            named["objective"] = result.inertia / max(1, int(result.counts.sum()))
-            named["repaired"] = result.repaired
-            if self.classes is not None:
-                classes = self.classes.of(extracted.ids)
-                named["nmi_classes"] = normalized_mutual_information(
-                    result.labels[classes >= 0], classes[classes >= 0], self.comm
-                )
-            figures |= {f"{space}_{name}": float(value) for name, value in named.items()}
-        figures["nmi_image_text"] = normalized_mutual_information(
-            clustered["image"].labels, clustered["text"].labels, self.comm
-        )
-        for name, groups in self.teachers.items():
-            known = torch.stack(
-                [(groups.labels.of(extracted.ids) >= 0).sum(), torch.tensor(len(extracted.ids))]
-            )
-            found, asked = self.comm.sum(known.to(self.comm.device)).tolist()
-            figures[f"{name}_unknown_rate"] = 1.0 - found / max(1, asked)
-        return figures
-
-    def _targets(self, result: KMeansResult) -> dict[str, Tensor]:
-        """Own mass and entropy of the soft targets that these clusters give."""
-        centroids = self._shard(result.centroids)
-        counts = self._shard(result.counts)
+    def _softness(self, space: Modality, result: KMeansResult) -> dict[str, float]:
+        """Own mass, entropy and misplaced peaks of the soft targets that these clusters give."""
+        centroids, counts = self._shard(result.centroids), self._shard(result.counts)
         figures = target_figures(
             unit_rows(centroids) if self.config.unit_centroids else centroids,
             counts=counts,
@@ -277,7 +253,7 @@ class Recipe:
             temperature=self.config.target_temperature,
             comm=self.comm,
         )
-        return {f"target_{name}": value for name, value in figures._asdict().items()}
+        return {f"{space}_target_{k}": float(v) for k, v in figures._asdict().items()}
 
     # -- inside ---------------------------------------------------------------------------------
 
