@@ -1,0 +1,48 @@
+"""What is logged of an episode: balance of its clusters, agreement of spaces and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from trainer.cluster.kmeans import KMeansResult
+from trainer.cluster.labels import ClusterLabels
+from trainer.cluster.quality import balance, normalized_mutual_information
+from trainer.comm import Comm
+
+
+def agreement(
+    clustered: Mapping[str, KMeansResult],
+    ids: Int64[Tensor, " n"],
+    classes: ClusterLabels | None,
+    comm: Comm,
+) -> dict[str, float]:
+    """Figures of the image and the text clustering of the same samples (this rank's `ids`).
+
+    The objective is the mean squared distance; NMI is between the two clusterings, and of each
+    with the classes where these are known.
+    """
+    figures: dict[str, float] = {}
+    for space, result in clustered.items():
+        named = balance(result.counts)
+        named["objective"] = result.inertia / max(1, int(result.counts.sum()))
+        named["repaired"] = float(result.repaired)
+        if classes is not None:
+            known = classes.of(ids)
+            named["nmi_classes"] = normalized_mutual_information(result.labels, known, comm)
+        figures |= {f"{space}_{name}": value for name, value in named.items()}
+    figures["nmi_image_text"] = normalized_mutual_information(
+        clustered["image"].labels, clustered["text"].labels, comm
+    )
+    return figures
+
+
+def unknown_rate(labels: ClusterLabels, ids: Int64[Tensor, " n"], comm: Comm) -> float:
+    """Share of all ranks' samples that have no label."""
+    known = (labels.of(ids) >= 0).sum()
+    counts = comm.sum(torch.stack([known, known.new_tensor(len(ids))]).to(comm.device))
+    found, asked = counts.tolist()
+    return 1.0 - found / max(1, asked)
