@@ -111,7 +111,7 @@ def test_no_tracked_file_is_large_and_the_project_speaks_of_itself_alone():
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\0")
-    foreign = re.compile(r"\.\./" + "shared|/work" + "/|--index-url|/ro" + "ot/")
+    foreign = re.compile(r"\.\./" + "shared|/work" + "/|--index" + "-url|/ro" + "ot/")
     for name in filter(None, tracked):
         path = ROOT / name
         if not path.exists():

@@ -45,4 +45,4 @@ def unknown_rate(labels: ClusterLabels, ids: Int64[Tensor, " n"], comm: Comm) ->
     known = (labels.of(ids) >= 0).sum()
     counts = comm.sum(torch.stack([known, known.new_tensor(len(ids))]).to(comm.device))
     found, asked = counts.tolist()
-    return 1.0 - found / max(1, asked)
+    return float(1.0 - found / max(1, asked))
