@@ -45,7 +45,7 @@ CASES = (
 
 
 def widen_bfloat16() -> None:
-    """The interpreter multiplies the bit patterns of bfloat16 as integers; its numbers are meant."""
+    """The interpreter multiplies bfloat16 by its bit patterns, as integers: make it numbers."""
     original = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, d, *rest):
@@ -103,7 +103,7 @@ def errors(case: Case) -> dict[str, float]:
 def main() -> None:
     widen_bfloat16()
     # Several blocks of queries, the last one short, and several splits of the rows.
-    triton_logits.QUERIES_PER_BLOCK, triton_logits.PROGRAMS = 64, 4
+    triton_logits.BLOCK_QUERIES, triton_logits.PROGRAMS = (64, 64), 4
     for case in CASES:
         print(json.dumps({"case": case._asdict(), "errors": errors(case)}), flush=True)
 

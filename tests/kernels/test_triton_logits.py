@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton's wheel is for Linux")
 ROOT = Path(__file__).parents[2]
 TOLERANCES = {
     # Probabilities are written in the operands' precision: 11 and 8 bits.
-    "float32": {"value": 2e-5, "cosine": 2e-7, "queries": 2e-6, "rows": 2e-6},
+    "float32": {"value": 2e-5, "cosine": 2e-7, "queries": 1e-5, "rows": 1e-5},
     "float16": {"value": 2e-5, "cosine": 2e-7, "queries": 2e-3, "rows": 2e-3},
     "bfloat16": {"value": 2e-5, "cosine": 2e-7, "queries": 1.5e-2, "rows": 1.5e-2},
 }

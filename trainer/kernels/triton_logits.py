@@ -4,7 +4,7 @@ Forward, the kernel multiplies a tile of queries with the rows, takes exponentia
 adds them up: 2 B K D operations, and no logit leaves the chip. Backward, it recomputes the tiles of
 a block of queries and writes the probabilities, times the gradient, in half precision; two stock
 products make the gradients of them: 6 B K D operations, and a scratch of
-[QUERIES_PER_BLOCK, rows], whatever the batch.
+[512 to 2048 queries, rows], whatever the batch.
 
 A form that keeps the gradient of a query tile on the chip was compared by its compiled code. At
 D = 512 it spills registers (128 KiB of accumulators in float32), or takes each exponential twice,
@@ -30,8 +30,11 @@ from torch.nn.functional import pad
 
 from trainer.kernels.tiled import Pairs
 
-QUERIES_PER_BLOCK = 2048
-"""Rows of the backward pass's scratch: 0.5 GB at 125,000 prototypes a rank."""
+SCRATCH_BYTES = 384 << 20
+"""What a block's probabilities may take in the backward pass..."""
+BLOCK_QUERIES = (512, 2048)
+"""...with at least and at most so many queries: the rows' gradient, read and written for each
+block, costs 8 * dim / queries bytes a logit, and must not dwarf the 6 of the probabilities."""
 PROGRAMS = 1024
 """Enough programs for every chip, by splitting the rows where there are few queries."""
 HALF_RANGE = 2.0**14
@@ -40,13 +43,40 @@ LOG2_E = math.log2(math.e)
 
 
 class Launch(NamedTuple):
-    """Sizes of a program. Compiled for each architecture by the tests."""
+    """Sizes of a program."""
 
     queries: int = 128
     rows: int = 128
     dim: int = 64
     warps: int = 8
     stages: int = 3
+
+
+SUMMING = {
+    "sm80": Launch(),
+    "sm90": Launch(),
+    "sm100": Launch(),
+    "gfx942": Launch(dim=32, stages=2),
+}
+"""By architecture: what the compiled code's registers and shared memory allow. Not tuned at run
+time, since other sizes are another order of sums."""
+STORING = {
+    "sm80": Launch(dim=32),
+    "sm90": Launch(stages=2),
+    "sm100": Launch(stages=2),
+    "gfx942": Launch(dim=32, stages=2),
+}
+"""As `SUMMING`; the tile on its way out takes a stage's shared memory."""
+
+
+def architecture_of(device: torch.device) -> str:
+    """The nearest architecture there is a launch for; a CPU's interpreter runs any."""
+    if device.type == "cpu":
+        return "sm90"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
 
 
 class TilePairs(NamedTuple):
@@ -59,7 +89,7 @@ class TilePairs(NamedTuple):
 
 
 @triton.jit
-def exponential_product(
+def exponential_product(  # type: ignore[no-untyped-def]
     queries,
     rows,
     bias,
@@ -120,8 +150,8 @@ def exponential_product(
         row = row_tile * ROWS + tl.arange(0, ROWS)
         logits = products * scale
         if HAS_CEILING:
-            above = logits > ceiling
-            logits = tl.where(above, 0.0, logits)
+            # Such a logit adds to the sum, as a zero, and has no gradient.
+            logits = tl.where(logits > ceiling, -float("inf") if STORE else 0.0, logits)
         if HAS_BIAS:
             logits += tl.load(bias + row, mask=row < num_rows, other=-float("inf"))[None, :]
         else:
@@ -134,8 +164,6 @@ def exponential_product(
 
         if STORE:
             values = tl.exp2(logits - query_shift[:, None]) * query_weight[:, None]
-            if HAS_CEILING:
-                values = tl.where(above, 0.0, values)
             place = [query_tile * QUERIES, row_tile * ROWS]
             output.store(place, values.to(stored.dtype.element_ty))
         elif ONLINE:
@@ -158,9 +186,9 @@ def log_negatives(
     *,
     scale: float,
     pairs: Pairs,
-    launch: Launch = Launch(),  # noqa: B008 - a constant
 ) -> Tensor:
     """log sum_j exp(scale * queries . rows_j + bias_j), float32, of half-precision operands."""
+    launch = SUMMING[architecture_of(queries.device)]
     count, num_tiles = queries.shape[0], triton.cdiv(rows.shape[0], launch.rows)
     if not count or not rows.shape[0]:
         return queries.new_full((count,), -torch.inf, dtype=torch.float32)
@@ -193,18 +221,18 @@ def write_gradients(
     pairs: Pairs,
     of_queries: Tensor | None,
     of_rows: Tensor | None,
-    launch: Launch = Launch(),  # noqa: B008 - a constant
 ) -> None:
     """Writes sum_j w_ij rows_j and sum_i w_ij queries_i, w_ij = gradient_i p_ij, to the float32
     tensors given, which hold zeros. Half-precision products, one block of queries at a time.
     Operands may have more than `dim` columns, of zeros."""
     if not queries.shape[0] or not rows.shape[0]:
         return
-    # Powers of two keep digits: float16 holds p times the largest gradient's share.
+    launch = STORING[architecture_of(queries.device)]
+    # float16 holds a probability times its query's share of the largest gradient.
     largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     unit = largest / HALF_RANGE if queries.dtype == torch.float16 else torch.ones_like(largest)
-    stride = -(-rows.shape[0] // 8) * 8
-    count = min(QUERIES_PER_BLOCK, queries.shape[0])
+    stride = -(-rows.shape[0] // 16) * 16
+    count = min(_block_queries(stride * queries.element_size()), queries.shape[0])
     scratch = queries.new_empty((count, stride))
     # A sum of nothing has no probabilities: 2^(logit - a large number) is zero.
     shift = torch.where(log_total == -torch.inf, 3e38, log_total * LOG2_E).float()
@@ -228,6 +256,11 @@ def write_gradients(
             _add_product(of_rows, weights.T, queries[some, :dim])
     if of_rows is not None:
         of_rows.mul_(unit)
+
+
+def _block_queries(bytes_per_query: int) -> int:
+    fewest, most = BLOCK_QUERIES
+    return max(fewest, min(most, SCRATCH_BYTES // bytes_per_query // 128 * 128))
 
 
 def sorted_pairs(excluded: Tensor, *, num_rows: int, launch: Launch) -> TilePairs:
@@ -279,7 +312,7 @@ def _launch(
         *(tensor if tensor is not None else any_tensor for tensor in (shift, weight, sums, peaks)),
         any_tensor if stored is None else stored,
         *(queries.shape[0], rows.shape[0], queries.shape[1]),
-        8 if stored is None else stored.stride(0),
+        16 if stored is None else stored.stride(0),
         tiles_per_split,
         scale * LOG2_E,
         0.0 if pairs.ceiling is None else pairs.ceiling * LOG2_E,

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.kernels.prototype_logits import prototype_logits
+from trainer.kernels.prototype_logits import Backend, prototype_logits
 from trainer.kernels.tiled import Tile, finite, fixed_reference
 
 
@@ -63,6 +64,7 @@ def prototype_statistics(
     present: Bool[Tensor, " batch"] | None = None,
     gather_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
+    backend: Backend = "auto",
 ) -> Statistics:
     """The statistics of the global batch, of which this rank brings some samples.
 
@@ -76,8 +78,6 @@ def prototype_statistics(
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     everyones: Tensor = _Gathered.apply(unit(features.to(dtype)), comm, gather_dtype or dtype)
-    if present is None:
-        present = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     return statistics_of_gathered(
         everyones,
         comm.all_gather(labels),
@@ -85,8 +85,9 @@ def prototype_statistics(
         comm,
         scale=scale,
         ceiling=ceiling,
-        present=comm.all_gather(present),
+        present=None if present is None else comm.all_gather(present),
         tile=tile,
+        backend=backend,
     )
 
 
@@ -98,8 +99,9 @@ def statistics_of_gathered(
     *,
     scale: float,
     ceiling: float | None = None,
-    present: Bool[Tensor, " batch"],
+    present: Bool[Tensor, " batch"] | None = None,
     tile: Tile | None = None,
+    backend: Backend = "auto",
 ) -> Statistics:
     """As `prototype_statistics`, of unit features and labels that every rank already has."""
     positions = active.positions(labels)
@@ -112,7 +114,10 @@ def statistics_of_gathered(
         bias=active.bias,
         ceiling=ceiling,
         tile=tile,
+        backend=backend,
     )
+    if present is None:
+        present = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     shift = _shift(log_local, scale, comm)
     found = (positions >= 0).sum(dim=1, dtype=cosines.dtype)
     columns = [(log_local - shift).exp()[:, None], cosines, found[:, None]]
@@ -155,7 +160,8 @@ def _logarithm(mass: Tensor) -> Tensor:
 def _poison(found: Tensor, is_positive: Tensor) -> Tensor:
     """Zero, or NaN for a sample with a label that no rank has."""
     wrong = found.detach() != is_positive.sum(dim=1)
-    if wrong.device.type == "cpu" and type(wrong) is Tensor and bool(wrong.any()):
+    # Tensors that only have a shape, as in a plan of memory, can't be looked at.
+    if wrong.device.type == "cpu" and not is_fake(wrong) and bool(wrong.any()):
         raise DataError(
             f"{int(wrong.sum())} of {len(wrong)} samples have a label that no rank has a row for; "
             "labels must be below the number of prototypes, and negative where there is none"

@@ -1,0 +1,130 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads the machine code.
+
+A program of its own, because the interpreter, where a test has chosen it, compiles nothing:
+`python -m tests.kernels.compiled` prints one JSON row a build.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trainer.kernels.triton_logits import STORING, SUMMING, Launch, exponential_product
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX_INSTRUCTIONS = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": r"UTC\w*MMA", "gfx942": "v_mfma"}
+ASYNC_COPIES = {"sm80": "LDGSTS", "sm90": "UTMALDG", "sm100": "UTMALDG", "gfx942": "_load_dwordx4"}
+POINTERS = {
+    **dict.fromkeys(("queries", "rows", "stored"), "*fp16"),
+    **dict.fromkeys(("offsets", "pair_queries", "pair_rows"), "*i32"),
+    **dict.fromkeys(("bias", "shift", "weight", "sums", "peaks"), "*fp32"),
+    **dict.fromkeys(("scale", "ceiling", "reference"), "fp32"),
+}
+
+
+class Build(NamedTuple):
+    """What is compiled: a pass, plain or with everything switched on that can be."""
+
+    architecture: str
+    storing: bool
+    everything: bool
+
+    @property
+    def launch(self) -> Launch:
+        return (STORING if self.storing else SUMMING)[self.architecture]
+
+
+def compiled(build: Build) -> Any:
+    launch, names = build.launch, exponential_product.arg_names
+    constants = {
+        "QUERIES": launch.queries,
+        "ROWS": launch.rows,
+        "DIM": launch.dim,
+        "HAS_BIAS": build.everything,
+        "HAS_CEILING": build.everything,
+        "ONLINE": build.everything and not build.storing,
+        "STORE": build.storing,
+        "PRECISION": "ieee",
+        # A one is a constant to the runtime's compiler too.
+        **({"tiles_per_split": 1} if build.storing else {}),
+    }
+    signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
+    aligned = [n for n in names if signature[n].startswith("*") or n in ("dim", "stored_stride")]
+    source = ASTSource(
+        fn=exponential_product,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(source, target=TARGETS[build.architecture], options=options)
+
+
+def report(build: Build) -> dict[str, Any]:
+    binary, launch = compiled(build), build.launch
+    read = amd_code if build.architecture == "gfx942" else nvidia_code
+    code, figures = read(binary)
+    lanes = TARGETS[build.architecture].warp_size * launch.warps
+    exponentials = len(re.findall(r"MUFU\.EX2|v_exp_f32", code))
+    return {
+        **build._asdict(),
+        **figures,
+        "shared": binary.metadata.shared,
+        "threads": lanes,
+        "matrix_instructions": len(re.findall(MATRIX_INSTRUCTIONS[build.architecture], code)),
+        "async_copies": len(re.findall(ASYNC_COPIES[build.architecture], code)),
+        "exponentials_per_logit": exponentials * lanes / (launch.queries * launch.rows),
+    }
+
+
+def nvidia_code(binary: Any) -> tuple[str, dict[str, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        usage = said(TOOLS / "cuobjdump", "-res-usage", path)
+        code = said(TOOLS / "nvdisasm", "-c", path)
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    return code, {"registers": registers, "spills": len(re.findall(r"\b(?:LDL|STL)\b", code))}
+
+
+def amd_code(binary: Any) -> tuple[str, dict[str, int]]:
+    code = binary.asm["amdgcn"]
+    numbers = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", code)}
+    spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    waves = int(re.findall(r"; Occupancy: (\d+)", code)[0])
+    return code, {"registers": numbers["vgpr_count"], "spills": spills, "waves": waves}
+
+
+def said(*command: object) -> str:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    for build in (Build(*choice) for choice in product(TARGETS, (False, True), (False, True))):
+        try:
+            row = report(build)
+        except Exception as problem:
+            # The compiler may print a whole program; its first line says what is wrong.
+            row = {**build._asdict(), "failed": f"{type(problem).__name__}: {problem}"[:300]}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

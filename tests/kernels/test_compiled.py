@@ -1,0 +1,81 @@
+"""The machine code of the kernels for four architectures, none of which has to be here.
+
+It shows no time. It does show what makes a kernel slow without failing: spilled registers, no
+matrix instructions, exponentials taken twice, room for too few programs on a processor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton's wheel is for Linux")
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
+SHARED_PER_PROCESSOR = {"sm80": 164, "sm90": 228, "sm100": 228}
+"""KiB, of which each program may have all but one, and pays one more than it asks for."""
+PROGRAMS = {"sm80": 1, "sm90": 2, "sm100": 1}
+"""Of the plain passes, at once on a processor: two hide each other's exponentials."""
+AMD_WAVES = 3
+AMD_LOCAL_BYTES = 65536
+
+
+@cache
+def builds(folder: str) -> list[dict[str, Any]]:
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": folder,
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "TRITON_INTERPRET": "0",
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    lines = finished.stdout.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return builds(str(tmp_path_factory.mktemp("triton")))
+
+
+def programs_at_once(row: dict[str, Any]) -> int:
+    by_registers = 65536 // (-(-row["registers"] // 8) * 8 * row["threads"])
+    by_shared = SHARED_PER_PROCESSOR[row["architecture"]] * 1024 // (row["shared"] + 1024)
+    return min(by_registers, by_shared, 2048 // row["threads"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code(rows: list[dict[str, Any]], architecture: str) -> None:
+    mine = [row for row in rows if row["architecture"] == architecture]
+    assert len(mine) == 4
+    for row in mine:
+        assert "failed" not in row, row
+        assert row["spills"] == 0, row
+        assert row["matrix_instructions"] > 0, row
+        assert row["async_copies"] > 0, row
+        # The running maximum rescales its sum: one more per query and tile, not per logit.
+        running_maximum = row["everything"] and not row["storing"]
+        assert 0.9 < row["exponentials_per_logit"] <= (1.15 if running_maximum else 1.1), row
+        if architecture == "gfx942":
+            assert row["shared"] <= AMD_LOCAL_BYTES, row
+            assert row["waves"] >= (2 if row["everything"] else AMD_WAVES), row
+        else:
+            assert row["shared"] <= (SHARED_PER_PROCESSOR[architecture] - 1) * 1024, row
+            wanted = 1 if row["everything"] else PROGRAMS[architecture]
+            assert programs_at_once(row) >= wanted, row
