@@ -40,10 +40,11 @@ def run(case: StepCase, *, ranks: Sequence[int] = (1, 2)) -> list[dict[str, Any]
 
     seconds, fastest_seconds: median and least of the slowest rank's time for a step;
     cpu_seconds: median of all ranks' CPU time together, what to compare on a busy machine;
-    *to_plain: that over the plain loop's; loss: of the last step; weights, moments: bytes on the
-    rank that holds most, *_over_share: over 1/W of all; kept_whole: bytes of small parameters
-    that ZeRO-3 keeps whole besides; peak: memory that a step holds above what is held between
-    steps, on the rank that holds most, *peak_of*: how it was counted.
+    *ratio_to_plain: that over the plain loop's; loss: before the last step;
+    weights, moments: bytes on the rank that holds most; kept_whole: bytes of small parameters
+    that ZeRO-3 keeps whole besides; *_over_share: these over 1/W of all moments or weights;
+    peak: bytes that a step holds above what is held between steps, on the rank that holds most;
+    peak_of: how that was counted.
     """
     for world_size in ranks:
         if case.global_batch % world_size:

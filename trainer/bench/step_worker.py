@@ -113,6 +113,7 @@ def _shares(held: dict[str, int], case: StepCase, comm: Comm) -> dict[str, float
     return {
         "weights_over_share": round(held["weights"] / whole, 4),
         "moments_over_share": round(held["moments"] / (2 * whole), 4),
+        "kept_whole_over_share": round(held["kept_whole"] / whole, 4),
     }
 
 
