@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 from tests.losses.rank_cases import Arrays, golden, golden_names, leaf
 from tests.ranks import run_ranks
 from trainer.comm import Comm
+from trainer.kernels import one_pass
 from trainer.losses.margin import Margin, MarginKind
 from trainer.losses.multilabel import MultilabelLoss, multilabel_loss
+from trainer.losses.one_pass import one_pass_multilabel_loss
 from trainer.losses.statistics import (
     ActiveRows,
     Statistics,
@@ -70,6 +74,30 @@ def padded_share(comm: Comm, rows: Tensor, fill: float) -> tuple[Tensor, Tensor]
     return torch.cat([mine, filler]), present
 
 
+def one_pass_case(
+    features: Tensor,
+    labels: Tensor,
+    active: ActiveRows,
+    comm: Comm,
+    expected: MultilabelLoss,
+    **how: Any,
+) -> Arrays:
+    """The same with gradients in the forward pass, in blocks of three; upstream is not one."""
+    features, rows = leaf(features), leaf(active.rows)
+    with patch.multiple(one_pass, BUFFER_BYTES=0, FEWEST_QUERIES=3, ROWS_PER_TILE=5):
+        result = one_pass_multilabel_loss(features, labels, active._replace(rows=rows), comm, **how)
+    (result.loss * 3).backward()
+    assert torch.equal(result.counted, expected.counted)
+    torch.testing.assert_close(result.rows, expected.rows.detach(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(result.figures, expected.figures, rtol=1e-11, atol=1e-13)
+    return {
+        "one_pass_loss": result.loss.detach().numpy(),
+        "one_pass_features": features.grad.numpy() / 3,
+        "one_pass_rows": rows.grad.numpy() / 3,
+        "one_pass_ids": active.ids.numpy(),
+    }
+
+
 def multilabel_case(comm: Comm, arrays: Arrays) -> Arrays:
     """Unequal batches where the ranks don't divide eight rows; sampled rows, other positives."""
     tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
@@ -87,14 +115,20 @@ def multilabel_case(comm: Comm, arrays: Arrays) -> Arrays:
     statistics = prototype_statistics(
         features, labels, active, comm, scale=scale, present=present, tile=(3, 7)
     )
-    result = multilabel_loss(
-        statistics,
-        kind="mlcd" if "row_positive_term" in arrays else "mlc",
-        scale=scale,
-        margin=Margin(KINDS[int(arrays["margin_kind"])], float(arrays["margin"])),
-    )
+    how = {
+        "kind": "mlcd" if "row_positive_term" in arrays else "mlc",
+        "scale": scale,
+        "margin": Margin(KINDS[int(arrays["margin_kind"])], float(arrays["margin"])),
+    }
+    result = multilabel_loss(statistics, **how)
     result.loss.backward()
+    again = one_pass_case(
+        *(mine, labels, active._replace(rows=active.rows.detach()), comm, result),
+        present=present,
+        **how,
+    )
     return {
+        **again,
         "loss": result.loss.detach().numpy(),
         "row_loss": result.rows.detach()[statistics.present].numpy(),
         "grad_features": features.grad[present].numpy(),
@@ -134,9 +168,16 @@ def partial_fc_case(comm: Comm, arrays: Arrays) -> Arrays:
         statistics = prototype_statistics(
             features[:, kept], labels, active, comm, scale=scale, ceiling=ceiling, tile=(5, 8)
         )
-    result = multilabel_loss(statistics, kind="slots", scale=scale, margin=margin_of(arrays))
+    how = {"kind": "slots", "scale": scale, "margin": margin_of(arrays)}
+    result = multilabel_loss(statistics, **how)
     result.loss.backward()
+    again = {}
+    if "feature_ids" not in arrays:
+        detached = active._replace(rows=active.rows.detach())
+        mine = features.detach()
+        again = one_pass_case(mine, labels, detached, comm, result, ceiling=ceiling, **how)
     return {
+        **again,
         "row_loss": result.rows.detach().numpy(),
         "loss": result.loss.detach().numpy(),
         "grad_features": features.grad.numpy(),

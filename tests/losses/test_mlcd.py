@@ -28,3 +28,17 @@ def test_equals_the_formula_for_every_split(path: str, world_size: int) -> None:
     features = np.concatenate([ours["grad_features"] for ours in ranks])
     assert_gradient(features / world_size, theirs["grad_features"])
     assert_gradient(np.concatenate([o["grad_weight"] for o in ranks]), theirs["grad_weight"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("path", MULTILABEL)
+def test_gradients_in_the_forward_pass_are_the_same(path: str, world_size: int) -> None:
+    """Rows are those that take part, in their order: spread them over the table."""
+    theirs, ranks = golden(path), [cases[path] for cases in results(world_size)]
+    table = np.zeros_like(theirs["weight"])
+    for ours in ranks:
+        assert_value(ours["one_pass_loss"], theirs["loss"])
+        table[ours["one_pass_ids"]] = ours["one_pass_rows"]
+    features = np.concatenate([ours["one_pass_features"] for ours in ranks])[:8]
+    assert_gradient(features / world_size, theirs["grad_features"])
+    assert_gradient(table, theirs["grad_weight"])

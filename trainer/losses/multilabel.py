@@ -50,8 +50,7 @@ def multilabel_loss(
     A sample without a label still pays `mlcd`'s negative term, unless dropped; the other kinds
     have nothing to say about it and leave it out of the mean. A label given twice counts twice.
     """
-    logits = scale * margin(statistics.cosines)
-    terms = {"mlcd": _mlcd, "mlc": _mlc, "slots": _slots}[kind](statistics, logits)
+    terms = row_terms(statistics, kind=kind, scale=scale, margin=margin)
     rows = torch.stack(list(terms.values())).sum(dim=0)
     counted = statistics.present
     if kind != "mlcd" or drop_unlabelled:
@@ -60,6 +59,14 @@ def multilabel_loss(
     is_positive = statistics.is_positive & counted[:, None]
     figures["positive_cosine"] = mean_of(statistics.cosines, is_positive).detach()
     return MultilabelLoss(mean_of(rows, counted), rows, counted, figures)
+
+
+def row_terms(
+    statistics: Statistics, *, kind: LossKind, scale: float, margin: Margin
+) -> dict[str, Float[Tensor, " batch"]]:
+    """The terms whose sum is each sample's loss, by name."""
+    logits = scale * margin(statistics.cosines)
+    return {"mlcd": _mlcd, "mlc": _mlc, "slots": _slots}[kind](statistics, logits)
 
 
 def mean_of(values: Float[Tensor, "*shape"], counted: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:

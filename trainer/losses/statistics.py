@@ -76,8 +76,7 @@ def prototype_statistics(
     A loss made of these is the same on all ranks. Its gradient in the rows is complete, and that
     in the features is multiplied by the number of ranks, to be averaged with the encoder's.
     """
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    everyones: Tensor = _Gathered.apply(unit(features.to(dtype)), comm, gather_dtype or dtype)
+    everyones = gathered_units(features, comm, gather_dtype=gather_dtype)
     return statistics_of_gathered(
         everyones,
         comm.all_gather(labels),
@@ -89,6 +88,16 @@ def prototype_statistics(
         tile=tile,
         backend=backend,
     )
+
+
+def gathered_units(
+    features: Float[Tensor, "batch dim"], comm: Comm, *, gather_dtype: torch.dtype | None = None
+) -> Float[Tensor, "global_batch dim"]:
+    """All ranks' features as directions, in float32 or better, having travelled in
+    `gather_dtype`. The gradient is not rounded, and is that of W times the loss."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    result: Tensor = _Gathered.apply(unit(features.to(dtype)), comm, gather_dtype or dtype)
+    return result
 
 
 def statistics_of_gathered(
@@ -118,6 +127,20 @@ def statistics_of_gathered(
     )
     if present is None:
         present = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    return summed_over_ranks(log_local, cosines, positions, labels, present, comm, scale=scale)
+
+
+def summed_over_ranks(
+    log_local: Float[Tensor, " batch"],
+    cosines: Float[Tensor, "batch labels"],
+    positions: Int64[Tensor, "batch labels"],
+    labels: Int64[Tensor, "batch labels"],
+    present: Bool[Tensor, " batch"],
+    comm: Comm,
+    *,
+    scale: float,
+) -> Statistics:
+    """What each rank found of the same samples in its own rows, put together by one sum."""
     shift = _shift(log_local, scale, comm)
     found = (positions >= 0).sum(dim=1, dtype=cosines.dtype)
     columns = [(log_local - shift).exp()[:, None], cosines, found[:, None]]
@@ -188,8 +211,6 @@ class _Unit(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """All ranks' rows, rounded on the way; the gradient is not, and is that of W times the loss."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, comm: Comm, dtype: torch.dtype) -> Tensor:
         ctx.comm = comm

@@ -1,0 +1,95 @@
+"""Both gradients of a loss over prototypes in the pass that computes it: three products, not four.
+
+`prototype_logits` recomputes its tiles in the backward pass, because only then it knows what a
+query's sum is worth. Where every sample's loss depends on its own sums alone, and the objective is
+a mean, that is known as soon as the sample has met all rows. Its exponentials are then still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from trainer.kernels.prototype_logits import add_pair_gradients, pair_products
+from trainer.kernels.tiled import Pairs, fixed_reference, tile_logits
+
+BUFFER_BYTES = 48 << 20
+"""Exponentials of a block of queries against all rows."""
+FEWEST_QUERIES = 64
+"""With fewer in a block, the products run at a part of their speed."""
+ROWS_PER_TILE = 1024
+
+Upstream = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""For a block of queries, their `log sum_j exp(logit_j)` and cosines with the positives: the
+gradients of the objective in these."""
+
+
+def gradients_in_one_pass(
+    queries: Float[Tensor, "queries dim"],
+    rows: Float[Tensor, "rows dim"],
+    positives: Int64[Tensor, "queries labels"],
+    upstream: Upstream,
+    *,
+    scale: float,
+    num_negatives: int,
+    bias: Float[Tensor, " negatives"] | None = None,
+    ceiling: float | None = None,
+    block_queries: int | None = None,
+) -> tuple[Float[Tensor, "queries dim"], Float[Tensor, "rows dim"]]:
+    """The objective's gradients in queries and rows; arguments as in `prototype_logits`.
+
+    For scales that have a fixed reference. Cost: 6 * queries * rows * dim FLOPs and one exponential
+    a logit; a buffer of `BUFFER_BYTES`, or of 64 queries by rows where that is more.
+    """
+    reference = fixed_reference(scale)
+    assert reference is not None, f"scale {scale} needs a running maximum"
+    negatives = rows[:num_negatives]
+    pairs = Pairs(bias, positives, None if ceiling is None else scale * ceiling, reference)
+    of_queries, of_rows = torch.zeros_like(queries), torch.zeros_like(rows)
+    of_cosines = torch.zeros(positives.shape, dtype=queries.dtype, device=queries.device)
+    size = block_queries or queries_per_block(num_negatives, rows.element_size())
+    buffer = queries.new_empty(min(size, queries.shape[0]), num_negatives)
+    for first in range(0, queries.shape[0], size):
+        some = slice(first, min(first + size, queries.shape[0]))
+        block = buffer[: some.stop - first]
+        mass, weighted = _sums(queries[some] * scale, negatives, pairs.of_queries(some), block)
+        cosines = pair_products(queries[some], rows, positives[some])
+        of_log, of_cosines[some] = upstream(some, mass.log() + reference, cosines)
+        weight = torch.where(mass > 0, scale * of_log / mass, 0.0)[:, None]
+        torch.mul(weighted, weight, out=of_queries[some])
+        _add_rows(of_rows[:num_negatives], block, queries[some] * weight)
+    add_pair_gradients(queries, rows, positives, of_cosines, of_queries=of_queries, of_rows=of_rows)
+    return of_queries, of_rows
+
+
+def queries_per_block(num_rows: int, element_size: int) -> int:
+    return max(FEWEST_QUERIES, BUFFER_BYTES // max(1, num_rows * element_size))
+
+
+def _tiles(count: int) -> list[slice]:
+    return [slice(first, first + ROWS_PER_TILE) for first in range(0, count, ROWS_PER_TILE)]
+
+
+def _sums(scaled: Tensor, rows: Tensor, pairs: Pairs, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j e_ij and sum_j e_ij rows_j; leaves e_ij = exp(logit_ij - reference) in the buffer,
+    where it is zero for logits above the ceiling, which count in the first sum only."""
+    mass = scaled.new_zeros(scaled.shape[0])
+    weighted = torch.zeros_like(scaled)
+    for part in _tiles(rows.shape[0]):
+        logits, above = tile_logits(scaled, rows[part], pairs.of_rows(part))
+        if pairs.reference:
+            logits.sub_(pairs.reference)
+        exponentials = torch.exp(logits, out=buffer[:, part])
+        mass += exponentials.sum(dim=1)
+        if above is not None:
+            exponentials.masked_fill_(above, 0.0)
+        weighted.addmm_(exponentials, rows[part])
+    return mass, weighted
+
+
+def _add_rows(of_rows: Tensor, exponentials: Tensor, weighted_queries: Tensor) -> None:
+    for part in _tiles(of_rows.shape[0]):
+        of_rows[part].addmm_(exponentials[:, part].T, weighted_queries)
