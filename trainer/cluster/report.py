@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from jaxtyping import Int64
@@ -13,9 +14,11 @@ from trainer.cluster.labels import ClusterLabels
 from trainer.cluster.quality import balance, normalized_mutual_information
 from trainer.comm import Comm
 
+Space = Literal["image", "text"]
+
 
 def agreement(
-    clustered: Mapping[str, KMeansResult],
+    clustered: Mapping[Space, KMeansResult],
     ids: Int64[Tensor, " n"],
     classes: ClusterLabels | None,
     comm: Comm,
