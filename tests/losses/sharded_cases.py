@@ -24,6 +24,7 @@ from trainer.losses.one_pass import one_pass_multilabel_loss
 from trainer.losses.statistics import (
     ActiveRows,
     Statistics,
+    negative_figures,
     prototype_statistics,
     statistics_of_gathered,
 )
@@ -31,6 +32,7 @@ from trainer.losses.statistics import (
 PARTIAL_FC = golden_names("partial_fc/*.npz")
 MULTILABEL = golden_names("mlcd/mlc*.npz")
 SLOTS = golden_names("mlcd/ov8*.npz")
+UNBOUNDED = "mlcd/mlcd_l8_s10.npz"
 KINDS: tuple[MarginKind, ...] = ("cosine", "angular", "straight_through")
 
 
@@ -44,6 +46,7 @@ def results(world_size: int) -> list[dict[str, Arrays]]:
 
 def every_case(comm: Comm) -> dict[str, Arrays]:
     cases: dict[str, Arrays] = {name: multilabel_case(comm, golden(name)) for name in MULTILABEL}
+    cases["unbounded"] = unbounded_case(comm)
     for name in (*PARTIAL_FC, *SLOTS):
         if int(golden(name)["world_size"]) == comm.world_size:
             run = slots_case if name in SLOTS else partial_fc_case
@@ -135,6 +138,36 @@ def multilabel_case(comm: Comm, arrays: Arrays) -> Arrays:
         "grad_weight": rows.grad.numpy(),
         **{f"row_{name}": value.numpy() for name, value in result.figures.items()},
     }
+
+
+def unbounded_case(comm: Comm) -> Arrays:
+    """A scale for which float32 has no fixed reference; repeated labels, uneven shards."""
+    arrays = {name: torch.from_numpy(v) for name, v in golden(UNBOUNDED).items() if v.ndim}
+    labels = arrays["labels"].clone()
+    labels[::2, 1] = labels[::2, 0]
+    first, last = comm.row_range(len(arrays["weight"]))
+    features = leaf(padded_share(comm, arrays["features"][:6], 0.5)[0])
+    rows = leaf(arrays["weight"][first:last])
+    mine, present = padded_share(comm, labels[:6], -1)
+    active = active_rows(rows, first=first, negatives=torch.arange(0, 60, 2), positives=labels)
+    statistics = prototype_statistics(features, mine, active, comm, scale=150.0, present=present)
+    result = multilabel_loss(statistics, scale=150.0)
+    result.loss.backward()
+    return {
+        "loss": result.loss.detach().numpy(),
+        "grad_features": features.grad[present].numpy(),
+        "grad_weight": rows.grad.numpy(),
+        **(
+            {name: value.numpy() for name, value in _figures(features, mine, active, comm).items()}
+            if comm.world_size != 4
+            else {}
+        ),
+    }
+
+
+def _figures(features: Tensor, labels: Tensor, active: ActiveRows, comm: Comm) -> dict[str, Tensor]:
+    """Where every sample is real: six divide by all the sizes but four."""
+    return negative_figures(features.detach(), labels, active, comm)
 
 
 def shard(comm: Comm, arrays: Arrays) -> tuple[int, Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import normalize
 
 from tests.losses.rank_cases import golden
-from tests.losses.sharded_cases import MULTILABEL, results
+from tests.losses.sharded_cases import MULTILABEL, UNBOUNDED, results
 from tests.losses.test_golden import assert_gradient, assert_value
 
 
@@ -42,3 +44,32 @@ def test_gradients_in_the_forward_pass_are_the_same(path: str, world_size: int) 
     features = np.concatenate([ours["one_pass_features"] for ours in ranks])[:8]
     assert_gradient(features / world_size, theirs["grad_features"])
     assert_gradient(table, theirs["grad_weight"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_scale_without_fixed_reference(world_size: int) -> None:
+    """The maximum over ranks takes its place; against the whole matrix."""
+    arrays = {name: torch.from_numpy(v) for name, v in golden(UNBOUNDED).items() if v.ndim}
+    features = arrays["features"][:6].requires_grad_()
+    table = arrays["weight"].requires_grad_()
+    labels = arrays["labels"][:6].clone()
+    labels[::2, 1] = labels[::2, 0]
+    cosines = normalize(features) @ normalize(table).T
+    negative = torch.zeros(6, 60, dtype=torch.bool)
+    negative[:, ::2] = True
+    negative[torch.arange(6)[:, None], labels] = False
+    pulls = -150 * (cosines.gather(1, labels) - 0.3)
+    pushes = (150 * cosines).masked_fill(~negative, -torch.inf)
+    zero = torch.zeros(6, 1, dtype=torch.float64)
+    terms = (torch.cat([zero, part], dim=1).logsumexp(dim=1) for part in (pulls, pushes))
+    loss = sum(term.mean() for term in terms)
+    loss.backward()
+    ranks = [cases["unbounded"] for cases in results(world_size)]
+    for ours in ranks:
+        assert_value(ours["loss"], loss.detach().numpy())
+        if "active_rows" in ours:
+            assert ours["active_rows"] == 30
+            assert_value(ours["negative_cosine"], cosines[negative].mean().detach().numpy())
+    ours = np.concatenate([rank["grad_features"] for rank in ranks])
+    assert_gradient(ours / world_size, features.grad.numpy())
+    assert_gradient(np.concatenate([r["grad_weight"] for r in ranks]), table.grad.numpy())

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.kernels.prototype_logits import Backend, prototype_logits
+from trainer.kernels.prototype_logits import Backend, pair_products, prototype_logits
 from trainer.kernels.tiled import Tile, finite, fixed_reference
 
 
@@ -149,6 +149,38 @@ def summed_over_ranks(
     poison = _poison(total[:, -1], is_positive)
     log_negatives = _logarithm(total[:, 0]) + shift + poison
     return Statistics(log_negatives, total[:, 1:-1], is_positive, present)
+
+
+@torch.no_grad()
+def negative_figures(
+    features: Float[Tensor, "batch dim"],
+    labels: Int64[Tensor, "batch labels"],
+    active: ActiveRows,
+    comm: Comm,
+) -> dict[str, Float[Tensor, ""]]:
+    """`negative_cosine`: the mean over all samples and their negatives. `active_rows`: how many
+    rows of the table are negatives, over all ranks. Equal on all ranks.
+
+    A mean of products is a product of means, so this reads the rows once and multiplies nothing;
+    still something for the steps that are logged. Counts samples that only fill a batch.
+    """
+    directions = unit(features.to(torch.promote_types(features.dtype, torch.float32)))
+    everyones, positions = comm.all_gather(directions), active.positions(comm.all_gather(labels))
+    rows = unit(active.rows[: active.num_negatives].to(everyones.dtype))
+    excluded = torch.where(positions < active.num_negatives, positions, -1)
+    excluded = excluded.masked_fill(_repeated(excluded), -1)
+    products = torch.dot(everyones.sum(dim=0), rows.sum(dim=0))
+    products -= pair_products(everyones, rows, excluded).sum()
+    pairs = len(everyones) * len(rows) - (excluded >= 0).sum()
+    counts = torch.stack([products, pairs.to(products.dtype), products.new_tensor(len(rows))])
+    total = comm.sum(counts)
+    return {"negative_cosine": total[0] / total[1].clamp_min(1), "active_rows": total[2]}
+
+
+def _repeated(labels: Tensor) -> Tensor:
+    """Where a sample has the same label further to the left."""
+    same = labels[:, :, None] == labels[:, None, :]
+    return same.tril(diagonal=-1).any(dim=2)
 
 
 def unit(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
