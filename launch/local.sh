@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 source launch/processes.sh
-exec "${LAUNCH[@]}" --module trainer "$@"
+launch "$@"

@@ -11,7 +11,7 @@ workdir=runs/quickstart
 echo "1/4 corpus"
 python tools/make_corpus.py --out data/open --cache cache/wheels
 echo "2/4 training: $processes processes, $OMP_NUM_THREADS threads each"
-"${LAUNCH[@]}" --module trainer "$run" "$@"
+launch "$run" "$@"
 echo "3/4 export and pictures"
 python tools/export.py "$workdir"
 python tools/pictures.py "$workdir"

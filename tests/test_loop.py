@@ -174,3 +174,23 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, overrides, message)
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(line) < 500
+
+
+def hold_and_train(comm: Comm, config: RunConfig) -> str:
+    """Try to train in a workdir that another run of this process holds."""
+    from trainer.errors import ConfigError
+    from trainer.lock import sole_user
+    from trainer.loop import train
+
+    with sole_user(config.workdir, comm):
+        try:
+            train(config)
+        except ConfigError as error:
+            return str(error)
+    return "trained"
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_on_all_ranks(tmp_path):
+    messages = run_ranks(hold_and_train, 2, config_in(tmp_path), timeout_seconds=100)
+    assert messages[0] == messages[1]
+    assert "another run is using" in messages[0]

@@ -14,6 +14,7 @@ from trainer.diagnosis import explain_skip, one_line, raise_if_stuck
 from trainer.engine import Engine
 from trainer.errors import CheckpointError
 from trainer.evals import evaluate_all
+from trainer.lock import sole_user
 from trainer.metrics import MetricLog
 from trainer.periods import Clock
 from trainer.plan import describe
@@ -38,6 +39,11 @@ class Outcome(NamedTuple):
 def train(config: RunConfig) -> Outcome:
     """Train to `config.steps`, going on from the newest good checkpoint in the workdir."""
     comm = Comm.from_environment(timeout_seconds=config.comm_timeout_seconds)
+    with sole_user(config.workdir, comm):
+        return _train(config, comm)
+
+
+def _train(config: RunConfig, comm: Comm) -> Outcome:
     micro_batch, _ = micro_batches(
         global_batch=config.global_batch, micro_batch=config.micro_batch, world_size=comm.world_size
     )

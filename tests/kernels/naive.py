@@ -58,7 +58,11 @@ def naive_logits(
     if problem.bias is not None:
         logits = logits + problem.bias
     logits = logits.masked_fill(excluded[:, : problem.num_negatives] > 0, -torch.inf)
-    return logits.logsumexp(dim=1), cosines.gather(1, places).masked_fill(~known, 0.0)
+    # A sum of nothing would have no gradient but NaN.
+    some = (logits > -torch.inf).any(dim=1)
+    total = torch.where(some[:, None], logits, 0.0).logsumexp(dim=1)
+    chosen = cosines.gather(1, places).masked_fill(~known, 0.0)
+    return torch.where(some, total, -torch.inf), chosen
 
 
 def pulled_back(
@@ -71,6 +75,6 @@ def pulled_back(
     value = (torch.where(some, log_total, 0.0) * upstream[0]).sum() + (cosines * upstream[1]).sum()
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return tuple(
-        torch.zeros_like(leaf) if gradient is None else gradient.nan_to_num()
+        torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(leaves, gradients, strict=True)
     )
