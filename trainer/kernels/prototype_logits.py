@@ -194,13 +194,16 @@ def add_pair_gradients(
     if not rows.shape[0]:
         return
     gradient = gradient.masked_fill(positions < 0, 0.0)
+    # Zeros of absent positives go to many rows: to one, a device would add them one by one.
+    spread = torch.arange(positions.numel(), device=positions.device).view_as(positions)
+    absorbing = torch.where(positions < 0, spread % rows.shape[0], positions)
     for some in _pair_blocks(positions, queries.shape[1]):
-        places = positions[some].clamp_min(0)
         if of_queries is not None:
-            of_queries[some] += torch.einsum("ql,qld->qd", gradient[some], rows[places])
+            chosen = rows[positions[some].clamp_min(0)]
+            of_queries[some] += torch.einsum("ql,qld->qd", gradient[some], chosen)
         if of_rows is not None:
             pulled = gradient[some, :, None] * queries[some, None, :]
-            of_rows.index_add_(0, places.flatten(), pulled.flatten(0, 1))
+            of_rows.index_add_(0, absorbing[some].flatten(), pulled.flatten(0, 1))
 
 
 def _pair_blocks(positions: Tensor, dim: int) -> list[slice]:
