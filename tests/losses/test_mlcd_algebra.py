@@ -155,10 +155,15 @@ def test_a6_2_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
     logits = 20.0 * (normalize(features) @ normalize(rows).T)
     logits[torch.arange(6), one[:, 0]] -= 20.0 * 0.3
     expected = cross_entropy(logits, one[:, 0])
-    for kind in ("mlc", "slots"):
+    for kind in ("mlc", "slots", "pfc_ce"):
         torch.testing.assert_close(
             multilabel_loss(statistics, kind=kind, scale=20.0).loss, expected
         )
+
+
+def test_a_single_label_loss_refuses_several() -> None:
+    with pytest.raises(ConfigError, match="one label a sample, not 3"):
+        multilabel_loss(drawn(0), kind="pfc_ce")
 
 
 def test_a6_31_equal_slots_are_one_slot() -> None:

@@ -7,8 +7,8 @@ cosines c_ik with the positives, of which a margin makes s phi(c_ik).
     mlc    log(1 + sum_k e^(-s phi_ik) e^N_i)                  its baseline
     slots  mean_k [log(e^N_i + e^(s phi_ik)) - s phi_ik]       one cross-entropy for each label
 
-`slots` with one label is the cross-entropy of Partial FC, and so is `mlc`; `mlcd` with one label
-is RICE's object loss (arXiv 2507.20025).
+`slots` with one label is the cross-entropy of Partial FC (`pfc_ce`, which takes one label only),
+and so is `mlc`; `mlcd` with one label is RICE's object loss (arXiv 2507.20025).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from trainer.errors import ConfigError
 from trainer.losses.margin import Margin
 from trainer.losses.statistics import Statistics
 
-LossKind = Literal["mlcd", "mlc", "slots"]
+LossKind = Literal["mlcd", "mlc", "slots", "pfc_ce"]
 DEFAULT_MARGIN = Margin("cosine", 0.3)
 
 
@@ -66,7 +67,8 @@ def row_terms(
 ) -> dict[str, Float[Tensor, " batch"]]:
     """The terms whose sum is each sample's loss, by name."""
     logits = scale * margin(statistics.cosines)
-    return {"mlcd": _mlcd, "mlc": _mlc, "slots": _slots}[kind](statistics, logits)
+    formulas = {"mlcd": _mlcd, "mlc": _mlc, "slots": _slots, "pfc_ce": _pfc_ce}
+    return formulas[kind](statistics, logits)
 
 
 def mean_of(values: Float[Tensor, "*shape"], counted: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -101,6 +103,14 @@ def _slots(statistics: Statistics, logits: Tensor) -> dict[str, Tensor]:
     known = statistics.is_positive
     total = torch.where(known, each, 0.0).sum(dim=1)
     return {"loss_term": total / known.sum(dim=1).clamp_min(1)}
+
+
+def _pfc_ce(statistics: Statistics, logits: Tensor) -> dict[str, Tensor]:
+    if logits.shape[1] != 1:
+        raise ConfigError(
+            f"pfc_ce takes one label a sample, not {logits.shape[1]}; keep the first, or use slots"
+        )
+    return _slots(statistics, logits)
 
 
 def _log_one_plus(exponent: Tensor) -> Tensor:
