@@ -320,3 +320,5 @@ def test_durations_and_events_in_words() -> None:
     pairs += [(11100.0, "3 h 5 min"), (187300.0, "2 d 4 h"), (math.nan, "unknown")]
     assert [duration(seconds) for seconds, _ in pairs] == [words for _, words in pairs]
     assert event_line(at(3), "saved", {}) == "step 3  saved"
+    many = event_line(at(3), "episode", {f"figure_{n}": n for n in range(14)})
+    assert many.endswith("figure_9 9, and 4 more in events.jsonl")

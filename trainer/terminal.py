@@ -13,6 +13,9 @@ from rich.progress import Progress as Bar
 
 from trainer.types import Progress
 
+MOST_FIGURES = 10
+"""Of an event on one line of the terminal."""
+
 
 class Speed(NamedTuple):
     """How fast the run has been of late."""
@@ -105,12 +108,17 @@ def display_for(console: Console, *, total_steps: int) -> Display:
 
 
 def event_line(progress: Progress, name: str, figures: Mapping[str, Any]) -> str:
-    """`step 120  zero_shot: top1 0.412, top5 0.7`, without figures that are lists or tables."""
+    """`step 120  zero_shot: top1 0.412, top5 0.7`, without figures that are lists or tables.
+
+    Of many figures the first ten; `events.jsonl` has all.
+    """
     shown = [
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in figures.items()
         if not isinstance(value, (list, dict))
     ]
+    if len(shown) > MOST_FIGURES:
+        shown = [*shown[:MOST_FIGURES], f"and {len(shown) - MOST_FIGURES} more in events.jsonl"]
     return f"step {progress.step}  {name}" + (": " + ", ".join(shown) if shown else "")
 
 

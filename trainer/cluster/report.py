@@ -28,18 +28,20 @@ def agreement(
     The objective is the mean squared distance; NMI is between the two clusterings, and of each
     with the classes where these are known.
     """
-    figures: dict[str, float] = {}
+    figures = {
+        "nmi_image_text": normalized_mutual_information(
+            clustered["image"].labels, clustered["text"].labels, comm
+        )
+    }
     for space, result in clustered.items():
-        named = balance(result.counts)
-        named["objective"] = result.inertia / max(1, int(result.counts.sum()))
-        named["repaired"] = float(result.repaired)
+        named: dict[str, float] = {}
         if classes is not None:
             known = classes.of(ids)
             named["nmi_classes"] = normalized_mutual_information(result.labels, known, comm)
+        named["objective"] = result.inertia / max(1, int(result.counts.sum()))
+        named |= balance(result.counts)
+        named["repaired"] = float(result.repaired)
         figures |= {f"{space}_{name}": value for name, value in named.items()}
-    figures["nmi_image_text"] = normalized_mutual_information(
-        clustered["image"].labels, clustered["text"].labels, comm
-    )
     return figures
 
 
