@@ -6,8 +6,10 @@ Images are uint8 arrays [height, width, 3]; texts come from the data and are nev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -104,16 +106,17 @@ def fitted(image: Pixels, tile: int) -> Image.Image:
     return square
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that Pillow carries; characters it has not are shown as boxes."""
-    return ImageFont.load_default(size)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and knows accents, Greek and Cyrillic."""
+    path = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size)
 
 
-def _line_height(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+def _line_height(font: ImageFont.FreeTypeFont) -> int:
     return round(font.getbbox("Ag|")[3]) + 3
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """The text on one line, shortened by an ellipsis to at most `width` pixels."""
     text = " ".join(text.split())[:400]
     if font.getlength(text) <= width:
@@ -123,9 +126,7 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return text.rstrip() + "..."
 
 
-def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int
-) -> list[str]:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """Words broken into at most `lines` lines; the last one takes, and cuts, what is left."""
     words = text.split()[:60]
     result: list[str] = []
@@ -143,7 +144,7 @@ def _write(
     left: int,
     top: int,
     lines: Sequence[str],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: ImageFont.FreeTypeFont,
 ) -> None:
     for number, line in enumerate(lines):
         draw.text((left, top + number * _line_height(font)), line, font=font, fill=PALE)
