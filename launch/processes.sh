@@ -2,6 +2,7 @@
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus > 0 ? gpus : 2))
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 
 launch() {

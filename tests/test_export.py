@@ -208,7 +208,7 @@ def test_the_tool_exports_the_newest_checkpoint_of_a_workdir(
     held = {name: value.detach() for name, value in weights.items()}
     checkpoints.save(7, {"weights": held}, {}, {"run.yaml": run_yaml(head=HEAD)})
     monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), "--data-licence", "Ours."])
-    assert tool.main() == 0
+    tool.main()
     assert "step 7" in capsys.readouterr().out
     clip = CLIPModel.from_pretrained(tmp_path / "export").eval()
     batch = small_batch()
@@ -217,7 +217,7 @@ def test_the_tool_exports_the_newest_checkpoint_of_a_workdir(
         ours = model(batch).image
     torch.testing.assert_close(theirs / theirs.norm(dim=1, keepdim=True), ours, rtol=0, atol=1e-5)
     monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "tokenizer")])
-    with pytest.raises(CheckpointError, match="no checkpoint to export"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         tool.main()
 
 
