@@ -70,6 +70,6 @@ def logged_results(workdir: Path) -> dict[str, Mapping[str, float]]:
         record = json.loads(line)
         if record["event"] in labels:
             latest[record["event"]] = {
-                key: value for key, value in record.items() if isinstance(value, float | int)
+                key: float(value) for key, value in record.items() if isinstance(value, float | int)
             }
     return {label: latest[label] for label in labels if label in latest}
