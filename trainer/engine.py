@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import deepspeed
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from trainer.comm import Comm
 from trainer.config import OptimConfig
 from trainer.errors import CheckpointError, ConfigError
+from trainer.models.model import Model
 from trainer.optim import parameter_groups, set_learning_rate
 from trainer.types import Batch, Features, Tower
 
@@ -36,13 +37,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed, once a bucket.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
-
-
-@runtime_checkable
-class Trainable(Protocol):
-    """What a module must tell besides being one."""
-
-    def parameter_depth(self, name: str) -> tuple[Tower, int]: ...
 
 
 # Without a GPU DeepSpeed would compile an op at the first launch, for minutes, and a build that is
@@ -60,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         optim: OptimConfig,
         comm: Comm,
         *,
@@ -280,9 +274,9 @@ def _deepspeed_config(
     return config | injected
 
 
-def _adamw(model: nn.Module, optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
+def _adamw(model: Model, optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
-    groups = parameter_groups(named, optim, cast(Trainable, model).parameter_depth)
+    groups = parameter_groups(named, optim, model.parameter_depth)
     offloaded = "offload_optimizer" in config["zero_optimization"]
     on_gpu = torch.cuda.is_available()
     if offloaded and on_gpu:

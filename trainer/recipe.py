@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import DataConfig, RecipeConfig
 from trainer.errors import ConfigError
+from trainer.models.model import Model
 from trainer.types import Batch, Features, Losses, Progress, Tower
 
 Encode = Callable[[Batch], Features]
@@ -60,22 +61,6 @@ class Part(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-class Model(nn.Module):
-    """What the loop asks of a model besides being one."""
-
-    def gradient_checkpointing(self, enabled: bool) -> None:
-        """Keep only the inputs of blocks, and recompute the rest backward."""
-        raise NotImplementedError
-
-    def count_parameters(self) -> dict[str, int]:
-        """Parameters of each part, in all (`total`) and of those that learn (`trained`)."""
-        raise NotImplementedError
-
-    def parameter_depth(self, name: str) -> tuple[Tower, int]:
-        """The tower of a parameter and the number of blocks above it."""
-        raise NotImplementedError
 
 
 @runtime_checkable

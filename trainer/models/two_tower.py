@@ -16,6 +16,7 @@ from trainer.hashing import key_of
 from trainer.models.config import HeadConfig, TowerConfig, TwoTowerConfig
 from trainer.models.head import ProjectionHead
 from trainer.models.load import image_tower, text_tower
+from trainer.models.model import Model
 from trainer.models.scales import LearnedBias, LearnedScale
 from trainer.models.tower import Tower
 from trainer.types import Batch, Features
@@ -24,7 +25,7 @@ from trainer.types import Tower as TowerName
 __all__ = ["HeadConfig", "TowerConfig", "TwoTower", "TwoTowerConfig", "build_two_tower"]
 
 
-class TwoTower(nn.Module):
+class TwoTower(Model):
     """Images and texts to unit vectors, with the temperatures that multiply their cosines."""
 
     def __init__(
