@@ -219,7 +219,9 @@ class _Files:
         self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
     ) -> None:
         place = {**_place(progress), "after_save": after_save, "event": name}
-        self._events.append({**place, **figures, "timing": {"time": time.time()}})
+        # `samples` is the run's cursor, by which a resume cuts; an evaluation counts its own.
+        named = {"num_samples" if key == "samples" else key: v for key, v in figures.items()}
+        self._events.append({**place, **named, "timing": {"time": time.time()}})
         scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
         if scalars:
             # After a save it belongs to the step to come, with which a resume takes it back.

@@ -21,6 +21,9 @@ from trainer.recipe import Encode
 from trainer.run import eval_context, tokenizer_of
 from trainer.types import Batch, Features
 
+RUN_KEYS = frozenset({"step", "samples", "skipped", "after_save"})
+"""Of an event's record: where the run was, not what the evaluation found."""
+
 
 class Trained(NamedTuple):
     """A run's newest checkpoint, ready to be used. Whole on every rank."""
@@ -70,6 +73,8 @@ def logged_results(workdir: Path) -> dict[str, Mapping[str, float]]:
         record = json.loads(line)
         if record["event"] in labels:
             latest[record["event"]] = {
-                key: float(value) for key, value in record.items() if isinstance(value, float | int)
+                "samples" if key == "num_samples" else key: float(value)
+                for key, value in record.items()
+                if isinstance(value, float | int) and key not in RUN_KEYS
             }
     return {label: latest[label] for label in labels if label in latest}
