@@ -49,13 +49,29 @@ def test_saved_map_is_the_same_and_is_not_read_into_memory(tmp_path: Path) -> No
     for top in (2**31 - 1, 2**31):
         table = ClusterLabels(torch.tensor([9, 2**62, 3]), torch.tensor([0, top, 5]))
         table.save(tmp_path / "labels")
-        loaded = ClusterLabels.load(tmp_path / "labels")
+        loaded = ClusterLabels.open(tmp_path / "labels")
         asked = torch.tensor([3, 4, 9, 2**62, -1])
         assert loaded.of(asked).tolist() == [5, -1, 0, top, -1] == table.of(asked).tolist()
         assert loaded.labels.dtype == (torch.int32 if top < 2**31 else torch.int64)
         assert loaded.of(asked).dtype == torch.int64
     assert isinstance(np.load(tmp_path / "labels" / "ids.npy", mmap_mode="r"), np.memmap)
-    assert ClusterLabels.load(tmp_path / "labels").to("cpu").of(asked).tolist()[0] == 5
+    assert ClusterLabels.open(tmp_path / "labels").to("cpu").of(asked).tolist()[0] == 5
+
+
+def test_several_clusters_per_sample(tmp_path: Path) -> None:
+    ids = torch.tensor([50, 7, 2**61, 7, -1, 9])
+    rows = torch.tensor([[3, 1, -1], [4, 2, 8], [0, 5, 6], [4, 2, 7], [1, 1, 1], [-1, -1, -1]])
+    order = torch.tensor([3, 5, 0, 4, 2, 1])
+    for table in (ClusterLabels(ids, rows), ClusterLabels(ids[order], rows[order])):
+        table.save(tmp_path)
+        opened = ClusterLabels.open(tmp_path)
+        asked = torch.tensor([2**61, 7, 50, 9, 8, -1])
+        expected = [[0, 5, 6], [4, 2, 7], [3, 1, -1], [-1] * 3, [-1] * 3, [-1] * 3]
+        assert opened.top(asked).tolist() == expected == table.top(asked).tolist()
+        assert opened.of(asked).tolist() == [0, 4, 3, -1, -1, -1]
+        assert opened.top(asked).dtype == opened.of(asked).dtype == torch.int64
+        assert opened.per_sample == 3
+        assert opened.labels.tolist() == [4, 3, 0]
 
 
 def test_an_empty_map_knows_nothing(tmp_path: Path) -> None:
@@ -64,7 +80,7 @@ def test_an_empty_map_knows_nothing(tmp_path: Path) -> None:
     assert table.of(torch.tensor([1, -1])).tolist() == [-1, -1]
     table.save(tmp_path)
     with pytest.raises(DataError, match="can't read"):
-        ClusterLabels.load(tmp_path / "elsewhere")
+        ClusterLabels.open(tmp_path / "elsewhere")
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -73,10 +89,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = (tmp_path / "labels.npy").read_bytes()
     (tmp_path / "labels.npy").write_bytes(whole[:-3])
     with pytest.raises(DataError, match=r"labels\.npy"):
-        ClusterLabels.load(tmp_path)
+        ClusterLabels.open(tmp_path)
     np.save(tmp_path / "labels.npy", np.zeros(999, dtype=np.int32))
     with pytest.raises(DataError, match="999"):
-        ClusterLabels.load(tmp_path)
+        ClusterLabels.open(tmp_path)
 
 
 def aligned(comm: Comm) -> list[bool]:

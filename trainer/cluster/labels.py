@@ -13,26 +13,34 @@ from trainer.comm import Comm
 from trainer.errors import DataError
 
 UNKNOWN = -1
+IDS, LABELS = "ids.npy", "labels.npy"
 
 
 class ClusterLabels:
-    """A map from sample id to cluster id: sorted arrays, looked up by binary search.
+    """A map from sample id to cluster ids: sorted arrays, looked up by binary search.
 
-    12 or 16 bytes a sample; a saved map is read through the page cache and may be larger than
-    memory. An id given twice keeps its lowest label, so the order of the input does not matter.
+    A sample has one cluster or a list of them, the nearest first. 8 + 4 l or 8 + 8 l bytes a
+    sample; a saved map is read through the page cache and may be larger than memory. An id given
+    twice keeps its lowest label, so the order of the input does not matter.
     """
 
-    def __init__(self, ids: Int64[Tensor, " n"], labels: Int[Tensor, " n"]) -> None:
-        """Entries with id -1 (rows that only fill up) or a negative label are left out."""
-        known = (ids != -1) & (labels >= 0)
-        ids, labels = _first_of_each(ids[known], labels[known].long())
-        small = labels.numel() == 0 or int(labels.max()) <= torch.iinfo(torch.int32).max
+    def __init__(
+        self, ids: Int64[Tensor, " n"], labels: Int[Tensor, " n"] | Int[Tensor, "n l"]
+    ) -> None:
+        """Entries with id -1 (rows that only fill up) or a negative first label are left out."""
+        table = labels[:, None] if labels.ndim == 1 else labels
+        known = (ids != -1) & (table[:, 0] >= 0)
+        ids, table = _first_of_each(ids[known], table[known].long())
+        small = table.numel() == 0 or int(table.max()) <= torch.iinfo(torch.int32).max
         self._ids = ids
-        self._labels = labels.int() if small else labels
+        self._table = table.int() if small else table
 
     @classmethod
     def gather(
-        cls, ids: Int64[Tensor, " n"], labels: Int[Tensor, " n"], comm: Comm
+        cls,
+        ids: Int64[Tensor, " n"],
+        labels: Int[Tensor, " n"] | Int[Tensor, "n l"],
+        comm: Comm,
     ) -> ClusterLabels:
         """The map of all ranks' samples together, on every rank."""
         return cls(comm.gather_rows(ids), comm.gather_rows(labels.long()))
@@ -47,56 +55,70 @@ class ClusterLabels:
 
     @property
     def labels(self) -> Int[Tensor, " n"]:
-        """In the order of `ids`; int32 where it is enough."""
-        return self._labels
+        """The nearest cluster, in the order of `ids`; int32 where it is enough."""
+        return self._table[:, 0]
+
+    @property
+    def per_sample(self) -> int:
+        """Clusters a sample has at most: the width of `top`."""
+        return self._table.shape[1]
 
     def of(self, sample_id: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
-        """The label of every sample; -1 where the id is unknown."""
+        """The nearest cluster of every sample; -1 where the id is unknown."""
+        return self.top(sample_id)[:, 0]
+
+    def top(self, sample_id: Int64[Tensor, " b"]) -> Int64[Tensor, "b l"]:
+        """All clusters of every sample, the nearest first.
+
+        -1 fills up where a sample has fewer, and everywhere where its id is unknown.
+        """
         if len(self) == 0:
-            return torch.full_like(sample_id, UNKNOWN)
+            return sample_id.new_full((sample_id.shape[0], self.per_sample), UNKNOWN)
         wanted = sample_id.to(self._ids.device)
         place = torch.searchsorted(self._ids, wanted).clamp(max=len(self) - 1)
-        found = torch.where(self._ids[place] == wanted, self._labels[place].long(), UNKNOWN)
-        return found.to(sample_id.device)
+        known = (self._ids[place] == wanted)[:, None]
+        return torch.where(known, self._table[place].long(), UNKNOWN).to(sample_id.device)
 
     def to(self, device: torch.device | str) -> ClusterLabels:
         """The same map with its arrays on another device."""
         moved = ClusterLabels.__new__(ClusterLabels)
-        moved._ids, moved._labels = self._ids.to(device), self._labels.to(device)
+        moved._ids, moved._table = self._ids.to(device), self._table.to(device)
         return moved
 
     def save(self, folder: Path | str) -> None:
         """Write `ids.npy` and `labels.npy` into a folder (made if needed)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "ids.npy", self._ids.cpu().numpy(), allow_pickle=False)
-        np.save(folder / "labels.npy", self._labels.cpu().numpy(), allow_pickle=False)
+        np.save(folder / IDS, self._ids.cpu().numpy(), allow_pickle=False)
+        np.save(folder / LABELS, self._table.cpu().numpy(), allow_pickle=False)
 
     @classmethod
-    def load(cls, folder: Path | str) -> ClusterLabels:
+    def open(cls, folder: Path | str) -> ClusterLabels:
         """Map a saved folder into memory; nothing is read before it is looked up.
 
         DataError if a file is missing, cut short, or does not fit the other.
         """
-        ids, labels = _mapped(Path(folder) / "ids.npy"), _mapped(Path(folder) / "labels.npy")
-        if ids.shape != labels.shape or ids.ndim != 1 or ids.dtype != torch.int64:
+        ids, table = _mapped(Path(folder) / IDS), _mapped(Path(folder) / LABELS)
+        table = table[:, None] if table.ndim == 1 else table
+        if ids.ndim != 1 or table.ndim != 2 or len(ids) != len(table) or ids.dtype != torch.int64:
             raise DataError(
                 f"{folder} holds {tuple(ids.shape)} ids of type {ids.dtype} for"
-                f" {tuple(labels.shape)} labels; write it again"
+                f" {tuple(table.shape)} labels; write it again"
             )
-        loaded = cls.__new__(cls)
-        loaded._ids, loaded._labels = ids, labels
-        return loaded
+        opened = cls.__new__(cls)
+        opened._ids, opened._table = ids, table
+        return opened
 
 
-def _first_of_each(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted unique ids, each with its lowest label."""
-    order = torch.argsort(labels, stable=True)
-    order = order[torch.argsort(ids[order], stable=True)]
-    ids, labels = ids[order], labels[order]
+def _first_of_each(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted unique ids, each with the first of its rows in lexicographic order."""
+    order = torch.arange(ids.shape[0], device=ids.device)
+    for column in [*reversed(table.unbind(1)), ids]:
+        order = order[torch.argsort(column[order], stable=True)]
+    ids, table = ids[order], table[order]
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids[1:] != ids[:-1]
-    return ids[first], labels[first]
+    return ids[first], table[first]
 
 
 def _mapped(path: Path) -> Tensor:
