@@ -16,9 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.comm import Comm
 from trainer.config import CaptionConfig
-from trainer.data.embed import agreed, embed_captions
+from trainer.data.embed import Teacher, agreed, embed
 from trainer.data.embeddings import EmbeddingStore
-from trainer.data.teacher import DEFAULT_CACHE, SentenceTeacher, Teacher, load_minilm
+from trainer.data.teacher import DEFAULT_CACHE, SentenceTeacher, load_minilm
 from trainer.errors import TrainerError
 
 
@@ -26,12 +26,11 @@ def main() -> int:
     arguments = _parser().parse_args()
     disable_progress_bar()
     comm = Comm.from_environment()
-    done = embed_captions(
+    done = embed(
         arguments.data,
         arguments.out,
         teacher=_teacher(arguments, comm),
         comm=comm,
-        captions=CaptionConfig(fields=tuple(arguments.fields)),
         report=lambda line: print(line, flush=True),
     )
     if comm.is_main:
@@ -40,18 +39,21 @@ def main() -> int:
         print(f"{verb} {len(store)} vectors of {store.dim} dimensions in {arguments.out}")
         if done.skipped:
             print(f"{done.skipped} samples have no caption and got no vector")
+        if done.checked:
+            print(f"{done.checked} samples computed again: they agree")
     return 0
 
 
 def _teacher(arguments: argparse.Namespace, comm: Comm) -> Teacher:
+    captions = CaptionConfig(fields=tuple(arguments.fields))
     if arguments.teacher != "minilm":
         folder = Path(arguments.teacher)
-        return SentenceTeacher.load(folder, name=folder.name, device=comm.device)
+        return SentenceTeacher.load(folder, name=folder.name, device=comm.device, captions=captions)
     if comm.is_main:  # one rank fetches, the others find it in the cache
         agreed(comm, lambda: load_minilm(cache=arguments.cache))
     else:
         agreed(comm, lambda: None)
-    return load_minilm(cache=arguments.cache, device=comm.device)
+    return load_minilm(cache=arguments.cache, device=comm.device, captions=captions)
 
 
 def _parser() -> argparse.ArgumentParser:

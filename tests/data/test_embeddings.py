@@ -1,8 +1,11 @@
 """The embedding store: vectors come back by id, whole or not at all, whoever wrote them."""
 
+import ctypes
 import hashlib
 import json
+import mmap
 import multiprocessing
+import os
 import random
 import signal
 import time
@@ -18,29 +21,37 @@ from tests.fixtures.emoji import read_pairs, write_shards
 from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.config import CaptionConfig
-from trainer.data.embed import embed_captions
-from trainer.data.embeddings import BUILDING, HEADER, EmbeddingStore, Identity, StoreWriter
-from trainer.data.shards import ShardSet
+from trainer.data.captions import choose_caption
+from trainer.data.embed import embed
+from trainer.data.embeddings import EmbeddingStore, Identity, StoreWriter
+from trainer.data.embeddings.header import BUILDING, HEADER
+from trainer.data.shards import RawSample, ShardSet
 from trainer.errors import DataError
 
 _fork = multiprocessing.get_context("fork")  # a build starts in milliseconds
 DIM = 6
-SOURCES = {"a": "1", "b": "2", "c": "3"}
+SOURCES = {"a": ("1", 4), "b": ("2", 4), "c": ("3", 4)}
 
 
 def identity(**changes: object) -> Identity:
-    values = {"teacher": "t", "model": "m", "tokenizer": "k", "text": "txt", "pooling": "mean"}
+    values = {"teacher": "t", "model": "m", "tokenizer": "k", "reads": "txt", "pooling": "mean"}
     return Identity(**{**values, "dim": DIM, **changes})
 
 
 class HashTeacher:
     """A vector per text from its SHA-256: exact in float16, different for every text."""
 
-    def __init__(self, seconds: float = 0.0, poison: str = "") -> None:
+    def __init__(self, seconds: float = 0.0, poison: str = "", field: str = "txt") -> None:
         self.seconds, self.poison = seconds, poison
+        self.captions = CaptionConfig(fields=(field,))
+        self.chunk = None
 
-    def identity(self, *, text: str) -> Identity:
-        return identity(text=text)
+    @property
+    def identity(self) -> Identity:
+        return identity(reads=self.captions.fields[0])
+
+    def read(self, sample: RawSample) -> str:
+        return choose_caption(sample.fields, sample_id=0, epoch=0, seed=0, config=self.captions)
 
     def encode(self, texts: list[str]) -> torch.Tensor:
         time.sleep(self.seconds)
@@ -53,9 +64,11 @@ class HashTeacher:
 
 def build(comm: Comm, spec: str, out: str, seconds: float = 0.0, poison: str = "") -> list[object]:
     try:
-        return list(embed_captions(spec, out, teacher=HashTeacher(seconds, poison), comm=comm))
+        done = embed(spec, out, teacher=HashTeacher(seconds, poison), comm=comm)
     except DataError as error:
         return [str(error)]
+    assert done.checked >= done.computed // comm.world_size
+    return list(done[:3])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +90,7 @@ def whole(spec, tmp_path_factory) -> Path:
 def small_store(folder: Path, counts: dict[str, int], vectors: int = 1) -> dict[int, torch.Tensor]:
     """A store of random vectors; what it holds, by id."""
     generator = torch.Generator().manual_seed(0)
-    named = dict.fromkeys(counts, "x")
+    named = dict.fromkeys(counts, ("x", 9))
     writer = StoreWriter.begin(folder, identity(vectors=vectors), named)
     writer.announce()
     held: dict[int, torch.Tensor] = {}
@@ -94,7 +107,7 @@ def test_every_caption_has_its_vector(spec, whole):
     store = EmbeddingStore.open(whole)
     shards = ShardSet.open(spec)
     assert len(store) == len(shards) == 90
-    assert (store.dim, store.vectors) == (DIM, 1)
+    assert (store.dim, store.num_vectors) == (DIM, 1)
     assert store.ids.dtype == np.int64
     assert sorted(store.ids) == sorted(shards.ids)
     order = torch.from_numpy(shards.ids)[torch.randperm(90)]
@@ -112,7 +125,7 @@ def test_any_selection_of_ids_gives_their_vectors(tmp_path_factory, counts, vect
     store = EmbeddingStore.open(folder)
     assert len(store) == sum(counts)
     wanted = random.choices(list(held), k=9) if held else []
-    found = store.blocks(torch.tensor(wanted, dtype=torch.int64))
+    found = store.vectors(torch.tensor(wanted, dtype=torch.int64))
     assert found.shape == (len(wanted), vectors, DIM)
     for name, row in zip(wanted, found, strict=True):
         assert torch.equal(row, held[name].half().float())
@@ -132,7 +145,7 @@ def test_unknown_ids_are_counted(tmp_path, counts):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 70_000.0])
 def test_a_vector_that_float16_can_not_hold_is_named_and_nothing_is_written(tmp_path, bad):
-    writer = StoreWriter.begin(tmp_path, identity(), {"a": "1"})
+    writer = StoreWriter.begin(tmp_path, identity(), {"a": ("1", 9)})
     writer.announce()
     vectors = torch.zeros(3, 1, DIM)
     vectors[1, 0, 2] = bad
@@ -144,18 +157,141 @@ def test_a_vector_that_float16_can_not_hold_is_named_and_nothing_is_written(tmp_
 
 def test_files_of_another_size_are_named_with_both_sizes(tmp_path):
     small_store(tmp_path, {"a": 4, "b": 3})
-    for name, size in (("a.f16", 4 * DIM * 2), ("b.ids", 3 * 8)):
-        path = tmp_path / name
+    for name, size in (("a", 4096 + 4 * (DIM * 2 + 8)), ("b", 4096 + 3 * (DIM * 2 + 8))):
+        path = tmp_path / f"{name}.vectors"
         data = path.read_bytes()
-        for damaged in (data[:-1], data[:8], b"", data + b"\0" * 8):
+        assert len(data) == size
+        for damaged in (data[:-1], data[:4096], data + b"\0" * 8):
             path.write_bytes(damaged)
-            with pytest.raises(DataError, match=rf"{name} should hold {size} .* {len(damaged)};"):
+            with pytest.raises(DataError, match=rf"should hold {size} .* {len(damaged)};"):
                 EmbeddingStore.open(tmp_path)
+        for damaged in (b"", data[:9], b"X" + data[1:]):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match="is no file of a store"):
+                EmbeddingStore.open(tmp_path)
+        path.write_bytes(data[:12] + b"[" + data[13:])
+        with pytest.raises(DataError, match="damaged header"):
+            EmbeddingStore.open(tmp_path)
         path.unlink()
-        with pytest.raises(DataError, match=rf"{name} is missing; it should hold {size} bytes"):
+        with pytest.raises(DataError, match=rf"{name}.vectors is missing"):
             EmbeddingStore.open(tmp_path)
         path.write_bytes(data)
     assert len(EmbeddingStore.open(tmp_path)) == 7
+
+
+def test_one_changed_byte_is_found(tmp_path):
+    small_store(tmp_path, {"a": 4, "b": 3})
+    EmbeddingStore.open(tmp_path).check()
+    path = tmp_path / "b.vectors"
+    data = bytearray(path.read_bytes())
+    data[4096 + 7] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=r"b.vectors is damaged: checksum"):
+        EmbeddingStore.open(tmp_path).check()
+
+
+def test_a_file_of_another_store_or_other_data_is_refused_by_name(tmp_path):
+    for folder, changes in (("one", {}), ("two", {"layer": 3}), ("three", {})):
+        source = "2" if folder == "three" else "1"
+        writer = StoreWriter.begin(tmp_path / folder, identity(**changes), {"a": (source, 9)})
+        writer.announce()
+        writer.write("a", np.array([1]), torch.ones(1, 1, DIM))
+        writer.finish()
+    data = (tmp_path / "two" / "a.vectors").read_bytes()
+    (tmp_path / "one" / "a.vectors").write_bytes(data)
+    with pytest.raises(DataError, match=r"a.vectors holds vectors with layer 3, not -1"):
+        EmbeddingStore.open(tmp_path / "one")
+    with pytest.raises(DataError, match=r"a.vectors holds vectors with layer 3, not -1"):
+        StoreWriter.begin(tmp_path / "one", identity(), {"a": ("1", 9)}).has("a")
+    data = (tmp_path / "three" / "a.vectors").read_bytes()
+    (tmp_path / "one" / "a.vectors").write_bytes(data)
+    with pytest.raises(DataError, match="shard a has changed"):
+        EmbeddingStore.open(tmp_path / "one")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=5), st.integers(1, 6))
+def test_blocks_of_all_ranks_give_every_row_once(tmp_path_factory, counts, world_size):
+    folder = tmp_path_factory.mktemp("blocks")
+    held = small_store(folder, {f"s{row}": count for row, count in enumerate(counts)}, 2)
+    store = EmbeddingStore.open(folder)
+    share = -(-sum(counts) // world_size)
+    ids = []
+    for rank in range(world_size):
+        blocks = list(store.blocks(rank, world_size))
+        assert sum(map(len, blocks)) <= share
+        for block in blocks:
+            assert block.values.shape == (len(block), 2, DIM)
+            assert not block.values.flags.owndata
+            for name, row in zip(block.ids.tolist(), block.read(slice(0, 99)), strict=True):
+                assert torch.equal(row, held[name].half().float())
+            assert torch.equal(block.read(slice(1, 3), [1]), block.read(slice(1, 3))[:, 1:])
+            ids += block.ids.tolist()
+    assert ids == store.ids.tolist()
+
+
+def test_int8_keeps_every_value_to_half_a_step(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5, 3, 40, generator=generator) * torch.tensor([1e-3, 1.0, 1e4])[:, None]
+    values[2, 1] = 0
+    writer = StoreWriter.begin(tmp_path, identity(dtype="int8", vectors=3, dim=40), {"a": ("1", 5)})
+    writer.announce()
+    writer.write("a", np.arange(5), values)
+    writer.finish()
+    store = EmbeddingStore.open(tmp_path)
+    step = values.abs().amax(2, keepdim=True) / 127
+    error = (store.vectors(torch.arange(5)) - values).abs()
+    assert (error <= step * 0.501).all()
+    assert torch.equal(store.vectors(torch.tensor([4, 0]), [2, 0]), store_reference(store, [4, 0]))
+    assert (tmp_path / "a.vectors").stat().st_size == 4096 + 5 * (3 * 40 + 3 * 4 + 8)
+
+
+def store_reference(store: EmbeddingStore, rows: list[int]) -> torch.Tensor:
+    return store.vectors(torch.arange(len(store)))[rows][:, [2, 0]]
+
+
+def pages_in_memory(path: Path) -> set[int]:
+    """Numbers of the pages of a file that the kernel holds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    size = path.stat().st_size
+    held = ctypes.create_string_buffer(-(-size // 4096))
+    with path.open("rb") as file:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    assert libc.mincore(address, size, held) == 0
+    libc.munmap(address, size)
+    return {page for page, flag in enumerate(held.raw) if flag & 1}
+
+
+def forget_pages(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_six_vectors_of_eleven_are_read_without_the_other_five(tmp_path):
+    """By the kernel's own account of the pages it has read from the disk."""
+    per_page, rows, vectors = 2048, 40, 11  # a vector is one page
+    writer = StoreWriter.begin(
+        tmp_path, identity(vectors=vectors, dim=per_page), {"a": ("1", rows)}
+    )
+    writer.announce()
+    values = torch.randn(rows, vectors, per_page, generator=torch.Generator().manual_seed(0))
+    writer.write("a", np.arange(rows), values)
+    writer.finish()
+    path = tmp_path / "a.vectors"
+    store = EmbeddingStore.open(tmp_path)
+    assert len(store.ids) == rows
+    ids, which = [31, 2, 17, 5], [8, 0, 3, 5, 6, 10]
+    forget_pages(path)
+    if (before := pages_in_memory(path)) and len(before) > vectors * rows / 2:
+        pytest.skip("this file system keeps every page in memory")
+    found = store.vectors(torch.tensor(ids), which)
+    wanted = {1 + row * vectors + vector for row in ids for vector in which}
+    assert pages_in_memory(path) - before == wanted
+    assert torch.equal(found, values[ids][:, which].half().float())
 
 
 def test_a_store_that_is_not_there_or_not_ready_says_so(tmp_path):
@@ -191,22 +327,22 @@ def test_a_header_can_not_point_out_of_its_folder(tmp_path):
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
-    "changes", [{"model": "n"}, {"tokenizer": "x"}, {"prompt": "a {}"}, {"dim": 5}, {"layer": 3}]
+    "changes", [{"model": "n"}, {"tokenizer": "x"}, {"prompts": "a {}"}, {"dim": 5}, {"layer": 3}]
 )
 def test_other_vectors_are_never_mixed_in(tmp_path, changes, finished):
-    writer = StoreWriter.begin(tmp_path, identity(), {"a": "1"})
+    writer = StoreWriter.begin(tmp_path, identity(), {"a": ("1", 9)})
     writer.announce()
     writer.write("a", np.array([1]), torch.ones(1, 1, DIM))
     if finished:
         writer.finish()
     (key, value), *_ = changes.items()
     with pytest.raises(DataError, match=f"holds vectors with {key} .*, not {value!r}"):
-        StoreWriter.begin(tmp_path, identity(**changes), {"a": "1"})
+        StoreWriter.begin(tmp_path, identity(**changes), {"a": ("1", 9)})
     with pytest.raises(DataError, match="shard a has changed"):
-        StoreWriter.begin(tmp_path, identity(), {"a": "2"})
+        StoreWriter.begin(tmp_path, identity(), {"a": ("2", 9)})
     (tmp_path / (HEADER if finished else BUILDING)).unlink()
     with pytest.raises(DataError, match="without a header"):
-        StoreWriter.begin(tmp_path, identity(), {"a": "1"})
+        StoreWriter.begin(tmp_path, identity(), {"a": ("1", 9)})
 
 
 def test_a_store_grows_by_the_shards_it_lacks(spec, whole, tmp_path):
@@ -222,10 +358,8 @@ def test_a_store_grows_by_the_shards_it_lacks(spec, whole, tmp_path):
 
 
 def test_samples_without_a_caption_are_counted_and_left_out(spec, tmp_path):
-    captions = CaptionConfig(fields=("alias",))
-    teacher = HashTeacher()
-    done = embed_captions(spec, tmp_path, teacher=teacher, comm=Comm.solo(), captions=captions)
-    assert done == (5, 5, 90)
+    teacher = HashTeacher(field="alias")
+    assert embed(spec, tmp_path, teacher=teacher, comm=Comm.solo()) == (5, 5, 90, 0)
     assert len(EmbeddingStore.open(tmp_path)) == 0
 
 
@@ -256,10 +390,10 @@ def test_a_build_that_is_killed_at_any_moment_ends_with_the_same_bytes(tmp_path)
     assert build(Comm.solo(), spec, str(tmp_path / "whole"))[1] == 12
     out, moments, kills = tmp_path / "store", random.Random(0), 0
     for _ in range(30):
-        before = len(list(out.glob("*.f16*")))
+        before = len(list(out.glob("*.vectors*")))
         process = _fork.Process(target=build, args=(Comm.solo(), spec, str(out), 0.002))
         process.start()
-        while process.is_alive() and len(list(out.glob("*.f16*"))) <= before:
+        while process.is_alive() and len(list(out.glob("*.vectors*"))) <= before:
             time.sleep(0.0005)
         time.sleep(moments.uniform(0.0, 0.012))
         process.kill()

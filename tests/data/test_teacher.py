@@ -12,7 +12,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tests.fixtures.emoji import read_pairs, write_shards
 from trainer.comm import Comm
-from trainer.data.embed import embed_captions
+from trainer.config import CaptionConfig
+from trainer.data.embed import embed
 from trainer.data.embeddings import EmbeddingStore
 from trainer.data.teacher import (
     MINILM_FOLDER,
@@ -105,27 +106,29 @@ def test_its_identity_changes_with_weights_tokenizer_and_cut(folder, teacher, tm
     for path in folder.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     same = SentenceTeacher.load(other, name="tiny", length=20)
-    assert same.identity(text="x") == teacher.identity(text="x")
+    assert same.identity == teacher.identity
     model = BertModel.from_pretrained(other)
     model.embeddings.word_embeddings.weight.data += 1e-3
     model.save_pretrained(other)
-    changed = SentenceTeacher.load(other, name="tiny", length=21).identity(text="y")
+    changed = SentenceTeacher.load(
+        other, name="tiny", length=21, captions=CaptionConfig(fields=("name",))
+    ).identity
     differing = {
         key
-        for key, value in teacher.identity(text="x").model_dump().items()
+        for key, value in teacher.identity.model_dump().items()
         if value != getattr(changed, key)
     }
-    assert differing == {"model", "pooling", "text"}
+    assert differing == {"model", "pooling", "reads"}
 
 
 def test_captions_end_up_in_a_store(teacher, tmp_path):
     spec = write_shards(tmp_path / "shards", count=30, per_shard=10)
-    done = embed_captions(spec, tmp_path / "store", teacher=teacher, comm=Comm.solo())
+    done = embed(spec, tmp_path / "store", teacher=teacher, comm=Comm.solo())
     assert (done.shards, done.computed, done.skipped) == (3, 3, 0)
     store = EmbeddingStore.open(tmp_path / "store")
     expected = teacher.encode([record["name"] for record in read_pairs(30)])[:, 0]
     assert (store.rows(torch.from_numpy(store.ids)) - expected).abs().max() < 1e-3
-    assert embed_captions(spec, tmp_path / "store", teacher=teacher, comm=Comm.solo()).already_done
+    assert embed(spec, tmp_path / "store", teacher=teacher, comm=Comm.solo()).already_done
 
 
 def archive(path: Path, **files: bytes) -> Path:
@@ -172,7 +175,7 @@ def test_minilm_knows_what_is_like_what():
     nearest = (cosines - 2 * torch.eye(6)).argmax(1)
     assert nearest.tolist() == [1, 0, 3, 2, 5, 4]
     assert cosines[0, 1] > cosines[0, 2] + 0.3
-    assert minilm.identity(text="x").dim == 384
+    assert minilm.identity.dim == 384
 
 
 @pytest.mark.network

@@ -1,100 +1,153 @@
-"""Fill an embedding store with a teacher's vectors of the captions of a shard list."""
+"""Fill an embedding store with a frozen teacher's vectors of the samples of a shard list."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.comm import Comm
-from trainer.config import CaptionConfig
-from trainer.data.captions import choose_caption
 from trainer.data.decode import BadSample
-from trainer.data.embeddings import StoreWriter
+from trainer.data.embeddings import EmbeddingStore, Identity, StoreWriter
+from trainer.data.embeddings.shard_file import SUFFIX, encode, map_shard
 from trainer.data.index import HEADER_BYTES, index_path, read_summary, shard_stem
 from trainer.data.remote import read_file
-from trainer.data.shards import DamagedSample, ShardSet
-from trainer.data.teacher import Teacher
+from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.errors import DataError, TrainerError
+from trainer.hashing import key_of, uniform
+
+CHECKED_SHARE = 1e-3
+"""Of the samples that are computed a second time, alone, and compared."""
+_TOLERANCE = {"float32": 1e-4, "float16": 1e-4, "bfloat16": 1e-3}
+"""Of one minus the cosine between a stored vector and the one computed again."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Gives every sample a few vectors, each a function of that sample alone."""
+
+    @property
+    def identity(self) -> Identity:
+        """What its vectors are."""
+        ...
+
+    @property
+    def chunk(self) -> int | None:
+        """Samples of a shard that are held and encoded together; all of them where None."""
+        ...
+
+    def read(self, sample: RawSample) -> Any:
+        """What `encode` needs of a sample; BadSample where the sample lacks it."""
+        ...
+
+    def encode(self, items: Sequence[Any]) -> Float32[Tensor, "items vectors dim"]: ...
 
 
 class Embedded(NamedTuple):
-    """What a call of `embed_captions` has done, over all ranks."""
+    """What a call of `embed` has done, over all ranks."""
 
     shards: int
     """Shards of the data."""
     computed: int
     """Shards that were not in the store before."""
     skipped: int
-    """Samples of the computed shards that have no usable caption, hence no vector."""
+    """Samples of the computed shards that the teacher can't read, hence without a vector."""
+    checked: int
+    """Samples that were computed a second time and agreed."""
 
     @property
     def already_done(self) -> bool:
         return self.computed == 0
 
 
-def embed_captions(
+def embed(
     spec: str,
     out: Path | str,
     *,
     teacher: Teacher,
     comm: Comm,
-    captions: CaptionConfig | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Embedded:
-    """Write the teacher's vector of every sample's caption into the store `out`.
+    """Write the teacher's vectors of every sample of the shards into the store `out`.
 
-    Shard i of the list is computed by rank i modulo W, unless the store has it already: a build
-    that was killed goes on, with the same bytes as if it had not been. Where a sample has several
-    captions the one drawn for epoch 0 of seed 0 is read. DataError on all ranks if one fails.
+    The shards that the store lacks are dealt to the ranks in turn. What is computed together is
+    decided within a shard, so the bytes depend neither on the number of ranks nor on where an
+    earlier build was killed. A thousandth of the samples is computed again and must agree.
+    DataError on all ranks if one fails.
     """
-    captions = captions or CaptionConfig()
     shards = ShardSet.open(spec)
     names = _plain_names(shards)
-    identity = teacher.identity(text=captions.model_dump_json())
-    sources = {name: _digest(shard) for name, shard in zip(names, shards.shards, strict=True)}
-    writer = StoreWriter.begin(Path(out), identity, sources)
+    sources = {
+        name: (_digest(shard), size)
+        for name, shard, size in zip(names, shards.shards, shards.sizes, strict=True)
+    }
+    writer = StoreWriter.begin(Path(out), teacher.identity, sources)
     agreed(comm, writer.announce if comm.is_main else _nothing)
-    todo = comm.broadcast_json([name for name in names if not writer.has(name)])
-    nothing = torch.empty(0, identity.vectors, identity.dim)
-    skipped: list[int] = []
+    todo = _agreed_list(comm, lambda: [row for row, n in enumerate(names) if not writer.has(n)])
+    skipped, checked = [0], [0]
 
     def compute() -> None:
-        for row, name in enumerate(names):
-            if name in todo and row % comm.world_size == comm.rank:
-                ids, texts = read_captions(shards, row, captions)
-                vectors = teacher.encode(texts) if texts else nothing
-                writer.write(name, ids, vectors)
-                skipped.append(shards.sizes[row] - len(ids))
-                report(f"{name}: {len(ids)} vectors")
+        for row in todo[comm.rank :: comm.world_size]:
+            ids, vectors = _shard_vectors(shards, row, teacher)
+            writer.write(names[row], ids, vectors)
+            skipped.append(shards.sizes[row] - len(ids))
+            checked.append(_check_again(writer.path(names[row]), shards, row, teacher))
+            report(f"{names[row]}: {len(ids)} samples")
 
     agreed(comm, compute)
     agreed(comm, writer.finish if comm.is_main else _nothing)
-    return Embedded(len(names), len(todo), sum(comm.gather_json(sum(skipped))))
+    sums = comm.gather_json([sum(skipped), sum(checked)])
+    return Embedded(len(names), len(todo), *(sum(column) for column in zip(*sums, strict=True)))
 
 
-def read_captions(
-    shards: ShardSet, shard: int, captions: CaptionConfig
-) -> tuple[NDArray[np.int64], list[str]]:
-    """Ids and texts of the samples of one shard that have a usable caption, in their order."""
+def verify(spec: str, out: Path | str, *, teacher: Teacher, comm: Comm) -> int:
+    """Compare a finished store with its teacher: checksums of all, a thousandth computed again.
+
+    The number of samples that were computed. DataError where something differs.
+    """
+    store, shards = EmbeddingStore.open(out), ShardSet.open(spec)
+    names = _plain_names(shards)
+    checked = [0]
+
+    def check() -> None:
+        if comm.is_main:
+            store.check()
+            sources = {n: (_digest(s), 0) for n, s in zip(names, shards.shards, strict=True)}
+            StoreWriter.begin(store.folder, teacher.identity, sources)  # refuses others
+        for row in range(comm.rank, len(names), comm.world_size):
+            path = store.folder / f"{names[row]}{SUFFIX}"
+            checked.append(_check_again(path, shards, row, teacher))
+
+    agreed(comm, check)
+    return sum(comm.gather_json(sum(checked)))
+
+
+def read_items(
+    shards: ShardSet, shard: int, teacher: Teacher
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Ids and items of the samples of one shard that the teacher can read, in chunks."""
     first = sum(shards.sizes[:shard])
     ids: list[int] = []
-    texts: list[str] = []
+    items: list[Any] = []
     for index in range(first, first + shards.sizes[shard]):
         try:
             sample = shards.read(index)
-            text = choose_caption(
-                sample.fields, sample_id=sample.sample_id, epoch=0, seed=0, config=captions
-            )
+            item = teacher.read(sample)
         except (BadSample, DamagedSample):
             continue
         ids.append(sample.sample_id)
-        texts.append(text)
-    return np.array(ids, dtype=np.int64), texts
+        items.append(item)
+        if len(ids) == teacher.chunk:
+            yield ids, items
+            ids, items = [], []
+    if ids:
+        yield ids, items
 
 
 def agreed(comm: Comm, action: Callable[[], object]) -> None:
@@ -111,7 +164,58 @@ def agreed(comm: Comm, action: Callable[[], object]) -> None:
         raise DataError("; ".join(failures))
 
 
+def _agreed_list(comm: Comm, action: Callable[[], list[int]]) -> list[int]:
+    """What the main rank's `action` returns."""
+    found: list[int] = []
+    agreed(comm, lambda: found.extend(action()) if comm.is_main else None)
+    result: list[int] = comm.broadcast_json(found)
+    return result
+
+
 def _nothing() -> None: ...
+
+
+def _shard_vectors(
+    shards: ShardSet, shard: int, teacher: Teacher
+) -> tuple[NDArray[np.int64], Tensor]:
+    identity = teacher.identity
+    ids: list[int] = []
+    parts = [torch.empty(0, identity.vectors, identity.dim)]
+    for chunk, items in read_items(shards, shard, teacher):
+        ids += chunk
+        parts.append(teacher.encode(items))
+    return np.array(ids, dtype=np.int64), torch.cat(parts)
+
+
+def _check_again(path: Path, shards: ShardSet, shard: int, teacher: Teacher) -> int:
+    """Compute some samples of a written shard alone; DataError where the file says otherwise."""
+    block = map_shard(path)
+    if not len(block):
+        return 0
+    draws = uniform(torch.from_numpy(block.ids.copy()), key_of("checked again")).numpy()
+    rows = np.flatnonzero((draws < CHECKED_SHARE) | (draws == draws.min()))
+    first = sum(shards.sizes[:shard])
+    index = {shards.name_of(row)[2]: row for row in range(first, first + shards.sizes[shard])}
+    for row in rows.tolist():
+        item = teacher.read(shards.read(index[int(block.ids[row])]))
+        found = _distance(block.read(slice(row, row + 1)), teacher.encode([item]), teacher.identity)
+        if not found <= _TOLERANCE[teacher.identity.compute]:
+            raise DataError(
+                f"{path}: the vectors of sample {block.ids[row]} (row {row}) are not those that "
+                f"its teacher gives now (1 - cosine = {found:.2g}); delete the file"
+            )
+    return len(rows)
+
+
+def _distance(stored: Tensor, fresh: Tensor, identity: Identity) -> float:
+    """The largest of 1 - cosine over the vectors, both as they are stored."""
+    values, scales = encode(fresh, identity.dtype)
+    again = torch.from_numpy(values.astype(np.float32))
+    if identity.dtype == "int8":
+        again = again * torch.from_numpy(scales)[..., None]
+    difference = (stored.double() - again.double()).norm(dim=-1)
+    size = again.double().norm(dim=-1).clamp(min=1e-12)
+    return float((difference / size).square().max() / 2)
 
 
 def _plain_names(shards: ShardSet) -> list[str]:

