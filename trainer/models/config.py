@@ -1,4 +1,4 @@
-"""What a two-tower model is made of: presets, towers, prototype heads and temperatures."""
+"""What models are made of: presets, towers, prototype heads and temperatures."""
 
 from __future__ import annotations
 
@@ -106,29 +106,71 @@ class TwoTowerConfig(Frozen):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = PRESETS.get(values.get("preset", "tiny"))
-        if preset is None:
-            return values
-        filled = {**{k: v for k, v in preset.items() if k != "head"}, **values}
-        for name in ("image", "text", "head"):
-            section = _given(values.get(name, {} if name != "head" else None))
-            if isinstance(section, dict):
-                section = section if section.get("path") else {**preset[name], **section}
-            filled[name] = section
-        text = filled["text"]
+        filled = _filled(values, towers=("image", "text"))
+        text = filled.get("text")
         if filled.get("tokenizer") is None and isinstance(text, dict):
             filled["tokenizer"] = text.get("path")
         return filled
 
     @model_validator(mode="after")
     def _whole_patches(self) -> TwoTowerConfig:
-        if self.image.path is None and self.image_size % self.patch_size:
-            lower = self.image_size // self.patch_size * self.patch_size
-            raise ValueError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
-                f"use {lower or self.patch_size} or {lower + self.patch_size}"
-            )
+        _check_patches(self)
         return self
+
+
+class ImageTowerConfig(Frozen):
+    """An image encoder alone. What isn't given comes from `preset`."""
+
+    preset: Preset = "tiny"
+    image: TowerConfig
+    embed_dim: PositiveInt
+    image_size: PositiveInt
+    """Pixels per side."""
+    patch_size: PositiveInt
+    head: HeadConfig | None = None
+    """A projection head whose output stands beside the embedding; none where None."""
+
+    def __init__(self, **values: Any) -> None:  # the validator below fills the fields in
+        super().__init__(**values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        return _filled(values, towers=("image",)) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> ImageTowerConfig:
+        _check_patches(self)
+        return self
+
+
+ModelConfig = TwoTowerConfig | ImageTowerConfig
+
+
+def _filled(values: dict[str, Any], *, towers: tuple[str, ...]) -> dict[str, Any]:
+    """A model's section with the preset's values where it says nothing; heads only if asked for."""
+    preset = PRESETS.get(values.get("preset", "tiny"))
+    if preset is None:
+        return values
+    keys = preset.keys() - {"image", "text", "head"}
+    if "text" not in towers:
+        keys -= {"text_length", "vocabulary"}
+    filled = {**{key: preset[key] for key in keys}, **values}
+    for name in (*towers, "head"):
+        section = _given(values.get(name, {} if name != "head" else None))
+        if isinstance(section, dict):
+            section = section if section.get("path") else {**preset[name], **section}
+        filled[name] = section
+    return filled
+
+
+def _check_patches(config: ModelConfig) -> None:
+    if config.image.path is None and config.image_size % config.patch_size:
+        lower = config.image_size // config.patch_size * config.patch_size
+        raise ValueError(
+            f"image_size {config.image_size} is not divisible by patch_size {config.patch_size}; "
+            f"use {lower or config.patch_size} or {lower + config.patch_size}"
+        )
 
 
 def _given(section: Any) -> Any:

@@ -22,13 +22,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trainer.errors import ConfigError
-from trainer.models.config import TowerConfig, TwoTowerConfig
+from trainer.models.config import ModelConfig, TowerConfig, TwoTowerConfig
 from trainer.models.tower import Pool, Tower
 
 ATTENTION = "sdpa"
 
 
-def image_tower(config: TwoTowerConfig) -> Tower:
+def image_tower(config: ModelConfig) -> Tower:
     """The image encoder that `config.image` describes."""
     section = config.image
     if section.path is None:
@@ -78,7 +78,7 @@ def projection_of(backbone: Any, embed_dim: int, *, loaded: nn.Linear | None) ->
     return projection
 
 
-def _vision_config(config: TwoTowerConfig) -> CLIPVisionConfig:
+def _vision_config(config: ModelConfig) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         **_sizes(config.image),
         image_size=config.image_size,
@@ -154,7 +154,7 @@ def _settle(settings: Any) -> None:
             _settle(getattr(settings, name))
 
 
-def _check_image_size(backbone: Any, config: TwoTowerConfig) -> None:
+def _check_image_size(backbone: Any, config: ModelConfig) -> None:
     size = getattr(backbone.config, "image_size", config.image_size)
     if size != config.image_size:
         raise ConfigError(

@@ -16,9 +16,17 @@ class Model(nn.Module, ABC):
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Keep only the inputs of blocks, and recompute the rest backward."""
 
-    @abstractmethod
     def count_parameters(self) -> dict[str, int]:
-        """Parameters of each part, in all (`total`) and of those that learn (`trained`)."""
+        """Parameters of each part, in all (`total`) and of those that learn (`trained`).
+
+        Under ZeRO-3 call it before the engine partitions them.
+        """
+        counts = {
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in self.named_children()
+        }
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {**counts, "total": sum(counts.values()), "trained": trained}
 
     @abstractmethod
     def parameter_depth(self, name: str) -> tuple[Tower, int]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.hashing import key_of
-from trainer.models.config import HeadConfig, TowerConfig, TwoTowerConfig
+from trainer.models.config import HeadConfig, ModelConfig, TowerConfig, TwoTowerConfig
 from trainer.models.head import ProjectionHead
 from trainer.models.load import image_tower, text_tower
 from trainer.models.model import Model
@@ -58,10 +58,10 @@ class TwoTower(Model):
         image = None if batch.images is None else self.image(batch.images)
         text = None if batch.tokens is None else self.text(batch.tokens, _mask(batch))
         return Features(
-            image=_unit(image),
-            text=_unit(text),
-            image_projected=_unit(_apply(self.image_head, image)),
-            text_projected=_unit(_apply(self.text_head, text)),
+            image=unit(image),
+            text=unit(text),
+            image_projected=unit(_apply(self.image_head, image)),
+            text_projected=unit(_apply(self.text_head, text)),
             logit_scale=self.logit_scale(),
             logit_bias=None if self.logit_bias is None else self.logit_bias(),
             prototype_scale=None if self.prototype_scale is None else self.prototype_scale(),
@@ -85,18 +85,6 @@ class TwoTower(Model):
             return "text", self.text.depth(inner)
         return "other", 0
 
-    def count_parameters(self) -> dict[str, int]:
-        """Parameters of each part, for the printed plan; `trained` counts those that learn.
-
-        Under ZeRO-3 call it before the engine partitions them.
-        """
-        counts = {
-            name: sum(parameter.numel() for parameter in module.parameters())
-            for name, module in self.named_children()
-        }
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return {**counts, "total": sum(counts.values()), "trained": trained}
-
 
 def build_two_tower(
     config: TwoTowerConfig,
@@ -110,24 +98,28 @@ def build_two_tower(
     Every part draws from a generator of its own, keyed by the seed and the part's name, so the
     towers start from the same weights whether there are heads or not.
     """
-    with _seeded(seed, "image"):
+    with seeded(seed, "image"):
         image = image_tower(config)
-    with _seeded(seed, "text"):
+    with seeded(seed, "text"):
         text = text_tower(config, tokenizer)
-    image_head, text_head = (_head(config, comm or Comm.solo(), seed=seed) for _ in range(2))
+    image_head, text_head = (
+        projection_head(config, comm or Comm.solo(), seed=seed) for _ in range(2)
+    )
     return TwoTower(config, image=image, text=text, image_head=image_head, text_head=text_head)
 
 
-def _head(config: TwoTowerConfig, comm: Comm, *, seed: int) -> ProjectionHead | None:
+def projection_head(config: ModelConfig, comm: Comm, *, seed: int) -> ProjectionHead | None:
+    """The head that `config` asks for, if it does; equal for every modality."""
     if config.head is None:
         return None
     # One name for both modalities: ProtoCLIP's two heads start from the same weights.
-    with _seeded(seed, "head"):
+    with seeded(seed, "head"):
         return ProjectionHead(config.head, input_dim=config.embed_dim, comm=comm)
 
 
 @contextmanager
-def _seeded(seed: int, name: str) -> Iterator[None]:
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Within it, torch draws from a generator keyed by the seed and a part's name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(seed, "model", name))
         yield
@@ -143,5 +135,6 @@ def _apply(head: nn.Module | None, rows: Tensor | None) -> Tensor | None:
     return None if head is None or rows is None else head(rows)
 
 
-def _unit(rows: Float[Tensor, "n dim"] | None) -> Float[Tensor, "n dim"] | None:
+def unit(rows: Float[Tensor, "n dim"] | None) -> Float[Tensor, "n dim"] | None:
+    """L2-normalised rows in float32."""
     return None if rows is None else normalize(rows.float(), dim=-1)
