@@ -82,6 +82,10 @@ class Restored:
                 return next(self._read(entry, [name]))[1]
         raise CheckpointError(f"{self.folder} has no tensor {name} in its group {group}")
 
+    def lazily(self, group: str) -> Mapping[str, Tensor]:
+        """A group's tensors by name, each read again whenever it is asked for."""
+        return _OnDisk({n: entry for entry in self._files(group) for n in entry.tensors}, self)
+
     def _files(self, group: str) -> list[FileEntry]:
         return [entry for entry in self.manifest.files if entry.group == group]
 
@@ -93,6 +97,21 @@ class Restored:
                     yield name, file.get_tensor(name).clone()
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{self.folder / entry.name} can't be read: {error}") from error
+
+
+class _OnDisk(Mapping[str, Tensor]):
+    def __init__(self, entries: Mapping[str, FileEntry], restored: Restored) -> None:
+        self._entries = entries
+        self._restored = restored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(self._restored._read(self._entries[name], [name]))[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 class Checkpointer:

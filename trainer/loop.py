@@ -19,7 +19,7 @@ from trainer.metrics import MetricLog
 from trainer.periods import Clock
 from trainer.plan import describe
 from trainer.recipe import Recipe, load_recipe
-from trainer.run import context_of, eval_context, stream_of, tokenizer_of
+from trainer.run import context_of, eval_context, refuse_text_evals, stream_of, tokenizer_of
 from trainer.schedule import warmup_cosine
 from trainer.state import frozen_digest, load_rest, load_weights, save_state
 from trainer.stop import StopRequest
@@ -51,6 +51,7 @@ def _train(config: RunConfig, comm: Comm) -> Outcome:
     restored = checkpoints.latest()
     if restored and restored.step >= config.steps:
         return Outcome(Progress(**restored.state["progress"]), finished=True, steps_now=0)
+    refuse_text_evals(config)
     tokenizer = tokenizer_of(config, comm)
     stream = stream_of(config, comm, tokenizer, micro_batch=micro_batch)
     recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer))
@@ -137,7 +138,10 @@ def train_step(
     factor = warmup_cosine(
         progress.step, warmup_steps=config.optim.warmup_steps, total_steps=config.steps
     )
+    votes = [part.gradients_finite() for part in recipe.parts.values()]
+    if any(vote is not None for vote in votes) and engine.comm.any(False in votes):
+        engine.spoil(batches[0])
     applied = engine.step(factor, recipe.locked_towers(progress))
     for part in recipe.parts.values():
-        part.after_step(progress.step, applied=applied)
+        part.after_step(progress.step, applied=applied, learning_rate_factor=factor)
     return losses, applied

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.comm import Comm
 from trainer.config import DataConfig, RecipeConfig
 from trainer.errors import ConfigError
+from trainer.manifest import NamedTensors
 from trainer.models.model import Model
 from trainer.types import Batch, Features, Losses, Progress, Tower
 
@@ -28,12 +29,20 @@ class Context(NamedTuple):
     """What a recipe is built from besides its own configuration."""
 
     comm: Comm
-    tokenizer: PreTrainedTokenizerFast
+    text_tokenizer: PreTrainedTokenizerFast | None
+    """None where the model of the configuration reads no text."""
     seed: int
     global_batch: int
     steps: int
     workdir: Path
     data: DataConfig
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, for a recipe that can't do without; a ConfigError where there is none."""
+        if self.text_tokenizer is None:
+            raise ConfigError("this recipe reads texts, and its model has no text tower")
+        return self.text_tokenizer
 
 
 @runtime_checkable
@@ -54,13 +63,25 @@ class Samples(Protocol):
 class Part(Protocol):
     """State that ZeRO must not own: a sharded head, episode tables, an average of weights."""
 
-    def after_step(self, step: int, *, applied: bool) -> None: ...
+    def gradients_finite(self) -> bool | None:
+        """Whether this rank's gradients of the step are; None from a part that never has any.
 
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Tensors by name, in global rows: equal for every world size, known to every rank."""
+        Asked after the backward pass. If one rank says no, no rank steps anything.
+        """
         ...
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def after_step(self, step: int, *, applied: bool, learning_rate_factor: float) -> None:
+        """Update what has gradients, if the engine applied the step; forget the gradients."""
+        ...
+
+    def state_share(self) -> NamedTensors:
+        """This rank's part of the state, in global rows, by names that no other rank gives."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the shares of all ranks that saved, of which there may have been another
+        number. A tensor is read from disk when it is asked for."""
+        ...
 
 
 @runtime_checkable
@@ -120,6 +141,11 @@ def load_recipe(config: Any, context: Context) -> Recipe:
     """Build the recipe that `config.name` names."""
     recipe: Recipe = _module(config.name).Recipe(config, context)
     return recipe
+
+
+def every_nth(state: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
+    """This rank's share of a state that all ranks know."""
+    return {name: state[name] for name in sorted(state)[comm.rank :: comm.world_size]}
 
 
 def recipe_names() -> Sequence[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint import Checkpointer, Restored
-from trainer.comm import Comm
 from trainer.config import RunConfig, dump_run, parse_run
 from trainer.engine import Engine, persistent_buffers
 from trainer.errors import CheckpointError
+from trainer.manifest import NamedTensors
 from trainer.recipe import Recipe
 from trainer.types import Batch, Progress
 
@@ -49,10 +49,10 @@ def save_state(
 ) -> None:
     """Write weights, moments, parts and progress; every rank writes a share of each."""
     comm = engine.comm
-    tensors: dict[str, Mapping[str, Tensor]] = {
+    tensors: dict[str, NamedTensors] = {
         "weights": engine.weights_share(),
         "moments": engine.moments_share(),
-        "parts": _parts_share(recipe, comm),
+        "parts": _parts_share(recipe),
         "random": {f"rank-{comm.rank}": torch.get_rng_state()},
     }
     state = {
@@ -136,20 +136,31 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _parts_share(recipe: Recipe, comm: Comm) -> dict[str, Tensor]:
-    tensors = {
-        f"{part}/{name}": value
-        for part, owner in recipe.parts.items()
-        for name, value in owner.state_dict().items()
-    }
-    names = sorted(tensors)
-    return {name: tensors[name].cpu() for name in names[comm.rank :: comm.world_size]}
+def _parts_share(recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+    for part, owner in recipe.parts.items():
+        share = owner.state_share()
+        for name, value in share.items() if isinstance(share, Mapping) else share:
+            yield f"{part}/{name}", value
 
 
 def _load_parts(restored: Restored, recipe: Recipe) -> None:
-    states: dict[str, dict[str, Tensor]] = {part: {} for part in recipe.parts}
-    for name, value in restored.tensors("parts"):
-        part, _, tensor = name.partition("/")
-        states[part][tensor] = value
-    for part, state in states.items():
-        recipe.parts[part].load_state_dict(state)
+    stored = restored.lazily("parts")
+    for part, owner in recipe.parts.items():
+        owner.load_state_dict(Beneath(stored, f"{part}/"))
+
+
+class Beneath(Mapping[str, Tensor]):
+    """The tensors of a mapping whose names begin with a prefix, by what follows it."""
+
+    def __init__(self, whole: Mapping[str, Tensor], prefix: str) -> None:
+        self._whole = whole
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n.removeprefix(self._prefix) for n in self._whole if n.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -10,6 +10,7 @@ from torch import Tensor
 from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
 from trainer.losses.prototype import PrototypeTable
+from trainer.recipe import every_nth
 
 
 class EpisodeTables:
@@ -28,12 +29,18 @@ class EpisodeTables:
         self.centroids: dict[str, Tensor] = {}
         """By the space that was clustered: [K, dim], the next episode's start."""
 
-    def after_step(self, step: int, *, applied: bool) -> None:
-        """Nothing: prototypes are not updated within an episode."""
+    def gradients_finite(self) -> None:
+        """There are none: prototypes are not updated within an episode."""
+
+    def after_step(self, step: int, *, applied: bool, learning_rate_factor: float) -> None:
+        pass
 
     def clear(self) -> None:
         """Forget tables and labels; centroids stay as a start for the next clustering."""
         self.tables, self.labels = {}, {}
+
+    def state_share(self) -> dict[str, Tensor]:
+        return every_nth(self.state_dict(), self.comm)
 
     def state_dict(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
