@@ -1,0 +1,122 @@
+"""Several questions about one caption in one forward pass of a causal language model.
+
+A row is the caption with its prompt (the prefix), then facets: short continuations that must not
+see each other. FLAME, arXiv 2411.11927, section on facet-decoupled attention:
+
+    keys:      prefix  f1  f2  f3
+    prefix     causal
+    f1         all     causal
+    f2         all     .   causal
+    f3         all     .   .   causal     what is read: the state of each facet's last token
+
+Unlike in the original, padding is hidden from every real token, and positions of every facet
+start where the prefix ends. A packed pass then gives each facet exactly what a pass with this
+facet alone gives, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+PAD = -1
+
+
+class FacetBatch(NamedTuple):
+    """Captions with their facets, ready for `facet_states`."""
+
+    tokens: Int64[Tensor, "batch length"]
+    allowed: Bool[Tensor, "batch length length"]
+    """[row, query, key]: which keys a query may see."""
+    positions: Int64[Tensor, "batch length"]
+    readout: Int64[Tensor, "batch facets"]
+    """Column of each facet's last token."""
+
+    def to(self, device: torch.device | str) -> FacetBatch:
+        """The same on another device."""
+        return FacetBatch(*(tensor.to(device) for tensor in self))
+
+
+def pack_facets(
+    prefixes: Sequence[Sequence[int]],
+    facets: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    reference_pad: bool = False,
+) -> FacetBatch:
+    """Token ids of each caption (with its prompt) followed by those of all facets, padded.
+
+    The facets are the same for all captions; none may be empty. Rows are filled up with `pad` on
+    the right. `reference_pad` is the released code of FLAME, for parity alone: filled up on the
+    left, padding visible as keys, and positions that count on through padding and facets.
+    """
+    length = max(map(len, prefixes)) + sum(map(len, facets))
+    tokens = torch.full((len(prefixes), length), pad)
+    segment = torch.full((len(prefixes), length), PAD)
+    for row, prefix in enumerate(prefixes):
+        ids = [*prefix, *(token for facet in facets for token in facet)]
+        parts = [0] * len(prefix) + [i for i, facet in enumerate(facets, 1) for _ in facet]
+        columns = slice(length - len(ids), length) if reference_pad else slice(len(ids))
+        tokens[row, columns] = torch.tensor(ids)
+        segment[row, columns] = torch.tensor(parts)
+    return FacetBatch(
+        tokens,
+        facet_mask(segment, reference_pad=reference_pad),
+        torch.arange(length).expand_as(tokens) if reference_pad else facet_positions(segment),
+        _readout(segment, len(facets)),
+    )
+
+
+def facet_mask(
+    segment: Int64[Tensor, "batch length"], *, reference_pad: bool = False
+) -> Bool[Tensor, "batch length length"]:
+    """[row, query, key]: True where a token may look.
+
+    `segment` says of each token whether it is padding (-1), prefix (0) or of facet i (from 1). A
+    key is seen by later tokens of its facet, and by all later ones if it is of the prefix. Padding
+    sees itself alone, so that no softmax is empty. In `reference_pad` padding is as visible as
+    the prefix.
+    """
+    query, key = segment[:, :, None], segment[:, None, :]
+    shared = key <= 0 if reference_pad else key == 0
+    causal = torch.ones(segment.shape[1], segment.shape[1], device=segment.device).tril().bool()
+    allowed = causal & (query != PAD) & (shared | (key == query))
+    return allowed | torch.eye(segment.shape[1], device=segment.device).bool()
+
+
+def facet_positions(segment: Int64[Tensor, "batch length"]) -> Int64[Tensor, "batch length"]:
+    """The prefix counts from 0 at its first token; every facet starts at the prefix's length."""
+    own = (segment[:, :, None] == segment[:, None, :]).tril(diagonal=-1).sum(dim=2)
+    prefix = (segment == 0).sum(dim=1, keepdim=True)
+    positions = own + torch.where(segment > 0, prefix, 0)
+    return torch.where(segment == PAD, 0, positions)
+
+
+def facet_states(model: Any, batch: FacetBatch) -> Float[Tensor, "batch facets dim"]:
+    """The state of every facet's last token, not normalised, from one forward pass.
+
+    `model` is a decoder of transformers without its language head (`AutoModel`), whose attention
+    is `sdpa` or `eager`; what it gives as `last_hidden_state` is what is read.
+    """
+    dtype = next(model.parameters()).dtype
+    hidden = torch.zeros(batch.allowed.shape, dtype=dtype, device=batch.tokens.device)
+    hidden.masked_fill_(~batch.allowed, torch.finfo(dtype).min)
+    states = model(
+        input_ids=batch.tokens,
+        attention_mask=hidden[:, None],
+        position_ids=batch.positions,
+        use_cache=False,
+    ).last_hidden_state
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+    read: Tensor = states[rows[:, None], batch.readout]
+    return read
+
+
+def _readout(segment: Tensor, num_facets: int) -> Tensor:
+    columns = torch.arange(segment.shape[1])
+    facets = torch.arange(1, num_facets + 1)
+    return ((segment[:, None, :] == facets[:, None]) * columns).amax(dim=2)
