@@ -16,11 +16,11 @@ from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from trainer.models.facets import (
     PAD,
-    FacetBatch,
+    Packed,
     facet_mask,
     facet_positions,
     facet_states,
-    pack_facets,
+    pack,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "flame"
@@ -46,7 +46,7 @@ def llama() -> LlamaModel:
 
 
 @torch.no_grad()
-def vectors(batch: FacetBatch, model: torch.nn.Module | None = None) -> Tensor:
+def vectors(batch: Packed, model: torch.nn.Module | None = None) -> Tensor:
     return normalize(facet_states(model or llama(), batch), dim=-1)
 
 
@@ -88,7 +88,7 @@ def test_the_mask_is_the_drawing(prefix: int, facets: list[int], pad: int) -> No
 
 def test_one_pass_equals_a_pass_per_facet() -> None:
     """B6.3: whatever the padding and the batch mates are."""
-    packed = vectors(pack_facets(PREFIXES, FACETS, pad=0))
+    packed = vectors(pack(PREFIXES, FACETS, pad=0))
     for row, prefix in enumerate(PREFIXES):
         for index, facet in enumerate(FACETS):
             torch.testing.assert_close(packed[row, index], alone(prefix, facet), atol=1e-6, rtol=0)
@@ -96,10 +96,10 @@ def test_one_pass_equals_a_pass_per_facet() -> None:
 
 def test_order_mates_and_padding_change_nothing() -> None:
     """B6.2 and the permutation of B6.3."""
-    packed = vectors(pack_facets(PREFIXES, FACETS, pad=0))
-    single = torch.cat([vectors(pack_facets([prefix], FACETS, pad=0)) for prefix in PREFIXES])
-    longer = vectors(pack_facets([*PREFIXES, list(range(40))], FACETS, pad=7))[:3]
-    permuted = vectors(pack_facets(PREFIXES[::-1], FACETS[::-1], pad=0)).flip(0, 1)
+    packed = vectors(pack(PREFIXES, FACETS, pad=0))
+    single = torch.cat([vectors(pack([prefix], FACETS, pad=0)) for prefix in PREFIXES])
+    longer = vectors(pack([*PREFIXES, list(range(40))], FACETS, pad=7))[:3]
+    permuted = vectors(pack(PREFIXES[::-1], FACETS[::-1], pad=0)).flip(0, 1)
     for other in (single, longer, permuted):
         torch.testing.assert_close(other, packed, atol=1e-6, rtol=0)
 
@@ -108,7 +108,7 @@ def test_the_prefix_does_not_see_the_facets() -> None:
     """B6.1: bit-identical states of the prefix under other facets of the same lengths."""
     states = []
     for facets in (FACETS, [[30, 31, 32, 33], [34, 35], [36, 37, 38, 39, 40]]):
-        batch = pack_facets(PREFIXES[:1], facets, pad=0)
+        batch = pack(PREFIXES[:1], facets, pad=0)
         states.append(facet_states(llama(), batch._replace(readout=torch.arange(5)[None])))
     assert torch.equal(*states)
 
@@ -116,9 +116,9 @@ def test_the_prefix_does_not_see_the_facets() -> None:
 def test_the_released_padding_and_positions_are_another_embedding() -> None:
     """There a caption's vector depends on its batch mates, and only a row's first facet without
     padding is what a pass of its own would give."""
-    packed = vectors(pack_facets(PREFIXES, FACETS, pad=0))
-    theirs = vectors(pack_facets(PREFIXES, FACETS, pad=0, reference_pad=True))
-    unpadded = vectors(pack_facets(PREFIXES[2:], FACETS, pad=0, reference_pad=True))
+    packed = vectors(pack(PREFIXES, FACETS, pad=0))
+    theirs = vectors(pack(PREFIXES, FACETS, pad=0, reference_pad=True))
+    unpadded = vectors(pack(PREFIXES[2:], FACETS, pad=0, reference_pad=True))
     torch.testing.assert_close(theirs[2:], unpadded, atol=1e-6, rtol=0)
     torch.testing.assert_close(theirs[2, 0], packed[2, 0], atol=1e-6, rtol=0)
     assert (theirs[2, 1:] - packed[2, 1:]).norm(dim=-1).min() > 1e-3
@@ -129,7 +129,7 @@ def test_the_released_padding_and_positions_are_another_embedding() -> None:
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="SmolLM2 is not in the cache")
 def test_smollm2_agrees_too() -> None:
     model = AutoModel.from_pretrained(SMOLLM2, dtype=torch.float32, local_files_only=True).eval()
-    packed = vectors(pack_facets(PREFIXES, FACETS, pad=0), model)
+    packed = vectors(pack(PREFIXES, FACETS, pad=0), model)
     for row, prefix in enumerate(PREFIXES):
         for index, facet in enumerate(FACETS):
             expected = alone(prefix, facet, model)

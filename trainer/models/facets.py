@@ -26,28 +26,29 @@ from torch import Tensor
 PAD = -1
 
 
-class FacetBatch(NamedTuple):
-    """Captions with their facets, ready for `facet_states`."""
+class Packed(NamedTuple):
+    """Captions with their facets, one caption a row."""
 
     tokens: Int64[Tensor, "batch length"]
-    allowed: Bool[Tensor, "batch length length"]
-    """[row, query, key]: which keys a query may see."""
     positions: Int64[Tensor, "batch length"]
+    segment: Int64[Tensor, "batch length"]
+    """-1 for padding, 0 for the prefix, i for the i-th facet."""
     readout: Int64[Tensor, "batch facets"]
     """Column of each facet's last token."""
+    reference_pad: bool = False
 
-    def to(self, device: torch.device | str) -> FacetBatch:
+    def to(self, device: torch.device | str) -> Packed:
         """The same on another device."""
-        return FacetBatch(*(tensor.to(device) for tensor in self))
+        return Packed(*(part.to(device) for part in self[:4]), reference_pad=self.reference_pad)
 
 
-def pack_facets(
+def pack(
     prefixes: Sequence[Sequence[int]],
     facets: Sequence[Sequence[int]],
     *,
     pad: int,
     reference_pad: bool = False,
-) -> FacetBatch:
+) -> Packed:
     """Token ids of each caption (with its prompt) followed by those of all facets, padded.
 
     The facets are the same for all captions; none may be empty. Rows are filled up with `pad` on
@@ -63,12 +64,10 @@ def pack_facets(
         columns = slice(length - len(ids), length) if reference_pad else slice(len(ids))
         tokens[row, columns] = torch.tensor(ids)
         segment[row, columns] = torch.tensor(parts)
-    return FacetBatch(
-        tokens,
-        facet_mask(segment, reference_pad=reference_pad),
-        torch.arange(length).expand_as(tokens) if reference_pad else facet_positions(segment),
-        _readout(segment, len(facets)),
-    )
+    positions = facet_positions(segment)
+    if reference_pad:
+        positions = torch.arange(length).expand_as(tokens)
+    return Packed(tokens, positions, segment, _readout(segment, len(facets)), reference_pad)
 
 
 def facet_mask(
@@ -96,24 +95,34 @@ def facet_positions(segment: Int64[Tensor, "batch length"]) -> Int64[Tensor, "ba
     return torch.where(segment == PAD, 0, positions)
 
 
-def facet_states(model: Any, batch: FacetBatch) -> Float[Tensor, "batch facets dim"]:
+def facet_inputs(packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a decoder of transformers is called with, its attention being `sdpa` or `eager`."""
+    allowed = facet_mask(packed.segment, reference_pad=packed.reference_pad)
+    hidden = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    hidden.masked_fill_(~allowed, torch.finfo(dtype).min)
+    return {
+        "input_ids": packed.tokens,
+        "attention_mask": hidden[:, None],
+        "position_ids": packed.positions,
+    }
+
+
+def at_readout(
+    states: Float[Tensor, "batch length dim"], packed: Packed
+) -> Float[Tensor, "batch facets dim"]:
+    """The states of the facets' last tokens."""
+    columns = packed.readout.to(states.device)[..., None]
+    return states.gather(1, columns.expand(-1, -1, states.shape[-1]))
+
+
+def facet_states(model: Any, packed: Packed) -> Float[Tensor, "batch facets dim"]:
     """The state of every facet's last token, not normalised, from one forward pass.
 
-    `model` is a decoder of transformers without its language head (`AutoModel`), whose attention
-    is `sdpa` or `eager`; what it gives as `last_hidden_state` is what is read.
+    `model` is a decoder without its language head (`AutoModel`); what it gives as
+    `last_hidden_state` is what is read.
     """
-    dtype = next(model.parameters()).dtype
-    hidden = torch.zeros(batch.allowed.shape, dtype=dtype, device=batch.tokens.device)
-    hidden.masked_fill_(~batch.allowed, torch.finfo(dtype).min)
-    states = model(
-        input_ids=batch.tokens,
-        attention_mask=hidden[:, None],
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state
-    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
-    read: Tensor = states[rows[:, None], batch.readout]
-    return read
+    inputs = facet_inputs(packed, next(model.parameters()).dtype)
+    return at_readout(model(**inputs, use_cache=False).last_hidden_state, packed)
 
 
 def _readout(segment: Tensor, num_facets: int) -> Tensor:
