@@ -30,8 +30,8 @@ def main() -> None:
         arguments.out or arguments.workdir / "export",
         data_licence=arguments.data_licence,
     )
-    kind = "CLIPModel" if exported.is_clip else f"towers apart ({exported.why_not_clip})"
-    print(f"step {trained.restored.step} -> {exported.folder}: {kind}")
+    reason = f" ({exported.why_not_clip})" if exported.why_not_clip else ""
+    print(f"step {trained.restored.step} -> {exported.folder}: {exported.loads_as}{reason}")
 
 
 if __name__ == "__main__":

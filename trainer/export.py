@@ -2,7 +2,8 @@
 
 folder/                config.json, model.safetensors: CLIPModel, where both towers are CLIP's
 folder/image, text     else the towers alone, each as a transformers model
-folder/                tokenizer, preprocessor_config.json, README.md (a model card)
+folder/                ditto, for an image tower alone: CLIPVisionModelWithProjection
+folder/                tokenizer (if there is a text tower), preprocessor_config.json, README.md
 folder/native/         model.safetensors by our own names, prototype heads included; model.json
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ from transformers import (
     CLIPModel,
     CLIPTextModel,
     CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -30,8 +32,13 @@ from trainer.config import RunConfig
 from trainer.data.tokenize import load_tokenizer, save_tokenizer
 from trainer.data.views import IMAGE_MEAN, IMAGE_STD
 from trainer.errors import CheckpointError, ConfigError
-from trainer.models.card import model_card
+from trainer.models.card import image_card, model_card
+from trainer.models.config import ModelConfig, TowerConfig
+from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
+
+Exportable = TwoTower | ImageTower
+Section = TypeVar("Section", TwoTowerConfig, ImageTowerConfig)
 
 NATIVE = Path("native")
 LEGACY_EOS = 2
@@ -43,24 +50,43 @@ class Exported(NamedTuple):
 
     folder: Path
     is_clip: bool
-    """True where `CLIPModel.from_pretrained(folder)` loads it."""
+    """True where `loads_as` is a CLIP class, whose `from_pretrained(folder)` loads it."""
     why_not_clip: str
     """Empty where it is."""
+    loads_as: str
+    """The class of transformers that loads the folder, or `towers apart`."""
 
 
 def export_model(
-    model: TwoTower,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Exportable,
+    tokenizer: PreTrainedTokenizerFast | None,
     folder: Path | str,
     *,
     data_licence: str | None = None,
 ) -> Exported:
     """Write every form of a model; its weights must be whole (not sharded) and are kept as is.
 
-    `data_licence` says in the model card what was trained on and under which terms.
+    `data_licence` says in the model card what was trained on and under which terms. A tokenizer
+    is needed where there is a text tower.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, ImageTower):
+        exported = _export_image_tower(model, folder, data_licence)
+    else:
+        assert tokenizer is not None
+        exported = _export_two_tower(model, tokenizer, folder, data_licence)
+    _image_processor(model.config.image_size).save_pretrained(folder)
+    _save_native(model, folder, is_clip=exported.is_clip)
+    return exported
+
+
+def _export_two_tower(
+    model: TwoTower,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    data_licence: str | None,
+) -> Exported:
     why_not_clip = _why_not_clip(model, tokenizer)
     if why_not_clip:
         model.image.backbone.save_pretrained(folder / "image")
@@ -68,12 +94,32 @@ def export_model(
     else:
         clip_model(model, tokenizer).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    _image_processor(model.config.image_size).save_pretrained(folder)
-    _save_native(model, folder, is_clip=not why_not_clip)
-    exported = Exported(folder, not why_not_clip, why_not_clip)
     card = model_card(model.config, why_not_clip=why_not_clip, data_licence=data_licence)
     (folder / "README.md").write_text(card)
-    return exported
+    loads_as = "towers apart" if why_not_clip else "CLIPModel"
+    return Exported(folder, not why_not_clip, why_not_clip, loads_as)
+
+
+def _export_image_tower(model: ImageTower, folder: Path, data_licence: str | None) -> Exported:
+    why_not_clip = _why_not_clip_image(model)
+    if why_not_clip:
+        model.image.backbone.save_pretrained(folder / "image")
+    else:
+        clip_vision_model(model).save_pretrained(folder)
+    card = image_card(model.config, why_not_clip=why_not_clip, data_licence=data_licence)
+    (folder / "README.md").write_text(card)
+    loads_as = "towers apart" if why_not_clip else "CLIPVisionModelWithProjection"
+    return Exported(folder, not why_not_clip, why_not_clip, loads_as)
+
+
+def clip_vision_model(model: ImageTower) -> CLIPVisionModelWithProjection:
+    """The same weights as transformers' class; `CLIPVisionModel` loads what it saves too."""
+    clip: CLIPVisionModelWithProjection = CLIPVisionModelWithProjection(model.image.backbone.config)
+    backbone = model.image.get_submodule("backbone").state_dict()
+    weights = {f"vision_model.{name}": value for name, value in backbone.items()}
+    clip.load_state_dict(weights | {"visual_projection.weight": model.image.projection.weight})
+    clip.eval()
+    return clip
 
 
 def clip_model(model: TwoTower, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
@@ -101,35 +147,45 @@ def clip_model(model: TwoTower, tokenizer: PreTrainedTokenizerFast) -> CLIPModel
 def load_exported(folder: Path | str) -> tuple[TwoTower, PreTrainedTokenizerFast]:
     """The model and tokenizer of an exported folder, prototype heads included."""
     folder = Path(folder)
-    try:
-        values = TwoTowerConfig.model_validate_json((folder / NATIVE / "model.json").read_text())
-        weights = load_file(folder / NATIVE / "model.safetensors")
-    except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder} is no exported model: {reason}") from error
+    values, weights = _native(folder, TwoTowerConfig)
+    if not any(name.startswith("text.") for name in weights):
+        raise CheckpointError(f"{folder} is no exported model with texts; it has no text tower")
     tokenizer = load_tokenizer(str(folder))
     model = build_two_tower(_with_paths_in(folder, values), tokenizer)
     load_trained(model, weights)
     return model.eval(), tokenizer
 
 
-def rebuild_model(
-    run: RunConfig, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast
-) -> TwoTower:
-    """The model of a run, with weights by name as a checkpoint holds them (in any dtype)."""
-    config = getattr(run.recipe, "model", None)
-    if not isinstance(config, TwoTowerConfig):
-        raise ConfigError(f"the recipe {run.recipe} has no two-tower model to export")
-    if any(name.startswith("text_head.") for name in weights):
-        config = config.with_head()
-    if "logit_bias.shift" in weights:
-        config = config.with_bias()
-    model = build_two_tower(config, tokenizer, seed=run.seed)
+def load_exported_image_tower(folder: Path | str) -> ImageTower:
+    """The image tower of a folder that was exported from a model without a text tower."""
+    folder = Path(folder)
+    values, weights = _native(folder, ImageTowerConfig)
+    model = build_image_tower(_with_paths_in(folder, values))
     load_trained(model, weights)
     return model.eval()
 
 
-def load_trained(model: TwoTower, weights: Mapping[str, Tensor]) -> None:
+def rebuild_model(
+    run: RunConfig, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast | None
+) -> Exportable:
+    """The model of a run, with weights by name as a checkpoint holds them (in any dtype)."""
+    config = getattr(run.recipe, "model", None)
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(f"the recipe {run.recipe} has no model that can be rebuilt")
+    if any(name.startswith("image_head.") for name in weights):
+        config = config.with_head()
+    model: Exportable
+    if isinstance(config, ImageTowerConfig):
+        model = build_image_tower(config, seed=run.seed)
+    else:
+        assert tokenizer is not None
+        config = config.with_bias() if "logit_bias.shift" in weights else config
+        model = build_two_tower(config, tokenizer, seed=run.seed)
+    load_trained(model, weights)
+    return model.eval()
+
+
+def load_trained(model: Exportable, weights: Mapping[str, Tensor]) -> None:
     """Load weights by name; only frozen ones, which the model has from its files, may be absent."""
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     expected = set(model.state_dict())
@@ -144,6 +200,23 @@ def load_trained(model: TwoTower, weights: Mapping[str, Tensor]) -> None:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"the weights are of another model: {reason}") from error
+
+
+def _native(folder: Path, kind: type[Section]) -> tuple[Section, dict[str, Tensor]]:
+    try:
+        values = kind.model_validate_json((folder / NATIVE / "model.json").read_text())
+        return values, load_file(folder / NATIVE / "model.safetensors")
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder} is no exported model: {reason}") from error
+
+
+def _why_not_clip_image(model: Exportable) -> str:
+    if not isinstance(model.image.backbone, CLIPVisionModel):
+        return f"the image tower is a {type(model.image.backbone).__name__}"
+    if model.image.pool != "clip":
+        return f"it pools by {model.image.pool}, which CLIP's vision tower does not"
+    return ""
 
 
 def _why_not_clip(model: TwoTower, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -175,12 +248,18 @@ def _image_processor(size: int) -> CLIPImageProcessorPil:
     )
 
 
-def _save_native(model: TwoTower, folder: Path, *, is_clip: bool) -> None:
+def _sections(config: ModelConfig) -> dict[str, TowerConfig]:
+    """The towers of a model by name."""
+    towers = {"image": config.image}
+    return towers | ({"text": config.text} if isinstance(config, TwoTowerConfig) else {})
+
+
+def _save_native(model: Exportable, folder: Path, *, is_clip: bool) -> None:
     """All weights but those of loaded and frozen backbones, which stand in their own folders."""
     (folder / NATIVE).mkdir(exist_ok=True)
     elsewhere = tuple(
         f"{name}.backbone."
-        for name, section in (("image", model.config.image), ("text", model.config.text))
+        for name, section in _sections(model.config).items()
         if section.path is not None and not section.trained
     )
     weights = {
@@ -193,20 +272,19 @@ def _save_native(model: TwoTower, folder: Path, *, is_clip: bool) -> None:
     (folder / NATIVE / "model.json").write_text(config.model_dump_json(indent=2) + "\n")
 
 
-def _with_exported_paths(config: TwoTowerConfig, *, is_clip: bool) -> TwoTowerConfig:
+def _with_exported_paths(config: ModelConfig, *, is_clip: bool) -> ModelConfig:
     """Towers that were loaded from somewhere are found in the exported folder from now on."""
-    changes: dict[str, Any] = {"tokenizer": "."}
-    for name in ("image", "text"):
-        section = getattr(config, name)
+    changes: dict[str, Any] = {"tokenizer": "."} if isinstance(config, TwoTowerConfig) else {}
+    for name, section in _sections(config).items():
         if section.path is not None:
             changes[name] = section.model_copy(update={"path": "." if is_clip else name})
     return config.model_copy(update=changes)
 
 
-def _with_paths_in(folder: Path, config: TwoTowerConfig) -> TwoTowerConfig:
-    changes: dict[str, Any] = {"tokenizer": str(folder)}
-    for name in ("image", "text"):
-        section = getattr(config, name)
+def _with_paths_in(folder: Path, config: Section) -> Section:
+    is_pair = isinstance(config, TwoTowerConfig)
+    changes: dict[str, Any] = {"tokenizer": str(folder)} if is_pair else {}
+    for name, section in _sections(config).items():
         if section.path is not None:
             changes[name] = section.model_copy(update={"path": str(folder / section.path)})
     return config.model_copy(update=changes)

@@ -102,7 +102,7 @@ def _sample(trained: Trained, fields: dict[str, bytes]) -> Sample:
 
 def _retrieved(trained: Trained, *, rows: int) -> list[tuple[Pixels, list[Hit]]]:
     """The five nearest captions of some evaluation images; equal captions count as right."""
-    if not trained.run.evals:
+    if not trained.run.evals or trained.tokenizer is None:
         return []
     spec = trained.run.evals[0].data
     context = eval_context(trained.run, Comm.solo(), trained.tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,18 +10,45 @@ from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.data.stream import Stream
 from trainer.data.vocabulary import tokenizer_for
+from trainer.errors import ConfigError
 from trainer.evals import EvalContext
-from trainer.models.two_tower import TwoTowerConfig
+from trainer.models.config import ModelConfig, TwoTowerConfig
 from trainer.recipe import Context
 
+NEED_TEXTS = frozenset({"zero_shot", "retrieval"})
+"""Evaluations that compare images with texts."""
 
-def model_of(config: RunConfig) -> TwoTowerConfig:
-    return cast(TwoTowerConfig, cast(Any, config.recipe).model)
+
+def model_of(config: RunConfig) -> ModelConfig:
+    recipe: Any = config.recipe
+    model: ModelConfig = recipe.model
+    return model
 
 
-def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast:
-    """The tokenizer that the run names, or one trained on its captions and kept in its workdir."""
+def text_model_of(config: RunConfig) -> TwoTowerConfig | None:
+    """The model's configuration where it reads texts, else None."""
     model = model_of(config)
+    return model if isinstance(model, TwoTowerConfig) else None
+
+
+def refuse_text_evals(config: RunConfig) -> None:
+    """A ConfigError if an evaluation needs texts that the model can't read."""
+    wrong = [entry for entry in config.evals if entry.name in NEED_TEXTS]
+    if wrong and text_model_of(config) is None:
+        raise ConfigError(
+            f"evaluation {wrong[0].label}: {wrong[0].name} compares images with texts, and the "
+            f"model of {config.recipe.name} reads none; use knn or linear_probe"
+        )
+
+
+def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that the run names, or one trained on its captions and kept in its workdir.
+
+    None for a model that reads no text: its shards need no captions.
+    """
+    model = text_model_of(config)
+    if model is None:
+        return None
     return tokenizer_for(
         model.tokenizer or model.text.path,
         config.data,
@@ -34,15 +61,14 @@ def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast:
 
 
 def stream_of(
-    config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast, *, micro_batch: int
+    config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast | None, *, micro_batch: int
 ) -> Stream:
-    model = model_of(config)
     return Stream(
         config.data,
         comm,
         tokenizer=tokenizer,
-        image_size=model.image_size,
-        text_length=model.text_length,
+        image_size=model_of(config).image_size,
+        text_length=_text_length(config),
         seed=config.seed,
         global_batch=config.global_batch,
         micro_batch=micro_batch,
@@ -50,10 +76,10 @@ def stream_of(
     )
 
 
-def context_of(config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast) -> Context:
+def context_of(config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast | None) -> Context:
     return Context(
         comm=comm,
-        tokenizer=tokenizer,
+        text_tokenizer=tokenizer,
         seed=config.seed,
         global_batch=config.global_batch,
         steps=config.steps,
@@ -62,8 +88,13 @@ def context_of(config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast
     )
 
 
-def eval_context(config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast) -> EvalContext:
-    model = model_of(config)
-    return EvalContext(
-        comm, tokenizer, model.image_size, model.text_length, config.data, config.seed
-    )
+def eval_context(
+    config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast | None
+) -> EvalContext:
+    size = model_of(config).image_size
+    return EvalContext(comm, tokenizer, size, _text_length(config), config.data, config.seed)
+
+
+def _text_length(config: RunConfig) -> int:
+    model = text_model_of(config)
+    return 0 if model is None else model.text_length

@@ -15,8 +15,8 @@ from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
 from trainer.errors import CheckpointError
 from trainer.evals import evaluate_all
-from trainer.export import rebuild_model
-from trainer.models.two_tower import TwoTower
+from trainer.export import Exportable, rebuild_model
+from trainer.models.model import Model
 from trainer.recipe import Encode
 from trainer.run import eval_context, tokenizer_of
 from trainer.types import Batch, Features
@@ -29,8 +29,9 @@ class Trained(NamedTuple):
     """A run's newest checkpoint, ready to be used. Whole on every rank."""
 
     run: RunConfig
-    model: TwoTower
-    tokenizer: PreTrainedTokenizerFast
+    model: Exportable
+    tokenizer: PreTrainedTokenizerFast | None
+    """None where the model reads no text."""
     restored: Restored
 
 
@@ -46,7 +47,7 @@ def open_workdir(workdir: Path, comm: Comm) -> Trained:
     return Trained(run, model.to(comm.device), tokenizer, restored)
 
 
-def encoder(model: TwoTower) -> Encode:
+def encoder(model: Model) -> Encode:
     @torch.no_grad()
     def encode(batch: Batch) -> Features:
         features: Features = model(batch)

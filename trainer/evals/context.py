@@ -14,7 +14,8 @@ class EvalContext(NamedTuple):
     """Shared by all evaluations of a run; the same on every rank but for `comm`."""
 
     comm: Comm
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | None
+    """None for a model that reads no text: knn and linear_probe need none."""
     image_size: int
     text_length: int
     data: DataConfig

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.data.tokenize import tokenize
 from trainer.data.views import normalize
+from trainer.errors import ConfigError
 from trainer.evals.context import EvalContext
 from trainer.evals.samples import BLOCK, FILLER, Block, Record, own_positions, read_blocks
 from trainer.recipe import Encode
@@ -49,8 +50,13 @@ def embed_texts(
 ) -> Float[Tensor, "n dim"]:
     """Text features of all texts, the same on every rank; the ranks share the work.
 
-    Every rank passes the same texts, at least one.
+    Every rank passes the same texts, at least one. A ConfigError where the model reads no text.
     """
+    if context.tokenizer is None:
+        raise ConfigError(
+            "the model reads no text, so nothing can be compared with texts; "
+            "evaluate it by knn or linear_probe"
+        )
     comm = context.comm
     own = own_positions(len(texts), comm)
     features = torch.cat([_encode_texts(row.tolist(), texts, encode, context) for row in own])
@@ -82,6 +88,7 @@ def _encode_texts(
     positions: list[int], texts: Sequence[str], encode: Encode, context: EvalContext
 ) -> Tensor:
     """Features of one block of texts; a position of -1 repeats the last text."""
+    assert context.tokenizer is not None
     device = context.comm.device
     chosen = [texts[position] for position in positions]
     tokens, mask = tokenize(context.tokenizer, chosen, length=context.text_length)

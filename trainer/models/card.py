@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.data.views import IMAGE_MEAN, IMAGE_STD
-from trainer.models.config import TowerConfig, TwoTowerConfig
+from trainer.models.config import ImageTowerConfig, ModelConfig, TowerConfig, TwoTowerConfig
 
 _CLIP_USE = """\
 ```python
@@ -37,17 +37,74 @@ model, tokenizer = load_exported(".")  # where this file is
 ```
 """
 
+_UNKNOWN_LICENCE = (
+    "Not stated at export. The weights may be bound by the terms of the images and texts they "
+    "were trained on; find these out before you pass the weights on."
+)
+
+_IMAGE_USE = """\
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+folder = "."  # where this file is
+model = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+
+pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    print(torch.nn.functional.normalize(model(**pixels).image_embeds, dim=-1))
+```
+
+`CLIPVisionModel.from_pretrained(folder)` loads the tower without its projection.
+"""
+
+_IMAGE_TOWER_USE = """\
+transformers' CLIP classes can't load it: {why_not_clip}. `image/` holds the tower for
+`transformers.AutoModel`; pooling and projection are ours, so from a checkout of the trainer:
+
+```python
+from trainer.export import load_exported_image_tower
+
+model = load_exported_image_tower(".")  # where this file is
+```
+"""
+
+
+def image_card(
+    config: ImageTowerConfig, *, why_not_clip: str = "", data_licence: str | None = None
+) -> str:
+    """As `model_card`, of an image tower alone."""
+    use = _IMAGE_TOWER_USE if why_not_clip else _IMAGE_USE
+    return f"""\
+# Image encoder
+
+Maps images to unit vectors of {config.embed_dim} numbers; similar images have a high cosine.
+
+- Image tower: {_tower(config.image)}
+
+## Input
+
+{_image_input(config)}
+
+## Use
+
+{use.format(why_not_clip=why_not_clip)}
+`native/model.safetensors` has all weights under the trainer's own names and `native/model.json`
+the configuration. The prototypes it was trained against are not part of it.
+
+## Training data and its licence
+
+{data_licence or _UNKNOWN_LICENCE}
+"""
+
 
 def model_card(
     config: TwoTowerConfig, *, why_not_clip: str = "", data_licence: str | None = None
 ) -> str:
     """Markdown: what the model is, what it must be fed, how to load it, and under which terms."""
     use = _TOWERS_USE if why_not_clip else _CLIP_USE
-    mean, std = (", ".join(f"{value:.8f}" for value in row) for row in (IMAGE_MEAN, IMAGE_STD))
-    licence = data_licence or (
-        "Not stated at export. The weights may be bound by the terms of the images and texts they "
-        "were trained on; find these out before you pass the weights on."
-    )
     return f"""\
 # Image and text encoder
 
@@ -60,10 +117,7 @@ match.
 
 ## Input
 
-- Images: {config.image_size} x {config.image_size} pixels, RGB. The shorter side is resized to
-  {config.image_size} (bicubic, antialiased), then the centre is cropped. Lay transparent images on
-  the background of the training run first (white by default): the processor drops transparency.
-- Normalisation: pixels in [0, 1], minus ({mean}), divided by ({std}).
+{_image_input(config)}
 - Texts: the tokenizer in this folder, which adds begin and end by itself.
 
 ## Use
@@ -74,8 +128,18 @@ and `native/model.json` the configuration.
 
 ## Training data and its licence
 
-{licence}
+{data_licence or _UNKNOWN_LICENCE}
 """
+
+
+def _image_input(config: ModelConfig) -> str:
+    mean, std = (", ".join(f"{value:.8f}" for value in row) for row in (IMAGE_MEAN, IMAGE_STD))
+    size = config.image_size
+    return f"""\
+- Images: {size} x {size} pixels, RGB. The shorter side is resized to
+  {size} (bicubic, antialiased), then the centre is cropped. Lay transparent images on
+  the background of the training run first (white by default): the processor drops transparency.
+- Normalisation: pixels in [0, 1], minus ({mean}), divided by ({std})."""
 
 
 def _tower(section: TowerConfig) -> str:

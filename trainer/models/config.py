@@ -133,6 +133,12 @@ class ImageTowerConfig(Frozen):
     def __init__(self, **values: Any) -> None:  # the validator below fills the fields in
         super().__init__(**values)
 
+    def with_head(self) -> ImageTowerConfig:
+        """The same model with a projection head: the given one, else the preset's."""
+        if self.head:
+            return self
+        return ImageTowerConfig.model_validate({**self.model_dump(), "head": {}})
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
