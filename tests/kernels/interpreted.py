@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 
 from tests.kernels.naive import naive_logits, pulled_back, ragged_problem
 from trainer.kernels import triton_logits
+from trainer.kernels.log_partition import log_partition
 from trainer.kernels.prototype_logits import prototype_logits
 
 
@@ -100,12 +101,68 @@ def errors(case: Case) -> dict[str, float]:
     }
 
 
+class PartitionCase(NamedTuple):
+    """Rows of any length, some not valid, and a scale that learns (ProtoCLIP's)."""
+
+    queries: int
+    rows: int
+    dim: int
+    dtype: str = "float32"
+    scale: float = 100.0
+
+
+PARTITION_CASES = (
+    PartitionCase(3, 17, 12),
+    PartitionCase(130, 300, 72),
+    PartitionCase(129, 260, 24, dtype="float16"),
+    PartitionCase(4, 0, 8),
+)
+
+
+def partition_errors(case: PartitionCase) -> dict[str, float]:
+    """As `errors`, of `log_partition` and its three gradients."""
+    draw = torch.Generator().manual_seed(case.queries)
+    dtype = getattr(torch, case.dtype)
+    queries = torch.nn.functional.normalize(
+        torch.randn(case.queries, case.dim, generator=draw, dtype=torch.float64), dim=1
+    )
+    lengths = torch.rand(case.rows, 1, generator=draw, dtype=torch.float64)
+    rows = torch.randn(case.rows, case.dim, generator=draw, dtype=torch.float64)
+    rows = (torch.nn.functional.normalize(rows, dim=1) * lengths).to(dtype).double()
+    # A power of two: multiplied in, it rounds nothing.
+    scale = torch.tensor(2.0 ** round(np.log2(case.scale)), dtype=torch.float64)
+    queries = queries.to(dtype).double()
+    valid = torch.rand(case.rows, generator=draw) < 0.7
+    upstream = torch.randn(case.queries, generator=draw, dtype=torch.float64) / 3000
+    exact = tuple(leaf.requires_grad_() for leaf in (queries, scale, rows))
+    dense = (scale * queries @ rows.T).masked_fill(~valid, -torch.inf).logsumexp(dim=1)
+    wanted = torch.autograd.grad((dense * upstream).nan_to_num(neginf=0).sum(), exact)
+    leaves = tuple(leaf.detach().float().requires_grad_() for leaf in exact)
+    ours = log_partition(*leaves, valid=valid, backend="triton", operand_dtype=dtype)
+    same = torch.equal(ours.isinf(), dense.isinf())
+    found = torch.autograd.grad((ours * upstream.float()).nan_to_num(neginf=0).sum(), leaves)
+    names = ("queries", "scale", "rows")
+    difference = (ours.double() - dense).nan_to_num(posinf=0, neginf=0).abs().max().item()
+    return {"value": difference if same else float("inf")} | {
+        name: _relative(one, other) for name, one, other in zip(names, found, wanted, strict=True)
+    }
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    if not theirs.numel():
+        return 0.0
+    largest = theirs.abs().max().clamp_min(1e-30)
+    return ((ours.double() - theirs.nan_to_num()).abs().max() / largest).item()
+
+
 def main() -> None:
     widen_bfloat16()
     # Several blocks of queries, the last one short, and several splits of the rows.
     triton_logits.BLOCK_QUERIES, triton_logits.PROGRAMS = (64, 64), 4
     for case in CASES:
         print(json.dumps({"case": case._asdict(), "errors": errors(case)}), flush=True)
+    for one in PARTITION_CASES:
+        print(json.dumps({"case": one._asdict(), "errors": partition_errors(one)}), flush=True)
 
 
 if __name__ == "__main__":

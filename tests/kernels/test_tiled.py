@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.memory import largest_intermediate
 from tests.losses.dense import random_rows
-from trainer.kernels.tiled import log_partition, merge, partition_sums
+from trainer.kernels.tiled import merge, partition_sums
 
 SIZES = st.integers(0, 40)
 
@@ -36,27 +35,6 @@ def test_sums_equal_the_dense_softmax(
     torch.testing.assert_close(sums.mean, expected)
 
 
-@settings(max_examples=40, deadline=None)
-@given(SIZES, SIZES, st.integers(1, 9), st.integers(0, 99))
-def test_gradients_equal_those_of_the_dense_form(
-    queries: int, rows: int, tile_rows: int, seed: int
-) -> None:
-    """Rows with no valid key have no gradient; their value is -inf."""
-    left, right, valid = inputs(queries, rows, 4, seed=seed)
-    valid[:1] = True
-    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
-    leaves = (left.requires_grad_(), scale, right.requires_grad_())
-    weights = torch.randn(queries, dtype=torch.float64)
-    ours = log_partition(left, scale, right, valid=valid, tile=(7, tile_rows))
-    dense = (scale * left @ right.T)[:, valid].logsumexp(dim=1)
-    for one, other in zip(
-        torch.autograd.grad((ours * weights).nan_to_num().sum(), leaves),
-        torch.autograd.grad((dense * weights).nan_to_num().sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other if rows else torch.zeros_like(one))
-
-
 def test_a6_02_merging_any_partition_of_the_rows_equals_the_whole() -> None:
     left, right, valid = inputs(9, 30, 5, seed=3)
     whole = partition_sums(left, right, right, scale=100.0, valid=valid)
@@ -73,41 +51,12 @@ def test_a6_02_merging_any_partition_of_the_rows_equals_the_whole() -> None:
             torch.testing.assert_close(total.mean, whole.mean, rtol=1e-12, atol=1e-15)
 
 
-def test_gradients_pass_a_finite_difference_check() -> None:
-    left, right, valid = inputs(4, 11, 3, seed=1)
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    leaves = (left.requires_grad_(), scale, right.requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda *values: log_partition(*values, valid=valid, tile=(3, 4)), leaves
-    )
-
-
-def test_a_second_derivative_is_refused() -> None:
-    left, right, _ = inputs(4, 5, 3, seed=2)
-    scale = torch.tensor(3.0, dtype=torch.float64)
-    total = log_partition(left.requires_grad_(), scale, right).sum()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(total, left, create_graph=True)
-
-
 def test_rows_that_are_not_valid_can_hold_anything() -> None:
     left, right, valid = inputs(4, 12, 3, seed=4)
     other = torch.where(valid[:, None], right, 1e3)
     expected = partition_sums(left, right, right, scale=9.0, valid=valid)
     found = partition_sums(left, other, other, scale=9.0, valid=valid)
     torch.testing.assert_close(found, expected)
-
-
-def test_no_tensor_of_queries_by_rows_exists_forward_or_backward() -> None:
-    left, right, valid = inputs(64, 300, 2, seed=5)
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    left.requires_grad_()
-    right.requires_grad_()
-
-    def both_passes() -> None:
-        log_partition(left, scale, right, valid=valid, tile=(16, 50)).sum().backward()
-
-    assert largest_intermediate(both_passes) == max(16 * 50, 300 * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

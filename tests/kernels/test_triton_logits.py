@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="Triton's wheel is for Linux")
 
 ROOT = Path(__file__).parents[2]
 TOLERANCES = {
-    # Probabilities are written in the operands' precision: 11 and 8 bits.
-    "float32": {"value": 2e-5, "cosine": 2e-7, "queries": 1e-5, "rows": 1e-5},
-    "float16": {"value": 2e-5, "cosine": 2e-7, "queries": 2e-3, "rows": 2e-3},
+    # Probabilities are written in the operands' precision: 11 and 8 bits. The gradient of the scale
+    # is one number, what is left of terms that cancel.
+    "float32": {"value": 2e-5, "cosine": 2e-7, "queries": 1e-5, "rows": 1e-5, "scale": 5e-4},
+    "float16": {"value": 2e-5, "cosine": 2e-7, "queries": 2e-3, "rows": 2e-3, "scale": 2e-3},
     "bfloat16": {"value": 2e-5, "cosine": 2e-7, "queries": 1.5e-2, "rows": 1.5e-2},
 }
 
@@ -35,8 +36,8 @@ def test_a6_21_values_and_gradients_equal_float64_on_ragged_shapes() -> None:
     )
     assert finished.returncode == 0, finished.stderr
     rows: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert len(rows) >= 9
+    assert len(rows) >= 13
     for row in rows:
-        for name, tolerance in TOLERANCES[row["case"]["dtype"]].items():
-            assert row["errors"][name] <= tolerance, row
+        for name, error in row["errors"].items():
+            assert error <= TOLERANCES[row["case"]["dtype"]][name], row
     assert {row["case"]["dtype"] for row in rows} == set(TOLERANCES)

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.comm import Comm
-from trainer.kernels.tiled import Partition, finite, log_partition, merge, partition_sums
+from trainer.kernels.log_partition import log_partition
+from trainer.kernels.tiled import Partition, finite, merge, partition_sums
 
 
 class PrototypeTable(NamedTuple):
