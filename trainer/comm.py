@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -63,6 +64,26 @@ class Comm:
         """
         size = -(-count // self.world_size)
         return min(self.rank * size, count), min((self.rank + 1) * size, count)
+
+    def grid(self, size: int) -> tuple[Comm, Comm]:
+        """Ranks in groups of `size` neighbours: those of this rank's group, and those that have
+        its place in the other groups. Every rank must call it; `size` divides the world."""
+        num_groups = self.world_size // size
+        if num_groups * size != self.world_size:
+            raise ValueError(f"{self.world_size} ranks do not make groups of {size}")
+        if num_groups == 1 or size == 1:
+            alone = Comm.solo(self.device)
+            return (self, alone) if num_groups == 1 else (alone, self)
+        rows = [range(group * size, (group + 1) * size) for group in range(num_groups)]
+        columns = [range(place, self.world_size, size) for place in range(size)]
+        return self._within(rows), self._within(columns)
+
+    def _within(self, groups: Sequence[range]) -> Comm:
+        """Every rank takes part in making every group, in the same order."""
+        made = [dist.new_group(list(ranks)) for ranks in groups]
+        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
+        own = groups[index]
+        return Comm(own.index(self.rank), len(own), self.device, made[index])
 
     # -- differentiable -------------------------------------------------------------------------
 

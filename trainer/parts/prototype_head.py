@@ -1,0 +1,234 @@
+"""A table of very many learnable prototypes, its rows divided over the ranks.
+
+What ZeRO would do wrong: it would gather the table, and give every row a dense gradient. Here a
+rank owns a contiguous range of rows and everything about them: which are sampled, their moments,
+their part of a checkpoint. Only features, labels and sums over rows travel (Partial FC,
+arXiv 2203.15565; MLCD, arXiv 2407.17331). The losses are in `trainer.losses`; one step is
+
+    active = head.active(labels, step)
+    statistics = prototype_statistics(features, labels, active, head.comm, ...)
+    multilabel_loss(statistics, ...).loss.backward()
+    head.after_step(step, applied=head.gradients_finite(), learning_rate_factor=1.0)
+
+Gradients of rows are tangent to the sphere, because the losses compare directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field, NonNegativeInt, PositiveFloat
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.losses.statistics import ActiveRows
+from trainer.parts.initial_rows import normal_rows, stored_rows
+from trainer.parts.row_optimizer import Places, RowOptimizer, RowOptimizerConfig
+from trainer.parts.row_ranges import fill_rows, row_pieces
+from trainer.parts.sampling import Sampling, sampled_ids
+
+
+class PrototypeHeadConfig(RowOptimizerConfig):
+    """How a table of prototypes starts, what it compares with in a step, and how it learns."""
+
+    sample_rate: float = Field(default=0.1, ge=0, le=1)
+    """Share of the rows that are negatives of a step. The positives are added to them."""
+    sampling: Sampling = "rows"
+    """`blocks`: 128 neighbouring rows are drawn together."""
+    union_positives: bool = False
+    """Partial FC's rule: what is a positive of one sample is a negative of all others. Else it is
+    one only if it was drawn."""
+    logq: bool = False
+    """Raise the drawn rows' logits by -ln(sample_rate), so that their sum estimates that of all."""
+    init: Literal["normal"] | Path = "normal"
+    """Or a safetensors file with one table of the head's size, such as centroids; its rows are
+    brought to the length that normal ones have."""
+    init_deviation: PositiveFloat = 0.01
+    clip_norm: PositiveFloat | None = None
+    """Of the gradient of all rows of all ranks together."""
+    group_size: NonNegativeInt = 0
+    """Neighbouring ranks that share one table; every such group has a copy and compares with its
+    own samples only. 0: all ranks share one."""
+    offload: bool = False
+    """Keep rows and moments in the host's memory, and update them there."""
+
+
+class Touched(NamedTuple):
+    """The rows of one step."""
+
+    leaf: Float[Tensor, "touched dim"]
+    places: Places
+
+
+class PrototypeHead:
+    """This rank's rows of a table of `num_prototypes`; a Part."""
+
+    def __init__(
+        self, config: PrototypeHeadConfig, *, num_prototypes: int, dim: int, comm: Comm, seed: int
+    ) -> None:
+        size = config.group_size or comm.world_size
+        if comm.world_size % size:
+            raise ConfigError(
+                f"group_size {size} does not divide {comm.world_size} ranks; use a divisor, or 0"
+            )
+        self.config = config
+        self.num_prototypes = num_prototypes
+        self.world = comm
+        self.comm, self._replicas = comm.grid(size)
+        """The ranks that share one table: what losses of `active` rows need."""
+        self.gather_dtype = torch.float16 if comm.device.type == "cuda" else None
+        """In which features travel: halves where the kernels make halves of them anyway."""
+        self._first, self._last = self.comm.row_range(num_prototypes)
+        self._seed = seed
+        self._optimizer = RowOptimizer(self._initial_rows(dim), config)
+        self._touched: Touched | None = None
+        self._gradient: Tensor | None = None
+        self._counts = (0, 0)
+        self._norm = torch.zeros((), device=comm.device)
+
+    @property
+    def rows(self) -> Float[Tensor, "local dim"]:
+        """This rank's rows as they are stored; compared as directions."""
+        return self._optimizer.rows
+
+    @property
+    def row_range(self) -> tuple[int, int]:
+        """Which rows of the whole table these are: [first, last)."""
+        return self._first, self._last
+
+    def active(self, labels: Int64[Tensor, "batch labels"], step: int) -> ActiveRows:
+        """The rows of this rank that a step needs, given the labels of this rank's samples.
+
+        -1 stands for no label. Equally many labels on all ranks. Where gradients are recorded the
+        rows are a leaf, whose gradient `after_step` uses. DataError on all ranks if one has a
+        label that is no row of the table.
+        """
+        positives = self._own_positives(labels)
+        ids, num_negatives = self._active_ids(positives, step)
+        bias = self._bias(ids[:num_negatives], positives)
+        places = None if num_negatives == len(self.rows) else ids - self._first
+        self._optimizer.settle(places)
+        rows = self.rows.detach() if places is None else self.rows.index_select(0, places)
+        rows = rows.to(self.comm.device)
+        self._counts = (num_negatives, len(ids))
+        if torch.is_grad_enabled():
+            self._touched = Touched(rows.requires_grad_(), places)
+        ids = ids.to(self.comm.device)
+        return ActiveRows(rows, ids, num_negatives, bias)
+
+    def gradients_finite(self) -> bool:
+        """Whether this rank's gradient is; averages it over the copies of the table first."""
+        if self._touched is None or self._touched.leaf.grad is None:
+            self._gradient = None
+            return True
+        gradient = self._touched.leaf.grad
+        if self._replicas.world_size > 1:
+            gradient = self._replicas.sum(gradient).div_(self._replicas.world_size)
+        self._gradient = gradient
+        return bool(torch.isfinite(torch.linalg.vector_norm(gradient)))
+
+    def after_step(self, step: int, *, applied: bool, learning_rate_factor: float) -> None:
+        """Update the touched rows by the gradient that `gradients_finite` looked at."""
+        if applied and self._touched is not None and self._gradient is not None:
+            gradient = self._clipped(self._gradient).to(self.rows.device)
+            self._optimizer.update(self._touched.places, gradient, factor=learning_rate_factor)
+        self._touched = self._gradient = None
+
+    def figures(self) -> dict[str, Float[Tensor, ""]]:
+        """Over all ranks: rows that the last `active` compares with, rows that the step moves, and
+        the norm of the step before's gradient ahead of clipping. Every rank must call it."""
+        counts = self.comm.sum(torch.tensor(self._counts, device=self.comm.device))
+        names = ("active_rows", "touched_rows")
+        values = dict(zip(names, counts.float(), strict=True))
+        return {**values, "head_gradient_norm": self._norm}
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_share(self) -> Iterator[tuple[str, Tensor]]:
+        """Rows, moments and counts of this rank's range, in pieces; of the first copy only."""
+        if self._replicas.is_main:
+            yield from row_pieces(self._fields(), first=self._first)
+        if self.world.is_main:
+            yield "log_decay", torch.tensor(self._optimizer.log_decay, dtype=torch.float64)
+            yield "seed", torch.tensor(self._seed)
+            yield "shape", torch.tensor([self.num_prototypes, self.rows.shape[1]])
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        found, own = state["shape"].tolist(), [self.num_prototypes, self.rows.shape[1]]
+        if found != own:
+            raise CheckpointError(
+                f"the checkpoint's head has {found[0]} prototypes of {found[1]} numbers, this one "
+                f"{own[0]} of {own[1]}"
+            )
+        fill_rows(self._fields(), state, first=self._first)
+        self._optimizer.log_decay = float(state["log_decay"])
+        self._seed = int(state["seed"])
+
+    def _fields(self) -> dict[str, Tensor]:
+        held = self._optimizer
+        return {"rows": held.rows, **held.moments, "steps": held.steps, "paid_decay": held.paid}
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _initial_rows(self, dim: int) -> Tensor:
+        deviation, (first, last) = self.config.init_deviation, (self._first, self._last)
+        if self.config.init == "normal":
+            rows = normal_rows(first, last, dim, deviation=deviation, seed=self._seed)
+        else:
+            shape = (self.num_prototypes, dim)
+            rows = stored_rows(self.config.init, first, last, shape=shape, deviation=deviation)
+        if not self.config.offload:
+            return rows.to(self.comm.device)
+        return rows.pin_memory() if self.comm.device.type == "cuda" else rows
+
+    def _own_positives(self, labels: Tensor) -> Tensor:
+        """This rank's rows that are a positive of some sample of any rank, ascending."""
+        everyones = self.world.all_gather(labels)
+        wrong = everyones >= self.num_prototypes
+        if bool(wrong.any()):
+            raise DataError(
+                f"{int(wrong.sum())} labels are not below the number of prototypes, "
+                f"{self.num_prototypes}; the largest is {int(everyones.max())}"
+            )
+        mine = (everyones >= self._first) & (everyones < self._last)
+        positives: Tensor = everyones[mine].unique()
+        return positives.to(self.rows.device)
+
+    def _active_ids(self, positives: Tensor, step: int) -> tuple[Tensor, int]:
+        """Negatives, then what else is a positive; and how many negatives there are."""
+        sampled = sampled_ids(
+            self._first,
+            self._last,
+            rate=self.config.sample_rate,
+            sampling=self.config.sampling,
+            seed=self._seed,
+            step=step,
+            device=self.rows.device,
+        )
+        if self.config.union_positives:
+            sampled = torch.cat([sampled, positives]).unique()
+        others = positives[~torch.isin(positives, sampled)]
+        return torch.cat([sampled, others]), len(sampled)
+
+    def _bias(self, negatives: Tensor, positives: Tensor) -> Tensor | None:
+        """-ln(probability of being a negative), which is one for a row that had to be."""
+        rate = self.config.sample_rate
+        if not self.config.logq or rate in {0, 1}:
+            return None
+        bias = self.rows.new_full((len(negatives),), -math.log(rate))
+        if self.config.union_positives:
+            bias[torch.isin(negatives, positives)] = 0.0
+        return bias.to(self.comm.device)
+
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        square = torch.linalg.vector_norm(gradient).square()
+        self._norm = self.comm.sum(square).sqrt()
+        if self.config.clip_norm is None:
+            return gradient
+        return gradient.mul_((self.config.clip_norm / (self._norm + 1e-6)).clamp_max(1.0))

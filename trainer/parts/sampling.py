@@ -1,0 +1,53 @@
+"""Which rows of a sharded table a step compares with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from trainer.hashing import key_of, uniform
+
+Sampling = Literal["rows", "blocks"]
+
+BLOCK = 128
+"""Rows that are drawn together, so that a device reads them in one piece."""
+CHUNK = 1 << 16
+"""Numbers hashed at a time: they stay in the cache through the mixer's thirty passes."""
+
+
+def sampled_ids(
+    first: int,
+    last: int,
+    *,
+    rate: float,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    device: torch.device | str = "cpu",
+) -> Int64[Tensor, " sampled"]:
+    """Those of the rows [first, last) that are in the sample of a step, ascending.
+
+    A row is in it if a hash of (seed, step, row) is below `rate`, or of its block of 128. So
+    every division of a table into ranges draws the same sample, and each step another.
+    """
+    if rate >= 1:
+        return torch.arange(first, last, device=device)
+    key = key_of("negatives", seed, step)
+    if sampling == "rows":
+        return _below(first, last, rate, key, device)
+    blocks = _below(first // BLOCK, -(-last // BLOCK), rate, key, device)
+    ids = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten()
+    return ids[(ids >= first) & (ids < last)]
+
+
+def _below(first: int, last: int, rate: float, key: int, device: torch.device | str) -> Tensor:
+    # A host hashes what fits its cache; a device wants all of it at once.
+    size = CHUNK if torch.device(device).type == "cpu" else max(1, last - first)
+    found = [torch.arange(0, device=device)]
+    for at in range(first, last, size):
+        ids = torch.arange(at, min(at + size, last), device=device)
+        found.append(ids[uniform(ids, key) < rate])
+    return torch.cat(found)
