@@ -39,7 +39,8 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on another device."""
-        return Packed(*(part.to(device) for part in self[:4]), reference_pad=self.reference_pad)
+        moved = {name: getattr(self, name).to(device) for name in self._fields[:4]}
+        return self._replace(**moved)
 
 
 def pack(
