@@ -63,6 +63,11 @@ class ClusterLabels:
         """Clusters a sample has at most: the width of `top`."""
         return self._table.shape[1]
 
+    @property
+    def num_clusters(self) -> int:
+        """One more than the largest label. Reads all of them."""
+        return int(self._table.max()) + 1 if self._table.numel() else 0
+
     def of(self, sample_id: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
         """The nearest cluster of every sample; -1 where the id is unknown."""
         return self.top(sample_id)[:, 0]
