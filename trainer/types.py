@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     """True where a token is real, False on padding."""
     sample_id: Int[Tensor, " batch"]
     """63-bit ids; labels and teacher vectors are joined by them, never by position."""
+    epoch: Int[Tensor, " batch"] | None = None
+    """How often the run had been through the data when it came to the sample."""
 
 
 class Features(NamedTuple):

@@ -292,6 +292,9 @@ def test_six_vectors_of_eleven_are_read_without_the_other_five(tmp_path):
     wanted = {1 + row * vectors + vector for row in ids for vector in which}
     assert pages_in_memory(path) - before == wanted
     assert torch.equal(found, values[ids][:, which].half().float())
+    own = torch.tensor([which, which[::-1], [1] * 6, which])
+    each = torch.stack([values[i][chosen] for i, chosen in zip(ids, own.tolist(), strict=True)])
+    assert torch.equal(store.vectors(torch.tensor(ids), own), each.half().float())
 
 
 def test_a_store_that_is_not_there_or_not_ready_says_so(tmp_path):

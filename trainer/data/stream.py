@@ -143,6 +143,7 @@ class Stream:
             if raw.token_mask is None
             else _filled(raw.token_mask.to(device), missing),
             sample_id=torch.cat([raw.sample_id, padding]).to(device),
+            epoch=_filled(raw.epochs.to(device), missing),
         )
 
 

@@ -68,9 +68,14 @@ class Block:
         return len(self.ids)
 
     def read(
-        self, rows: slice | NDArray[np.int64], which: Sequence[int] | None = None
+        self,
+        rows: slice | NDArray[np.int64],
+        which: Sequence[int] | NDArray[np.int64] | None = None,
     ) -> Float32[Tensor, "rows vectors dim"]:
-        """Some rows in float32; of each the vectors `which`, in that order, and no others."""
+        """Some rows in float32; of each the vectors `which`, in that order, and no others.
+
+        An array [rows, chosen] chooses other vectors of every row.
+        """
         columns = np.arange(self.values.shape[1]) if which is None else np.array(which, np.int64)
         numbers = np.arange(len(self))[rows]
         picked = (

@@ -90,20 +90,24 @@ class EmbeddingStore:
         return self.vectors(ids)[:, 0]
 
     def vectors(
-        self, ids: Int64[Tensor, " n"], which: Sequence[int] | None = None
+        self,
+        ids: Int64[Tensor, " n"],
+        which: Sequence[int] | Int64[Tensor, "n chosen"] | None = None,
     ) -> Float32[Tensor, "n chosen dim"]:
         """The vectors `which` (all where None) of every id, in the orders given.
 
-        Only the pages that hold them are read. DataError where an id is not in the store.
+        A tensor chooses for every id on its own. Only the pages that hold them are read.
+        DataError where an id is not in the store.
         """
         rows = self._find(ids.cpu().numpy())
         chosen = self._columns(which)
-        result = torch.empty(len(rows), len(chosen), self.dim)
+        result = torch.empty(len(rows), chosen.shape[1], self.dim)
         files = np.searchsorted(self._starts, rows, side="right") - 1
         for file in np.unique(files).tolist():
             wanted = files == file
             inside = rows[wanted] - self._starts[file]
-            result[torch.from_numpy(wanted)] = self._block(file).read(inside, chosen)
+            own = chosen if len(chosen) == 1 else chosen[wanted]
+            result[torch.from_numpy(wanted)] = self._block(file).read(inside, own)
         return result
 
     def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[Block]:
@@ -128,9 +132,11 @@ class EmbeddingStore:
         for name in self._names:
             check_shard(self.folder / f"{name}{SUFFIX}")
 
-    def _columns(self, which: Sequence[int] | None) -> list[int]:
-        chosen = list(range(self.num_vectors)) if which is None else [int(i) for i in which]
-        if wrong := [i for i in chosen if not 0 <= i < self.num_vectors]:
+    def _columns(self, which: Sequence[int] | Tensor | None) -> NDArray[np.int64]:
+        """[1 or n, chosen]"""
+        given = range(self.num_vectors) if which is None else which
+        chosen = np.atleast_2d(np.asarray(given, dtype=np.int64))
+        if (wrong := chosen[(chosen < 0) | (chosen >= self.num_vectors)]).size:
             raise DataError(f"{self.folder} has vectors 0 to {self.num_vectors - 1}, no {wrong[0]}")
         return chosen
 
