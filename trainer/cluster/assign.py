@@ -45,7 +45,9 @@ class CentroidTable(NamedTuple):
     """Largest distance between c - o and its rounded form."""
 
 
-class _Candidates(NamedTuple):
+class Candidates(NamedTuple):
+    """Pairs of a point and a centroid that may be near; every point has one at least."""
+
     rows: Int64[Tensor, " p"]
     columns: Int64[Tensor, " p"]
     scores: Float[Tensor, " p"]
@@ -123,7 +125,7 @@ def assign_block(
 ) -> Int64[Tensor, " n"]:
     """As `assign`, for one block of points and a prepared table."""
     points = points.float()
-    found = _scan(points, table, column_block=column_block)
+    found = scan(points, table, column_block=column_block)
     return resolve(points, table.centroids, found.rows, found.columns)
 
 
@@ -167,23 +169,34 @@ def ordered_sum(terms: Float64[Tensor, "n d"]) -> Float64[Tensor, " n"]:
     return terms[:, 0].clone() if width else terms.new_zeros(terms.shape[0])
 
 
-def _scan(points: Tensor, table: CentroidTable, *, column_block: int) -> _Candidates:
-    """All (row, column) whose score may be the row's best, rounding considered."""
+def scan(
+    points: Float[Tensor, "n d"], table: CentroidTable, *, column_block: int, count: int = 1
+) -> Candidates:
+    """All pairs whose score may be among the row's `count` best, rounding considered."""
     shifted = points - table.origin
     rounded = shifted.to(table.scanned.dtype)
     margin = margin_of(shifted, rounded, table)
     wide = widened(rounded, None)
-    best = torch.full_like(margin.fixed, -torch.inf)
+    best = margin.fixed.new_full((points.shape[0], count), -torch.inf)
     width = max(column_block // _MEMBERS, 1) * _MEMBERS
     found = []
     for first in range(0, table.scanned.shape[0], width):
         scores = scores_of(wide, table, slice(first, first + width))
         groups = scores.unflatten(1, (_members(scores.shape[1]), -1))
         tops = groups.amax(1)
-        best = torch.maximum(best, tops.amax(1))
-        found.append(_in_reach(groups, tops, margin.below(best), first))
-    together = _Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    return _kept(together, margin.below(best), table)
+        best = _best_so_far(best, tops)
+        found.append(_in_reach(groups, tops, margin.below(best[:, -1]), first))
+    together = Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return _kept(together, margin.below(best[:, -1]), table)
+
+
+def _best_so_far(best: Tensor, tops: Tensor) -> Tensor:
+    """The best `count` maxima of groups, descending. The last is a bound below the count-th best
+    score: each of the groups has one at least as good."""
+    count = best.shape[1]
+    if count == 1:
+        return torch.maximum(best, tops.amax(1, keepdim=True).to(best.dtype))
+    return torch.cat([best, tops.to(best.dtype)], 1).topk(count, dim=1).values
 
 
 def _members(width: int) -> int:
@@ -217,20 +230,20 @@ def widened(rows: Tensor, offsets: Tensor | None) -> Tensor:
     return torch.nn.functional.pad(wide, (0, -wide.shape[1] % 4))
 
 
-def _in_reach(groups: Tensor, tops: Tensor, threshold: Tensor, first: int) -> _Candidates:
+def _in_reach(groups: Tensor, tops: Tensor, threshold: Tensor, first: int) -> Candidates:
     """Candidates of one tile. "Not below" instead of "above": NaN (overflow) stays in."""
     row, group = (~(tops < threshold[:, None])).nonzero(as_tuple=True)
     scores = groups[row, :, group]
     entry, member = (~(scores < threshold[row, None])).nonzero(as_tuple=True)
     columns = first + member * groups.shape[2] + group[entry]
-    return _Candidates(row[entry], columns, scores[entry, member])
+    return Candidates(row[entry], columns, scores[entry, member])
 
 
-def _kept(found: _Candidates, threshold: Tensor, table: CentroidTable) -> _Candidates:
+def _kept(found: Candidates, threshold: Tensor, table: CentroidTable) -> Candidates:
     """Candidates of earlier tiles against the final threshold; filling and repeats go."""
     keep = ~(found.scores < threshold[found.rows])
     keep &= table.eligible[found.columns]
-    return _Candidates(*(part[keep] for part in found))
+    return Candidates(*(part[keep] for part in found))
 
 
 class Margin(NamedTuple):

@@ -20,8 +20,10 @@ def faiss_centroids(problem: Problem, initial: Tensor | None) -> tuple[Tensor, l
     """
     config, comm = problem.config, problem.comm
     _check_faiss_limits(problem)
-    rows = comm.gather_rows(problem.points.float().to(comm.device))
-    order = torch.argsort(comm.gather_rows(problem.ids.to(comm.device)), stable=True)
+    points = problem.points
+    rows = comm.gather_rows(points.rows(0, len(points)).to(comm.device, torch.float32))
+    ids = comm.gather_rows(points.ids(0, len(points)).to(comm.device))
+    order = torch.argsort(ids, stable=True)
     centroids = rows.new_zeros((config.clusters, rows.shape[1]))
     objective: list[float] = []
     if comm.is_main:
@@ -57,7 +59,7 @@ def _train_faiss(
 
 
 def _check_faiss_limits(problem: Problem) -> None:
-    clusters, size = problem.config.clusters, problem.num_points * problem.points.shape[1] * 4
+    clusters, size = problem.config.clusters, problem.num_points * problem.points.dim * 4
     if clusters > _FAISS_CLUSTERS or size > _FAISS_BYTES:
         raise ConfigError(
             f"backend faiss takes at most {_FAISS_CLUSTERS} clusters and {_FAISS_BYTES >> 30} GiB"

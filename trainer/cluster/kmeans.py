@@ -9,11 +9,10 @@ of points.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -22,13 +21,46 @@ from torch import Tensor
 from trainer.cluster import two_level
 from trainer.cluster.assign import assign_block, ordered_sum, prepare
 from trainer.cluster.faiss_peer import faiss_centroids
-from trainer.cluster.problem import KMeansConfig, KMeansResult, Problem, pose, starting_points
+from trainer.cluster.points import Points, Resident, stream
+from trainer.cluster.problem import Facts, KMeansConfig, KMeansResult, Problem, pose
+from trainer.cluster.start import starting_points
+from trainer.cluster.update import refilled, unit_or
 from trainer.comm import Comm
 from trainer.errors import ConfigError
 
-__all__ = ["KMeansConfig", "KMeansResult", "kmeans"]
+__all__ = ["KMeansConfig", "KMeansResult", "Observer", "State", "cluster", "kmeans"]
 
-_SPLIT = 1.0 / 1024.0
+
+class State(NamedTuple):
+    """After an update: all that the rest of a run depends on, equal on all ranks."""
+
+    facts: Facts
+    centroids: Float[Tensor, "k d"]
+    objective: list[float]
+    """Mean squared distance per point before each update that was made."""
+    repaired: int
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Is told how a clustering goes; every rank calls its own, at the same moments."""
+
+    def scored(self, iteration: int, objective: float, moved: float | None) -> None:
+        """A pass is done: mean squared distance per point after `iteration` updates, and the
+        share of points that changed their cluster (None where that is not known)."""
+        ...
+
+    def updated(self, state: State) -> None:
+        """The centroids have moved."""
+        ...
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    def scored(self, iteration: int, objective: float, moved: float | None) -> None: ...
+
+    def updated(self, state: State) -> None: ...
 
 
 class _Sums(NamedTuple):
@@ -57,42 +89,78 @@ def kmeans(
     DataError names the sample of a non-finite value; ConfigError if there are fewer points than
     clusters. Holds K x d float64 sums per rank and nothing of size N x K.
     """
-    problem = pose(points, ids, config, comm)
-    shape = (config.clusters, points.shape[1])
-    if initial is not None and initial.shape != shape:
-        raise ConfigError(f"the initial centroids are {tuple(initial.shape)} and must be {shape}")
+    return cluster(Resident(points, ids), config, comm, initial=initial)
+
+
+def cluster(
+    points: Points,
+    config: KMeansConfig,
+    comm: Comm,
+    *,
+    initial: Float[Tensor, "k d"] | None = None,
+    resume: State | None = None,
+    observer: Observer | None = None,
+) -> KMeansResult:
+    """As `kmeans`, for points that may be on disk, and watched by an observer.
+
+    `resume` goes on after the update that the state tells of; the result is, bit for bit, that of
+    a run that was never interrupted. It needs `restarts` of one.
+    """
+    if resume is not None and (config.restarts != 1 or config.backend != "torch"):
+        raise ConfigError("only backend torch with one restart goes on where it was interrupted")
+    problem = pose(points, config, comm, facts=resume.facts if resume else None)
+    shape = (config.clusters, points.dim)
+    for given in (initial, resume.centroids if resume else None):
+        if given is not None and given.shape != shape:
+            raise ConfigError(f"the initial centroids are {tuple(given.shape)} and must be {shape}")
     if config.backend == "faiss":
         return _by_faiss(problem, initial)
     best: KMeansResult | None = None
     for restart in range(config.restarts):
-        given = initial if restart == 0 else None
-        start = starting_points(problem, restart) if given is None else given
-        result = _lloyd(problem, start.to(comm.device, torch.float32))
+        state = resume or _start(problem, restart, initial if restart == 0 else None)
+        result = _lloyd(problem, state, observer or Silent())
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None
     return best
 
 
-def _lloyd(problem: Problem, centroids: Tensor) -> KMeansResult:
+def _start(problem: Problem, restart: int, initial: Tensor | None) -> State:
+    start = starting_points(problem, restart) if initial is None else initial
+    start = start.to(problem.comm.device, torch.float32)
+    if problem.config.spherical:
+        start = unit_or(start, instead=start)
+    return State(problem.facts, start, [], 0)
+
+
+def _lloyd(problem: Problem, state: State, observer: Observer) -> KMeansResult:
     config = problem.config
-    if config.spherical:
-        centroids = _unit(centroids, instead=centroids)
-    objective: list[float] = []
-    repaired = 0
+    before: Tensor | None = None
     while True:
+        centroids, objective = state.centroids, state.objective
         found = _pass(problem, centroids)
         value = _objective(problem, found, centroids)
+        observer.scored(len(objective), value, _moved_share(problem, found.labels, before))
         if len(objective) == config.iterations or _settled(objective, value, config.tolerance):
             break
-        objective.append(value)
+        before = found.labels
         moved, splits = _updated(problem, found, centroids)
-        repaired += splits
+        state = State(problem.facts, moved, [*objective, value], state.repaired + splits)
         if torch.equal(moved, centroids):
             break
-        centroids = moved
+        observer.updated(state)
     inertia = value * problem.num_points
-    return KMeansResult(centroids, found.labels, found.counts, objective, repaired, inertia)
+    return KMeansResult(
+        state.centroids, found.labels, found.counts, state.objective, state.repaired, inertia
+    )
+
+
+def _moved_share(problem: Problem, labels: Tensor, before: Tensor | None) -> float | None:
+    """Share of all points whose label is another than in the pass before."""
+    if before is None:
+        return None
+    changed = problem.comm.sum((labels != before).sum()[None])
+    return int(changed) / problem.num_points
 
 
 def _by_faiss(problem: Problem, initial: Tensor | None) -> KMeansResult:
@@ -114,16 +182,15 @@ def _pass(problem: Problem, centroids: Tensor) -> _Sums:
     """Assign every local point and add it, as whole numbers, to its cluster; then reduce."""
     config, comm, points = problem.config, problem.comm, problem.points
     rows = -(-config.clusters // comm.world_size) * comm.world_size
-    sums = torch.zeros((rows, points.shape[1]), dtype=torch.float64, device=comm.device)
-    counts = torch.zeros(rows, dtype=torch.int64, device=comm.device)
-    labels = torch.empty(points.shape[0], dtype=torch.int64, device=comm.device)
     step, nearest_of = _assigner(problem, centroids)
-    for first in range(0, points.shape[0], step):
-        block = points[first : first + step].to(comm.device, torch.float32)
+    sums = torch.zeros((rows, points.dim), dtype=torch.float64, device=comm.device)
+    counts = torch.zeros(rows, dtype=torch.int64, device=comm.device)
+    labels = torch.empty(len(points), dtype=torch.int64, device=comm.device)
+    for place, block in stream(points, step, comm.device):
         nearest = nearest_of(block)
         sums.index_add_(0, nearest, (block.double() * problem.scale).round_())
         counts.index_add_(0, nearest, torch.ones_like(nearest))
-        labels[first : first + step] = nearest
+        labels[place] = nearest
     return _Sums(labels, comm.reduce_scatter(sums), comm.sum(counts)[: config.clusters])
 
 
@@ -135,18 +202,19 @@ def _assigner(problem: Problem, centroids: Tensor) -> tuple[int, Callable[[Tenso
         return config.row_block, partial(
             assign_block, table=table, column_block=config.column_block
         )
-    cells = _cells(centroids, config)
+    cells = coarse_cells(centroids, config, problem.comm)
     return max(config.row_block, two_level.ROWS), partial(two_level.assign_two_level, cells=cells)
 
 
-def _cells(centroids: Tensor, config: KMeansConfig) -> two_level.Cells:
-    """Coarse cells: a k-means of the centroids, on every rank the same."""
+def coarse_cells(centroids: Tensor, config: KMeansConfig, comm: Comm) -> two_level.Cells:
+    """A k-means of the centroids, each rank's share of them on that rank."""
     count = min(config.cells or math.isqrt(config.clusters), config.clusters)
     coarse = KMeansConfig(clusters=count, iterations=4, seed=config.seed, precision="float32")
-    ids = torch.arange(config.clusters, device=centroids.device)
-    found = kmeans(centroids, ids, coarse, Comm.solo(centroids.device))
+    first, last = comm.row_range(config.clusters)
+    ids = torch.arange(first, last, device=centroids.device)
+    found = kmeans(centroids[first:last], ids, coarse, comm)
     return two_level.group_into_cells(
-        centroids, found.centroids, found.labels, probes=config.probes
+        centroids, found.centroids, comm.gather_rows(found.labels), probes=config.probes
     )
 
 
@@ -157,7 +225,7 @@ def _objective(problem: Problem, found: _Sums, centroids: Tensor) -> float:
     means = found.sums[: last - first] / problem.scale
     terms = ordered_sum((found.counts[first:last, None] * own - 2.0 * means) * own)
     everyone = problem.comm.gather_rows(terms)
-    total = problem.sum_of_squares + float(ordered_sum(everyone[None].clone()))
+    total = problem.facts.sum_of_squares + float(ordered_sum(everyone[None].clone()))
     return max(total, 0.0) / problem.num_points
 
 
@@ -170,34 +238,6 @@ def _updated(problem: Problem, found: _Sums, centroids: Tensor) -> tuple[Tensor,
     means = (found.sums[: last - first] / problem.scale / counts.clamp(min=1)).float()
     kept = centroids[first:last]
     means = torch.where(counts > 0, means, kept)
-    own[: last - first] = _unit(means, instead=kept) if problem.config.spherical else means
-    moved, splits = _refilled(comm.all_gather(own)[:clusters], found.counts)
-    return (_unit(moved, instead=moved) if problem.config.spherical and splits else moved), splits
-
-
-def _refilled(centroids: Tensor, counts: Tensor) -> tuple[Tensor, int]:
-    """Give every empty cluster half of the largest one: copies of its centroid pushed apart.
-
-    Empty clusters in order of id; of equally large donors the lowest id. Coordinates of the two
-    halves differ by factors 1 +- 1/1024 with alternating sign, as in faiss, which draws the donor.
-    """
-    empty = (counts == 0).nonzero().flatten().tolist()
-    if not empty:
-        return centroids, 0
-    heap = [(-count, cluster) for cluster, count in enumerate(counts.tolist()) if count]
-    heapq.heapify(heap)
-    signs = torch.ones(centroids.shape[1], device=centroids.device)
-    signs[1::2] = -1.0
-    for cluster in empty:
-        size, donor = heapq.heappop(heap)
-        centroids[cluster] = centroids[donor] * (1.0 + _SPLIT * signs)
-        centroids[donor] *= 1.0 - _SPLIT * signs
-        for part, owner in ((-(-size // 2), donor), (size // 2, cluster)):
-            heapq.heappush(heap, (part, owner))
-    return centroids, len(empty)
-
-
-def _unit(rows: Tensor, *, instead: Tensor) -> Tensor:
-    """Rows scaled to length one; a zero row is replaced by that of `instead`."""
-    lengths = ordered_sum(rows.double().square()).sqrt()[:, None]
-    return torch.where(lengths > 0, (rows.double() / lengths).float(), instead)
+    own[: last - first] = unit_or(means, instead=kept) if problem.config.spherical else means
+    moved, splits = refilled(comm.all_gather(own)[:clusters], found.counts)
+    return (unit_or(moved, instead=moved) if problem.config.spherical and splits else moved), splits

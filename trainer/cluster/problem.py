@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.cluster.assign import COLUMN_BLOCK, ROW_BLOCK, fastest_precision, ordered_sum
+from trainer.cluster.points import Points, stream
 from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError, DataError
-from trainer.hashing import hash_bits, key_of
 
 
 class KMeansConfig(Frozen):
@@ -65,56 +64,93 @@ class KMeansResult(NamedTuple):
     """Sum of squared distances of all points to the final centroids."""
 
 
+class Facts(NamedTuple):
+    """What a look at all points tells; plain numbers, so that a resumed run need not look again."""
+
+    num_points: int
+    """On all ranks."""
+    largest: float
+    """Largest absolute value."""
+    sum_of_squares: float
+
+
 class Problem(NamedTuple):
     """What stays the same over restarts and iterations."""
 
-    points: Tensor
-    ids: Tensor
+    points: Points
     config: KMeansConfig
     comm: Comm
-    num_points: int
+    facts: Facts
     scale: float
     """A power of two: points enter sums as round(x * scale)."""
-    sum_of_squares: float
-    """Of all points on all ranks."""
     precision: torch.dtype
     """Of the scan on this rank."""
 
+    @property
+    def num_points(self) -> int:
+        return self.facts.num_points
 
-def pose(points: Tensor, ids: Tensor, config: KMeansConfig, comm: Comm) -> Problem:
-    """Check the points; choose the scale of the integers from their number and largest value."""
-    _check_finite(points, ids, comm)
-    local = torch.tensor([points.shape[0]], device=comm.device)
-    num_points = int(comm.sum(local))
+
+def pose(
+    points: Points, config: KMeansConfig, comm: Comm, *, facts: Facts | None = None
+) -> Problem:
+    """Check the points; choose the scale of the integers from their number and largest value.
+
+    Reads the points twice, or not at all if the `facts` about them are given.
+    """
+    facts = facts or _look_at(points, config, comm)
+    count = int(comm.sum(torch.tensor([len(points)], device=comm.device)))
+    if count != facts.num_points:
+        raise ConfigError(
+            f"the points are {count} and were {facts.num_points} when this clustering began;"
+            " start it again"
+        )
+    scale = _scale(facts.num_points, facts.largest, bits=52)
+    return Problem(points, config, comm, facts, scale, _precision(points, config, comm))
+
+
+def _look_at(points: Points, config: KMeansConfig, comm: Comm) -> Facts:
+    largest = _largest(points, config.row_block, comm)
+    num_points = int(comm.sum(torch.tensor([len(points)], device=comm.device)))
     if num_points < config.clusters:
         raise ConfigError(
             f"{config.clusters} clusters need at least as many points and there are {num_points};"
             f" use at most {num_points} clusters or more samples"
         )
-    largest = points.new_zeros(1, dtype=torch.float64).to(comm.device)
-    for block in _blocks(points, config.row_block):
-        largest = torch.maximum(largest, block.abs().max().double())
-    largest_value = float(comm.max(largest))
-    scale = _scale(num_points, largest_value, bits=52)
-    norm_scale = _scale(num_points, points.shape[1] * largest_value**2, bits=62)
+    norm_scale = _scale(num_points, points.dim * largest**2, bits=62)
     total = torch.zeros(1, dtype=torch.int64, device=comm.device)
-    for block in _blocks(points, config.row_block):
+    for _, block in stream(points, config.row_block, comm.device):
         total += (ordered_sum(block.double().square()) * norm_scale).round().long().sum()
-    squares = int(comm.sum(total)) / norm_scale
-    precision = _precision(points, config, comm)
-    return Problem(points, ids, config, comm, num_points, scale, squares, precision)
+    return Facts(num_points, largest, int(comm.sum(total)) / norm_scale)
 
 
-def _precision(points: Tensor, config: KMeansConfig, comm: Comm) -> torch.dtype:
+def _largest(points: Points, size: int, comm: Comm) -> float:
+    """Largest absolute value on all ranks. DataError where a value is not finite."""
+    largest = torch.zeros(1, dtype=torch.float64, device=comm.device)
+    lowest_bad, num_bad = torch.iinfo(torch.int64).max, 0
+    for place, block in stream(points, size, comm.device):
+        bad = ~torch.isfinite(block).all(1)
+        if bool(bad.any()):
+            ids = points.ids(place.start, place.stop)[bad.to("cpu")]
+            lowest_bad = min(lowest_bad, int(ids.min()))
+            num_bad += len(ids)
+        largest = torch.maximum(largest, block.abs().max().double())
+    count = int(comm.sum(torch.tensor([num_bad], device=comm.device)))
+    named = int(comm.min(torch.tensor([lowest_bad], device=comm.device)))
+    if count:
+        raise DataError(
+            f"{count} of the points to cluster are not finite, the lowest sample id of them is"
+            f" {named}; look at that sample's features"
+        )
+    return float(comm.max(largest))
+
+
+def _precision(points: Points, config: KMeansConfig, comm: Comm) -> torch.dtype:
     if config.precision != "auto":
         return torch.float32 if config.precision == "float32" else torch.bfloat16
-    some = points[: max(config.row_block, 2 * COLUMN_BLOCK)].to(comm.device, torch.float32)
+    some = points.rows(0, min(len(points), max(config.row_block, 2 * COLUMN_BLOCK)))
+    some = some.to(comm.device, torch.float32)
     return fastest_precision(some[: config.row_block], some[: config.clusters])
-
-
-def _blocks(points: Tensor, size: int) -> Iterator[Tensor]:
-    """Consecutive blocks of at most `size` rows; none of no rows."""
-    return (points[first : first + size] for first in range(0, points.shape[0], size))
 
 
 def _scale(count: int, largest: float, *, bits: int) -> float:
@@ -123,43 +159,3 @@ def _scale(count: int, largest: float, *, bits: int) -> float:
         return 1.0
     exponent = bits - math.frexp(largest)[1] - count.bit_length()
     return math.ldexp(1.0, min(exponent, 1000))
-
-
-def _check_finite(points: Tensor, ids: Tensor, comm: Comm) -> None:
-    bad = torch.cat(
-        [torch.zeros(0, dtype=torch.bool, device=points.device)]
-        + [~torch.isfinite(block).all(1) for block in _blocks(points, ROW_BLOCK)]
-    )
-    last = torch.iinfo(torch.int64).max
-    lowest = torch.where(bad, ids, last).min() if bad.any() else torch.tensor(last)
-    count = int(comm.sum(bad.sum()[None].to(comm.device)))
-    named = int(comm.min(lowest[None].to(comm.device)))
-    if count:
-        raise DataError(
-            f"{count} of the points to cluster are not finite, the lowest sample id of them is"
-            f" {named}; look at that sample's features"
-        )
-
-
-def starting_points(problem: Problem, restart: int) -> Float[Tensor, "k d"]:
-    """The K points whose ids have the smallest hash, in order of the hash."""
-    clusters, comm = problem.config.clusters, problem.comm
-    bits = hash_bits(problem.ids, key_of(problem.config.seed, "kmeans start", restart))
-    local = torch.sort(bits).values[:clusters]
-    threshold = torch.sort(comm.gather_rows(local)).values[clusters - 1]
-    chosen = bits <= threshold
-    rows = comm.gather_rows(problem.points[chosen].float())
-    keys = comm.gather_rows(bits[chosen])
-    order = _lexicographic(keys, rows)
-    return rows[order[:clusters]]
-
-
-def _lexicographic(keys: Tensor, rows: Tensor) -> Tensor:
-    """Order by key; equal keys (an id given twice) by the row's values, wherever the row was."""
-    order = torch.argsort(keys, stable=True)
-    if torch.unique(keys).numel() < keys.numel():
-        order = torch.arange(keys.shape[0], device=keys.device)
-        for column in reversed(range(rows.shape[1])):
-            order = order[torch.argsort(rows[order, column], stable=True)]
-        order = order[torch.argsort(keys[order], stable=True)]
-    return order

@@ -82,19 +82,17 @@ def assign_two_level(points: Float[Tensor, "n d"], cells: Cells) -> Int64[Tensor
     Holds points x cells scores: give it some 10 000 points at once.
     """
     shifted = points.float() - cells.table.origin
-    rows, members = _probed(shifted, cells)
+    rows, members = probed(shifted, cells)
     tops = _best_of_cells(shifted, rows, members, cells)
     best = tops.new_full((points.shape[0],), -torch.inf).scatter_reduce_(0, rows, tops, "amax")
     threshold = margin_of(shifted, shifted, cells.table).below(best)
-    near = ~(tops < threshold[rows])
-    passed = torch.nn.functional.pad(near.long().cumsum(0), (1, 0))
-    ends = torch.tensor([0, *members]).cumsum(0).to(passed.device)
-    left = passed[ends].diff().tolist()
-    rows, columns = _candidates(shifted, rows[near], left, threshold, cells)
-    return resolve(points.float(), cells.centroids, rows, columns)
+    pairs = candidates_of_cells(shifted, rows, members, tops, threshold, cells)
+    return resolve(points.float(), cells.centroids, *pairs)
 
 
-def _probed(shifted: Tensor, cells: Cells) -> tuple[Tensor, list[int]]:
+def probed(
+    shifted: Float[Tensor, "n d"], cells: Cells
+) -> tuple[Int64[Tensor, " pairs"], list[int]]:
     """Rows of the points that look into each cell, cell by cell, and how many each cell has.
 
     All cells that score at least as well as the `probes`-th best. The products are sums of whole
@@ -123,12 +121,23 @@ def _best_of_cells(shifted: Tensor, rows: Tensor, members: list[int], cells: Cel
     return tops
 
 
-def _candidates(
-    shifted: Tensor, rows: Tensor, members: list[int], threshold: Tensor, cells: Cells
-) -> tuple[Tensor, Tensor]:
-    """(row, centroid id) of every score that may be the row's best."""
+def candidates_of_cells(
+    shifted: Float[Tensor, "n d"],
+    rows: Int64[Tensor, " pairs"],
+    members: list[int],
+    tops: Float[Tensor, " pairs"],
+    threshold: Float[Tensor, " n"],
+    cells: Cells,
+) -> tuple[Int64[Tensor, " p"], Int64[Tensor, " p"]]:
+    """(row, centroid id) of every score at or above the row's threshold.
+
+    Looks again into the cells whose best score reaches it.
+    """
+    near = ~(tops < threshold[rows])
+    passed = torch.nn.functional.pad(near.long().cumsum(0), (1, 0))
+    ends = torch.tensor([0, *members]).cumsum(0).to(passed.device)
     found_rows, found_ids = [], []
-    for cell, chosen in enumerate(rows.split(members)):
+    for cell, chosen in enumerate(rows[near].split(passed[ends].diff().tolist())):
         if chosen.shape[0] == 0:
             continue
         first, last = cells.starts[cell], cells.starts[cell + 1]

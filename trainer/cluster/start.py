@@ -1,0 +1,57 @@
+"""Where k-means starts: the same for every number of ranks."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trainer.cluster.points import stream_ids
+from trainer.cluster.problem import Problem
+from trainer.hashing import hash_bits, key_of
+
+_IDS_AT_ONCE = 1 << 20
+
+
+def starting_points(problem: Problem, restart: int) -> Float[Tensor, "k d"]:
+    """The K points whose ids have the smallest hash, in order of the hash."""
+    clusters, comm = problem.config.clusters, problem.comm
+    bits, places = smallest_hashes(
+        problem, clusters, key_of(problem.config.seed, "kmeans start", restart)
+    )
+    rows = comm.gather_rows(problem.points.take(places).to(comm.device, torch.float32))
+    order = _lexicographic(comm.gather_rows(bits.to(comm.device)), rows)
+    return rows[order[:clusters]]
+
+
+def smallest_hashes(problem: Problem, count: int, key: int) -> tuple[Tensor, Tensor]:
+    """Hash and place of this rank's part of the `count` points with the smallest hashes.
+
+    More if ids are given twice: all points of the last hash belong.
+    """
+    comm = problem.comm
+    kept = torch.zeros(0, dtype=torch.int64)
+    places = torch.zeros(0, dtype=torch.int64)
+    limit = torch.iinfo(torch.int64).max
+    for span, ids in stream_ids(problem.points, _IDS_AT_ONCE):
+        bits = hash_bits(ids.cpu(), key)
+        inside = (bits <= limit).nonzero()[:, 0]
+        kept, places = torch.cat([kept, bits[inside]]), torch.cat([places, span.start + inside])
+        if len(kept) > count:
+            limit = int(kept.kthvalue(count).values)
+            kept, places = kept[kept <= limit], places[kept <= limit]
+    everyone = torch.sort(comm.gather_rows(kept.to(comm.device))).values
+    threshold = int(everyone[min(count, len(everyone)) - 1])
+    chosen = kept <= threshold
+    return kept[chosen], places[chosen]
+
+
+def _lexicographic(keys: Tensor, rows: Tensor) -> Tensor:
+    """Order by key; equal keys (an id given twice) by the row's values, wherever the row was."""
+    order = torch.argsort(keys, stable=True)
+    if torch.unique(keys).numel() < keys.numel():
+        order = torch.arange(keys.shape[0], device=keys.device)
+        for column in reversed(range(rows.shape[1])):
+            order = order[torch.argsort(rows[order, column], stable=True)]
+        order = order[torch.argsort(keys[order], stable=True)]
+    return order

@@ -1,0 +1,102 @@
+"""Vectors of an embedding store as points: whole shards to a rank, read from disk every pass."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from trainer.cluster.points import unit_rows
+from trainer.comm import Comm
+from trainer.data.embeddings import Block, EmbeddingStore
+from trainer.data.embeddings.shard_file import SUFFIX, map_shard
+from trainer.errors import ConfigError
+
+
+class StoredPoints:
+    """One vector of every sample in this rank's shards of a store.
+
+    Only the file being read is mapped, so memory does not grow with the store. Ids stay in memory:
+    8 bytes a sample of this rank.
+    """
+
+    resident = False
+
+    def __init__(
+        self, store: EmbeddingStore, comm: Comm, *, which: int = 0, unit_length: bool = False
+    ) -> None:
+        """`which` of a sample's vectors; `unit_length` scales them as they are read."""
+        if not 0 <= which < store.num_vectors:
+            raise ConfigError(
+                f"{store.folder} has vectors 0 to {store.num_vectors - 1}, no {which}"
+            )
+        self._store, self._which, self._unit_length = store, which, unit_length
+        self.dim = store.dim
+        sizes = [entry.rows or 0 for entry in store.header.shards.values()]
+        owned = deal(sizes, comm.world_size)[comm.rank]
+        names = list(store.header.shards)
+        self.shards = [names[shard] for shard in owned]
+        """Names of this rank's shards, in the order of its points."""
+        self.starts = np.cumsum([0, *(sizes[shard] for shard in owned)])
+        """First point of each shard, and the number of points."""
+        parts = [np.array(self._open(name).ids) for name in self.shards]
+        self._ids = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
+        self._current: tuple[int, Block] | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def ids(self, first: int, last: int) -> Int64[Tensor, " n"]:
+        return self._ids[first:last]
+
+    def rows(self, first: int, last: int) -> Float32[Tensor, "n d"]:
+        parts = [torch.empty(0, self.dim)]
+        shard = int(np.searchsorted(self.starts, first, side="right")) - 1
+        while first < last:
+            begin, end = int(self.starts[shard]), int(self.starts[shard + 1])
+            stop = min(end, last)
+            if stop > first:
+                block = self._sequential(shard)
+                parts.append(self._read(block, slice(first - begin, stop - begin)))
+            first, shard = stop, shard + 1
+        return torch.cat(parts)
+
+    def take(self, places: Int64[Tensor, " n"]) -> Float32[Tensor, "n d"]:
+        wanted = places.cpu().numpy()
+        result = torch.empty(len(wanted), self.dim)
+        shards = np.searchsorted(self.starts, wanted, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            rows = self._read(self._open(self.shards[shard]), wanted[here] - self.starts[shard])
+            result[torch.from_numpy(here)] = rows
+        return result
+
+    def _read(self, block: Block, rows: slice | np.ndarray) -> Float32[Tensor, "n d"]:
+        which = None if self._store.num_vectors == 1 else [self._which]
+        found = block.read(rows, which)[:, 0]
+        return unit_rows(found) if self._unit_length else found
+
+    def _sequential(self, shard: int) -> Block:
+        """The shard's block; the one before is unmapped."""
+        if self._current is None or self._current[0] != shard:
+            self._current = (shard, self._open(self.shards[shard], sequential=True))
+        return self._current[1]
+
+    def _open(self, name: str, *, sequential: bool = False) -> Block:
+        return map_shard(self._store.folder / f"{name}{SUFFIX}", sequential=sequential)
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Items for each rank, ascending, so that the sums of their sizes are close: the largest goes
+    to the rank with the least so far."""
+    loads = [(0, rank) for rank in range(ranks)]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, rank = heapq.heappop(loads)
+        hands[rank].append(item)
+        heapq.heappush(loads, (load + sizes[item], rank))
+    return [sorted(hand) for hand in hands]

@@ -1,0 +1,126 @@
+"""The several nearest centroids of every point: exact, or among the nearest cells.
+
+As for the nearest one, a fast scan proposes and float64 distances of fixed order decide. So the
+lists depend on the points and the centroids alone, and the first of a list is the label.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from trainer.cluster.assign import (
+    COLUMN_BLOCK,
+    CentroidTable,
+    margin_of,
+    pair_distances,
+    scan,
+    scores_of,
+)
+from trainer.cluster.two_level import Cells, candidates_of_cells, probed
+
+_PAIRS = 1 << 16
+
+
+class Nearest(NamedTuple):
+    """Nearest first, ties to the lowest id. A centroid that copies an earlier one is left out."""
+
+    ids: Int64[Tensor, "n l"]
+    """-1 where there are fewer than l centroids."""
+    distances: Float[Tensor, "n l"]
+    """Squared, float32; infinity beside -1."""
+
+
+def nearest(
+    points: Float[Tensor, "n d"],
+    table: CentroidTable,
+    *,
+    count: int,
+    column_block: int = COLUMN_BLOCK,
+) -> Nearest:
+    """The `count` centroids of least |x - c|^2, for one block of points and a prepared table."""
+    points = points.float()
+    found = scan(points, table, column_block=column_block, count=count)
+    return _decided(points, table.centroids, found.rows, found.columns, count)
+
+
+def nearest_two_level(points: Float[Tensor, "n d"], cells: Cells, *, count: int) -> Nearest:
+    """As `nearest`, among the centroids of the point's nearest cells."""
+    points = points.float()
+    shifted = points - cells.table.origin
+    rows, members = probed(shifted, cells)
+    tops = _tops_of_cells(shifted, rows, members, cells, count)
+    best = _last_of_best(rows, tops, points.shape[0], count)
+    threshold = margin_of(shifted, shifted, cells.table).below(best)
+    pairs = candidates_of_cells(shifted, rows, members, tops[:, 0], threshold, cells)
+    return _decided(points, cells.centroids, *pairs, count)
+
+
+def _tops_of_cells(
+    shifted: Tensor, rows: Tensor, members: list[int], cells: Cells, count: int
+) -> Tensor:
+    """The best `count` scores in the cell for each pair of point and cell, descending."""
+    tops = shifted.new_full((rows.shape[0], count), -torch.inf)
+    place = 0
+    for cell, chosen in enumerate(rows.split(members)):
+        first, last = cells.starts[cell], cells.starts[cell + 1]
+        if chosen.shape[0]:
+            scores = scores_of(shifted.index_select(0, chosen), cells.table, slice(first, last))
+            width = min(count, last - first)
+            tops[place : place + len(chosen), :width] = scores.topk(width, dim=1).values
+            place += len(chosen)
+    return tops
+
+
+def _last_of_best(rows: Tensor, tops: Tensor, num_rows: int, count: int) -> Tensor:
+    """Each row's count-th best score over its cells; minus infinity where it has fewer."""
+    order = torch.argsort(tops.flatten(), descending=True, stable=True)
+    owners = rows.repeat_interleave(tops.shape[1])[order]
+    order, owners = _grouped(order, owners)
+    place = _place_in_row(owners, num_rows)
+    best = tops.new_full((num_rows,), -torch.inf)
+    last = place == count - 1
+    best[owners[last]] = tops.flatten()[order[last]]
+    return best
+
+
+def _decided(
+    points: Tensor, centroids: Tensor, rows: Tensor, columns: Tensor, count: int
+) -> Nearest:
+    """The candidates (row, column) in order of distance, then of id; the first `count` of a row."""
+    distances = torch.cat(
+        [columns.new_zeros(0, dtype=torch.float64)]
+        + [
+            pair_distances(points[some_rows], centroids[some_columns])
+            for some_rows, some_columns in zip(
+                rows.split(_PAIRS), columns.split(_PAIRS), strict=True
+            )
+        ]
+    )
+    order = torch.argsort(columns, stable=True)
+    order = order[torch.argsort(distances[order], stable=True)]
+    order, owners = _grouped(order, rows[order])
+    place = _place_in_row(owners, points.shape[0])
+    kept = place < count
+    order, owners, place = order[kept], owners[kept], place[kept]
+    ids = columns.new_full((points.shape[0], count), -1)
+    ids[owners, place] = columns[order]
+    values = points.new_full((points.shape[0], count), torch.inf)
+    values[owners, place] = distances[order].float()
+    return Nearest(ids, values)
+
+
+def _grouped(order: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring equal rows together, their order kept."""
+    by_row = torch.argsort(rows, stable=True)
+    return order[by_row], rows[by_row]
+
+
+def _place_in_row(rows: Tensor, num_rows: int) -> Tensor:
+    """0, 1, 2, ... within each run of equal (sorted) rows."""
+    counts = torch.bincount(rows, minlength=num_rows)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(rows.shape[0], device=rows.device) - starts[rows]
