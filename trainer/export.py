@@ -9,6 +9,7 @@ folder/native/         model.safetensors by our own names, prototype heads inclu
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.models.card import image_card, model_card
 from trainer.models.config import ModelConfig, TowerConfig
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
+from trainer.models.lora import has_lora, merge_lora
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 
 Exportable = TwoTower | ImageTower
@@ -71,14 +73,25 @@ def export_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, ImageTower):
-        exported = _export_image_tower(model, folder, data_licence)
+    plain = _without_lora(model)
+    if isinstance(plain, ImageTower):
+        exported = _export_image_tower(plain, folder, data_licence)
     else:
         assert tokenizer is not None
-        exported = _export_two_tower(model, tokenizer, folder, data_licence)
+        exported = _export_two_tower(plain, tokenizer, folder, data_licence)
     _image_processor(model.config.image_size).save_pretrained(folder)
     _save_native(model, folder, is_clip=exported.is_clip)
     return exported
+
+
+def _without_lora(model: Exportable) -> Exportable:
+    """The model itself, or a copy whose towers have their low-rank additions in their weights."""
+    if not has_lora(model):
+        return model
+    plain = copy.deepcopy(model)
+    for tower in [plain.image] if isinstance(plain, ImageTower) else [plain.image, plain.text]:
+        merge_lora(tower.backbone)
+    return plain
 
 
 def _export_two_tower(

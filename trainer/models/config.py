@@ -12,6 +12,16 @@ Preset = Literal["tiny", "small", "vit_b_32", "vit_b_16", "vit_l_14"]
 Pooling = Literal["auto", "eos", "last", "mean", "cls"]
 
 
+class LoraConfig(Frozen):
+    """Low-rank additions to the linear layers of a loaded model, which itself stays frozen."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 16
+    """The addition is multiplied by alpha / rank."""
+    layers: tuple[str, ...] | None = None
+    """Last parts of the names of the layers, such as q_proj; all linear ones where None."""
+
+
 class TowerConfig(Frozen):
     """One tower: a CLIP transformer of the given size, or any transformers model at `path`."""
 
@@ -25,6 +35,8 @@ class TowerConfig(Frozen):
     activation: Literal["gelu", "quick_gelu"] | None = None
     trained: bool = True
     """A tower that is not trained keeps its weights and stays in evaluation mode."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions instead of the weights of the model at `path`."""
     pooling: Pooling = "auto"
     """Which states become the embedding. `auto`: what the model was made for."""
 
@@ -40,6 +52,10 @@ class TowerConfig(Frozen):
         given = [name for name, value in sizes.items() if value is not None]
         if self.path is not None and given:
             raise ValueError(f"path fixes the sizes; drop {', '.join(given)} or path")
+        if self.lora and (self.path is None or not self.trained):
+            raise ValueError(
+                "lora adds to a model that is loaded and trained; set path and trained"
+            )
         if self.width and self.heads and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         return self

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from trainer.errors import ConfigError
 from trainer.models.config import ModelConfig, TowerConfig, TwoTowerConfig
+from trainer.models.lora import add_lora
 from trainer.models.tower import Pool, Tower
 
 ATTENTION = "sdpa"
@@ -41,6 +42,8 @@ def image_tower(config: ModelConfig) -> Tower:
         _check_image_size(backbone, config)
     pool = _image_pool(section, backbone)
     projection = projection_of(backbone, config.embed_dim, loaded=projection)
+    if section.lora:
+        add_lora(backbone, section.lora)
     return Tower(backbone, projection, pool=pool, trained=section.trained)
 
 
@@ -55,12 +58,16 @@ def text_tower(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerFast) -> To
     else:
         backbone, projection = _loaded(section.path, part="text")
         _check_text(backbone, config, tokenizer)
+    pool, causal = _text_pool(section, backbone), _is_causal(backbone)
+    projection = projection_of(backbone, config.embed_dim, loaded=projection)
+    if section.lora:
+        add_lora(backbone, section.lora)
     return Tower(
         backbone,
-        projection_of(backbone, config.embed_dim, loaded=projection),
-        pool=_text_pool(section, backbone),
+        projection,
+        pool=pool,
         trained=section.trained,
-        causal=_is_causal(backbone),
+        causal=causal,
         eos_token_id=tokenizer.eos_token_id,
     )
 

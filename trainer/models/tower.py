@@ -21,7 +21,7 @@ class Tower(nn.Module):
     def __init__(
         self,
         backbone: Any,
-        projection: nn.Linear,
+        projection: nn.Module,
         *,
         pool: Pool,
         trained: bool,
@@ -30,7 +30,7 @@ class Tower(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.projection = projection
+        self.projection: Any = projection
         self.pool: Pool = pool
         self.trained = trained
         self.causal = causal

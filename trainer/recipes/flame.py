@@ -1,0 +1,123 @@
+"""FLAME: images learn to match several texts that a frozen language model has read (2411.11927).
+
+What the language model says of a caption (the caption as it is, and what stands behind prompts
+about its categories, action, mood) was computed once by `tools/embed.py`. A visit of an image
+draws some of these vectors; the language model itself is neither in memory nor in checkpoints.
+
+Beyond the original: facets are drawn by hash of seed, epoch and sample id; images travel between
+ranks instead of texts; no parameter is unused; the vectors' store is verified when a run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float32, Int64
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainer.config import PositiveInt, RecipeConfig
+from trainer.data.embeddings import EmbeddingStore
+from trainer.errors import ConfigError
+from trainer.hashing import hash_bits, key_of
+from trainer.losses.multi_positive import multi_positive_nce, multi_positive_sigmoid
+from trainer.models.config import ImageTowerConfig
+from trainer.models.patch_tower import build_patch_tower
+from trainer.parts.frozen_store import FrozenStores, store_digest
+from trainer.recipe import Context, Part, WithoutPhases
+from trainer.types import Batch, Features, Losses
+
+
+class Config(RecipeConfig):
+    name: Literal["flame"] = "flame"
+    model: ImageTowerConfig = ImageTowerConfig()
+    """`embed_dim` is the width of the vectors in the store."""
+    store: Path
+    """Folder written by `tools/embed.py`; it must hold every training sample."""
+    texts_per_visit: PositiveInt = 6
+    """Vectors drawn for a sample each time, of those that the store has."""
+    loss: Literal["mp_sigmoid", "mp_nce"] = "mp_sigmoid"
+    head_hidden: PositiveInt | None = None
+    """Hidden width of the head; that of the vectors, but at least 4096, where None."""
+    logit_scale_init: float | None = Field(default=None, gt=0)
+    """Where None, 10 for mp_sigmoid and 1 / 0.07 for mp_nce."""
+    logit_bias_init: float = -10.0
+    """Of mp_sigmoid."""
+    scale_max: float = Field(default=100.0, gt=1)
+    """The scale is kept within [1, scale_max]."""
+
+
+class Recipe(WithoutPhases):
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config, self.comm = config, context.comm
+        self.key = key_of(context.seed, "facets")
+        self.store = EmbeddingStore.open(config.store)
+        _check(config, self.store)
+        sigmoid = config.loss == "mp_sigmoid"
+        self.model = build_patch_tower(
+            config.model,
+            hidden=config.head_hidden,
+            logit_scale=config.logit_scale_init or (10.0 if sigmoid else 1 / 0.07),
+            scale_max=config.scale_max,
+            logit_bias=config.logit_bias_init if sigmoid else None,
+            seed=context.seed,
+        )
+        digests = {"texts": store_digest(self.store)}
+        self.parts: Mapping[str, Part] = {"store": FrozenStores(digests, context.comm)}
+
+    def losses(self, features: Features, batch: Batch, step: int) -> Losses:
+        assert features.image is not None
+        assert features.logit_scale is not None
+        texts = self.texts(batch).to(features.image.device)
+        if features.logit_bias is None:
+            value = multi_positive_nce(features.image, texts, features.logit_scale, self.comm)
+        else:
+            value = multi_positive_sigmoid(
+                features.image, texts, features.logit_scale, features.logit_bias, self.comm
+            )
+        return Losses({self.config.loss: (value, 1.0)})
+
+    def texts(self, batch: Batch) -> Float32[Tensor, "batch drawn dim"]:
+        """The vectors that this visit of the samples draws, as unit vectors, on the CPU."""
+        assert batch.epoch is not None
+        ids = batch.sample_id.cpu()
+        which = drawn_texts(
+            ids,
+            batch.epoch.cpu(),
+            count=self.config.texts_per_visit,
+            total=self.store.num_vectors,
+            key=self.key,
+        )
+        # Half precision or int8 on disk: lengths are one only to that precision.
+        return normalize(self.store.vectors(ids, which), dim=-1)
+
+
+def drawn_texts(
+    sample_id: Int64[Tensor, " batch"],
+    epoch: Int64[Tensor, " batch"],
+    *,
+    count: int,
+    total: int,
+    key: int,
+) -> Int64[Tensor, "batch {count}"]:
+    """`count` different numbers below `total` for each sample: a function of id, epoch and key."""
+    visit = hash_bits(sample_id, key) ^ hash_bits(epoch.long(), key)
+    bits = hash_bits(visit[:, None] + torch.arange(total), key)
+    return bits.argsort(dim=1)[:, :count]
+
+
+def _check(config: Config, store: EmbeddingStore) -> None:
+    if config.texts_per_visit > store.num_vectors:
+        raise ConfigError(
+            f"recipe.texts_per_visit is {config.texts_per_visit}, but {config.store} has "
+            f"{store.num_vectors} vectors a sample; use at most that many"
+        )
+    if config.model.embed_dim != store.dim:
+        raise ConfigError(
+            f"recipe.model.embed_dim is {config.model.embed_dim}, but the vectors of "
+            f"{config.store} have {store.dim} numbers; set recipe.model.embed_dim={store.dim}"
+        )
