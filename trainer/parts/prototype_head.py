@@ -156,6 +156,7 @@ class PrototypeHead:
             yield from row_pieces(self._fields(), first=self._first)
         if self.world.is_main:
             yield "log_decay", torch.tensor(self._optimizer.log_decay, dtype=torch.float64)
+            yield "gradient_norm", self._norm.cpu()  # a step late, so the next line needs it
             yield "seed", torch.tensor(self._seed)
             yield "shape", torch.tensor([self.num_prototypes, self.rows.shape[1]])
 
@@ -169,6 +170,7 @@ class PrototypeHead:
         fill_rows(self._fields(), state, first=self._first)
         self._optimizer.log_decay = float(state["log_decay"])
         self._seed = int(state["seed"])
+        self._norm = state["gradient_norm"].to(self.comm.device)
 
     def _fields(self) -> dict[str, Tensor]:
         held = self._optimizer
