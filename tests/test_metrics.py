@@ -61,7 +61,10 @@ def fixed(path: Path) -> list[dict[str, Any]]:
 
 
 def train(workdir: Path, start: int, stop: int, *, saves: Iterable[int] = ()) -> None:
-    """Steps (start, stop], ended as by a kill: nothing is flushed or closed."""
+    """Steps (start, stop], ended as by a kill: nothing is flushed or closed.
+
+    An evaluation has a count of samples of its own, which is not the cursor of the run.
+    """
     log = MetricLog(
         workdir, Comm.solo(), total_steps=20, log_every=every(2, "steps"), console=quiet()
     )
@@ -71,7 +74,7 @@ def train(workdir: Path, start: int, stop: int, *, saves: Iterable[int] = ()) ->
             log.event(at(step - 1), "episode", objective=1.0 / step)
         log.put(at(step), values(step))
         if step % 4 == 0:
-            log.event(at(step), "evaluation", top1=step / 20)
+            log.event(at(step), "evaluation", top1=step / 20, samples=3)
         if step in saves:
             log.flush()
     if stop == 20:

@@ -17,6 +17,7 @@ from trainer.evals import evaluate_all
 from trainer.lock import sole_user
 from trainer.metrics import MetricLog
 from trainer.periods import Clock
+from trainer.pictures import training_pictures
 from trainer.plan import describe
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import context_of, eval_context, refuse_text_evals, stream_of, tokenizer_of
@@ -103,6 +104,10 @@ def _train(config: RunConfig, comm: Comm) -> Outcome:
             context = eval_context(config, comm, tokenizer)
             for label, figures in evaluate_all(due, engine.encode, context).items():
                 log.event(progress, label, **figures)
+            for name, picture in training_pictures(
+                recipe, config, due, engine.encode, context
+            ).items():
+                log.image(progress, name, picture)
             interrupted = stop.agreed(comm)
             if ends or interrupted or clock.due("save", config.save_every, before, progress):
                 log.flush()

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
 from trainer.config import DataConfig, RecipeConfig
 from trainer.errors import ConfigError
@@ -107,6 +108,10 @@ class Recipe(Protocol):
         """Prepare the next stretch of training (an episode); returns figures to log."""
         ...
 
+    def shown_groups(self) -> ClusterLabels | None:
+        """Groups of training images to draw a picture of, if there are any now."""
+        ...
+
 
 def recipe_config(values: Mapping[str, Any]) -> RecipeConfig:
     """Validate the `recipe:` section by the `Config` of the file that `name` names."""
@@ -123,7 +128,7 @@ def recipe_config(values: Mapping[str, Any]) -> RecipeConfig:
 
 
 class WithoutPhases:
-    """The two answers of a recipe that trains in one stretch and locks nothing."""
+    """The answers of a recipe that trains in one stretch, locks nothing and shows no groups."""
 
     def locked_towers(self, progress: Progress) -> Collection[Tower]:
         return ()
@@ -135,6 +140,9 @@ class WithoutPhases:
         self, progress: Progress, encode: Encode, samples: Samples
     ) -> Mapping[str, Any]:
         return {}
+
+    def shown_groups(self) -> ClusterLabels | None:
+        return None
 
 
 def load_recipe(config: Any, context: Context) -> Recipe:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, kmeans
 from trainer.cluster.labels import ClusterLabels
+from trainer.cluster.quality import normalized_mutual_information
 from trainer.cluster.report import agreement, unknown_rate
 from trainer.cluster.translate import group_means
 from trainer.config import PositiveInt, RecipeConfig
@@ -38,8 +39,9 @@ from trainer.losses.prototype import (
 )
 from trainer.models.two_tower import TwoTowerConfig, build_two_tower
 from trainer.parts.episode import EpisodeTables
-from trainer.parts.teacher import TeacherConfig, TeacherGroups, load_teacher
-from trainer.recipe import Context, Encode, Samples
+from trainer.parts.frozen_store import FrozenStores
+from trainer.parts.teacher import TeacherConfig, load_teachers
+from trainer.recipe import Context, Encode, Part, Samples
 from trainer.types import Batch, Features, Losses, Progress, Tower
 
 Modality = Literal["image", "text"]
@@ -99,13 +101,15 @@ class Recipe:
             config.model.with_head(), context.tokenizer, context.comm, seed=context.seed
         )
         self.episode = EpisodeTables(context.comm)
-        self.parts = {"episode": self.episode}
+        self.parts: dict[str, Part] = {"episode": self.episode}
         batch = context.global_batch
         self.episode_samples = -(-config.episode_samples // batch) * batch
         self._check_sizes()
-        self.teachers: dict[str, TeacherGroups] = {
-            teacher.name: load_teacher(teacher, context.comm) for teacher in config.teachers
-        }
+        self.teachers, digests = load_teachers(
+            config.teachers, context.comm, workdir=context.workdir
+        )
+        if digests:
+            self.parts["teachers"] = FrozenStores(digests, context.comm)
         self.classes = (
             class_labels(context.data.train, config.classes, context.comm)
             if config.classes
@@ -142,9 +146,7 @@ class Recipe:
             self.comm,
         )
         weight = (
-            self.teachers[space].config.weight
-            if space in self.teachers
-            else self.config.prototype_weight
+            self.teachers[space].weight if space in self.teachers else self.config.prototype_weight
         )
         return value, weight / 2
 
@@ -181,7 +183,15 @@ class Recipe:
             figures |= self._softness(space, result)
         for name, groups in self.teachers.items():
             figures[f"{name}_unknown_rate"] = unknown_rate(groups.labels, extracted.ids, self.comm)
+            known = groups.labels.of(extracted.ids)
+            for space, result in clustered.items():
+                figures[f"nmi_{space}_{name}"] = normalized_mutual_information(
+                    result.labels, known, self.comm
+                )
         return figures
+
+    def shown_groups(self) -> ClusterLabels | None:
+        return self.episode.labels.get("image")
 
     def _clustered(self, modality: Modality, points: Tensor, ids: Tensor) -> KMeansResult:
         config = KMeansConfig(
@@ -213,7 +223,7 @@ class Recipe:
                 )
         for name, groups in self.teachers.items():
             labels = groups.labels.of(extracted.ids)
-            for student in OTHER:
+            for student in groups.config.students:
                 self.episode.tables[f"{student}_from_{name}"] = self._table(
                     rows[student], labels, groups.centroids, groups.config.target_temperature
                 )
