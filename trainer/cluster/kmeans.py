@@ -21,6 +21,8 @@ from torch import Tensor
 from trainer.cluster import two_level
 from trainer.cluster.assign import assign_block, ordered_sum, prepare
 from trainer.cluster.faiss_peer import faiss_centroids
+from trainer.cluster.hierarchy import hierarchical_start
+from trainer.cluster.parallel import parallel_start
 from trainer.cluster.points import Points, Resident, stream
 from trainer.cluster.problem import Facts, KMeansConfig, KMeansResult, Problem, pose
 from trainer.cluster.start import starting_points
@@ -51,7 +53,7 @@ class Observer(Protocol):
         ...
 
     def updated(self, state: State) -> None:
-        """The centroids have moved."""
+        """There are centroids to go on from: the first ones, or those that have moved."""
         ...
 
 
@@ -114,11 +116,16 @@ def cluster(
         if given is not None and given.shape != shape:
             raise ConfigError(f"the initial centroids are {tuple(given.shape)} and must be {shape}")
     if config.backend == "faiss":
+        if initial is None and config.start != "sampled":
+            initial = _starting_table(problem, 0)
         return _by_faiss(problem, initial)
+    observer = observer or Silent()
     best: KMeansResult | None = None
     for restart in range(config.restarts):
         state = resume or _start(problem, restart, initial if restart == 0 else None)
-        result = _lloyd(problem, state, observer or Silent())
+        if resume is None:
+            observer.updated(state)
+        result = _lloyd(problem, state, observer)
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None
@@ -126,11 +133,19 @@ def cluster(
 
 
 def _start(problem: Problem, restart: int, initial: Tensor | None) -> State:
-    start = starting_points(problem, restart) if initial is None else initial
+    start = _starting_table(problem, restart) if initial is None else initial
     start = start.to(problem.comm.device, torch.float32)
     if problem.config.spherical:
         start = unit_or(start, instead=start)
     return State(problem.facts, start, [], 0)
+
+
+def _starting_table(problem: Problem, restart: int) -> Tensor:
+    if problem.config.start == "parallel":
+        return parallel_start(problem, restart)
+    if problem.config.start == "hierarchical":
+        return hierarchical_start(problem, restart, cluster)
+    return starting_points(problem, restart)
 
 
 def _lloyd(problem: Problem, state: State, observer: Observer) -> KMeansResult:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import NamedTuple
+
+import torch
 
 from trainer.cluster.problem import KMeansConfig
 from trainer.errors import ConfigError
 
 _COARSE_UPDATES = 5
+_PEAK_SIZE = 1024
 
 
 class Plan(NamedTuple):
@@ -68,7 +72,7 @@ def plan(
     two_level = config.assignment == "two_level"
     cells = min(config.cells or math.isqrt(clusters), clusters) if two_level else 0
     scores = cells + config.probes * clusters / cells if two_level else float(clusters)
-    coarse = 2.0 * _COARSE_UPDATES * clusters * cells * dim * ranks
+    coarse = 2.0 * _COARSE_UPDATES * clusters * cells * dim
     flop = 2.0 * points * min(scores, cells + clusters) * dim + coarse
     rows = config.row_block if not two_level else max(config.row_block, 16384)
     padded = -(-clusters // ranks) * ranks
@@ -83,3 +87,14 @@ def plan(
         reduced_bytes=(ranks - 1) * padded * dim * (8 + 4) // ranks,
         hours=passes * flop / (ranks * peak_flops * share_of_peak) / 3600.0,
     )
+
+
+def measured_peak(device: torch.device) -> float:
+    """FLOP a second of a float32 product of 1024 x 1024 matrices here, the best of five."""
+    matrix = torch.randn(_PEAK_SIZE, _PEAK_SIZE, device=device)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * _PEAK_SIZE**3 / best

@@ -125,13 +125,15 @@ class Chosen:
 
 
 def stream(
-    points: Points, size: int, device: torch.device
+    points: Points, size: int, device: torch.device, *, within: slice | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "n d"]]]:
     """Blocks of at most `size` points in float32 on the device, each with its place.
 
-    What is not resident is read by a thread, two blocks ahead of the one in use.
+    What is not resident is read by a thread, two blocks ahead of the one in use. `within`: only
+    these points.
     """
-    spans = [slice(first, min(first + size, len(points))) for first in range(0, len(points), size)]
+    begin, end = (0, len(points)) if within is None else (within.start, within.stop)
+    spans = [slice(first, min(first + size, end)) for first in range(begin, end, size)]
     if points.resident:
         for span in spans:
             yield span, points.rows(span.start, span.stop).to(device, torch.float32)

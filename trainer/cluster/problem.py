@@ -24,6 +24,9 @@ class KMeansConfig(Frozen):
     """K, over all ranks."""
     iterations: PositiveInt = 20
     """Centroid updates at most."""
+    start: Literal["sampled", "parallel", "hierarchical"] = "sampled"
+    """`sampled`: points drawn by hash. `parallel`: k-means||, far apart; at most 50000 clusters.
+    `hierarchical`: a k-means in every cell of a coarse one, for very many clusters."""
     restarts: PositiveInt = 1
     """Runs from different starting points; the one with the least inertia is kept."""
     spherical: bool = False
@@ -105,8 +108,8 @@ def pose(
             f"the points are {count} and were {facts.num_points} when this clustering began;"
             " start it again"
         )
-    scale = _scale(facts.num_points, facts.largest, bits=52)
-    return Problem(points, config, comm, facts, scale, _precision(points, config, comm))
+    scale = whole_number_scale(facts.num_points, facts.largest, bits=52)
+    return Problem(points, config, comm, facts, scale, scan_precision(points, config, comm))
 
 
 def _look_at(points: Points, config: KMeansConfig, comm: Comm) -> Facts:
@@ -117,7 +120,7 @@ def _look_at(points: Points, config: KMeansConfig, comm: Comm) -> Facts:
             f"{config.clusters} clusters need at least as many points and there are {num_points};"
             f" use at most {num_points} clusters or more samples"
         )
-    norm_scale = _scale(num_points, points.dim * largest**2, bits=62)
+    norm_scale = whole_number_scale(num_points, points.dim * largest**2, bits=62)
     total = torch.zeros(1, dtype=torch.int64, device=comm.device)
     for _, block in stream(points, config.row_block, comm.device):
         total += (ordered_sum(block.double().square()) * norm_scale).round().long().sum()
@@ -145,7 +148,8 @@ def _largest(points: Points, size: int, comm: Comm) -> float:
     return float(comm.max(largest))
 
 
-def _precision(points: Points, config: KMeansConfig, comm: Comm) -> torch.dtype:
+def scan_precision(points: Points, config: KMeansConfig, comm: Comm) -> torch.dtype:
+    """Of the scan's products on this rank: as configured, or the faster one."""
     if config.precision != "auto":
         return torch.float32 if config.precision == "float32" else torch.bfloat16
     some = points.rows(0, min(len(points), max(config.row_block, 2 * COLUMN_BLOCK)))
@@ -153,7 +157,7 @@ def _precision(points: Points, config: KMeansConfig, comm: Comm) -> torch.dtype:
     return fastest_precision(some[: config.row_block], some[: config.clusters])
 
 
-def _scale(count: int, largest: float, *, bits: int) -> float:
+def whole_number_scale(count: int, largest: float, *, bits: int) -> float:
     """The largest power of two for which `count` values up to `largest` sum below 2^bits."""
     if largest == 0.0:
         return 1.0

@@ -110,6 +110,15 @@ def balance(counts: Int[Tensor, " k"]) -> dict[str, float]:
     }
 
 
+def size_quantiles(counts: Int[Tensor, " k"]) -> dict[str, float]:
+    """Sizes of the clusters at some places of their order: samples."""
+    ordered = torch.sort(counts.long()).values
+    places = {"size_p01": 0.01, "size_p25": 0.25, "size_p50": 0.5, "size_p75": 0.75}
+    places["size_p99"] = 0.99
+    last = ordered.numel() - 1
+    return {name: float(ordered[round(share * last)]) for name, share in places.items()}
+
+
 def mean_squared_distance(
     points: Float[Tensor, "n d"],
     centroids: Float[Tensor, "k d"],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from trainer.cluster.points import stream_ids
+from trainer.cluster.points import Points, stream_ids
 from trainer.cluster.problem import Problem
+from trainer.comm import Comm
 from trainer.hashing import hash_bits, key_of
 
 _IDS_AT_ONCE = 1 << 20
@@ -16,24 +17,24 @@ _IDS_AT_ONCE = 1 << 20
 def starting_points(problem: Problem, restart: int) -> Float[Tensor, "k d"]:
     """The K points whose ids have the smallest hash, in order of the hash."""
     clusters, comm = problem.config.clusters, problem.comm
-    bits, places = smallest_hashes(
-        problem, clusters, key_of(problem.config.seed, "kmeans start", restart)
-    )
+    key = key_of(problem.config.seed, "kmeans start", restart)
+    bits, places = smallest_hashes(problem.points, clusters, key, comm)
     rows = comm.gather_rows(problem.points.take(places).to(comm.device, torch.float32))
-    order = _lexicographic(comm.gather_rows(bits.to(comm.device)), rows)
+    order = lexicographic(comm.gather_rows(bits.to(comm.device)), rows)
     return rows[order[:clusters]]
 
 
-def smallest_hashes(problem: Problem, count: int, key: int) -> tuple[Tensor, Tensor]:
+def smallest_hashes(
+    points: Points, count: int, key: int, comm: Comm
+) -> tuple[Int64[Tensor, " own"], Int64[Tensor, " own"]]:
     """Hash and place of this rank's part of the `count` points with the smallest hashes.
 
     More if ids are given twice: all points of the last hash belong.
     """
-    comm = problem.comm
     kept = torch.zeros(0, dtype=torch.int64)
     places = torch.zeros(0, dtype=torch.int64)
     limit = torch.iinfo(torch.int64).max
-    for span, ids in stream_ids(problem.points, _IDS_AT_ONCE):
+    for span, ids in stream_ids(points, _IDS_AT_ONCE):
         bits = hash_bits(ids.cpu(), key)
         inside = (bits <= limit).nonzero()[:, 0]
         kept, places = torch.cat([kept, bits[inside]]), torch.cat([places, span.start + inside])
@@ -46,7 +47,7 @@ def smallest_hashes(problem: Problem, count: int, key: int) -> tuple[Tensor, Ten
     return kept[chosen], places[chosen]
 
 
-def _lexicographic(keys: Tensor, rows: Tensor) -> Tensor:
+def lexicographic(keys: Shaped[Tensor, " n"], rows: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
     """Order by key; equal keys (an id given twice) by the row's values, wherever the row was."""
     order = torch.argsort(keys, stable=True)
     if torch.unique(keys).numel() < keys.numel():

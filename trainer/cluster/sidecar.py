@@ -1,0 +1,223 @@
+"""The clusters of every sample on disk: a file per shard, then one map by sample id.
+
+    labels/<shard>.safetensors   ids [n], clusters [n, l] (-1 fills up), distances [n, l] (squared)
+    ids.npy, labels.npy          the same clusters of all shards in order of id: `ClusterLabels`
+
+A shard's file appears whole, by one rename, and says what it was made from; so a pass that was
+killed goes on with the next shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from trainer.cluster.assign import ordered_sum, prepare
+from trainer.cluster.kmeans import coarse_cells
+from trainer.cluster.labels import IDS, LABELS
+from trainer.cluster.points import Points, stream
+from trainer.cluster.problem import KMeansConfig, scan_precision
+from trainer.cluster.stored import StoredPoints
+from trainer.cluster.top import Nearest, nearest, nearest_two_level
+from trainer.cluster.two_level import ROWS
+from trainer.comm import Comm
+from trainer.errors import DataError
+from trainer.manifest import sync_folder, write_durably
+
+SIDECARS = "labels"
+
+
+class Lookup(NamedTuple):
+    """How the clusters of a block of points are found."""
+
+    rows: int
+    """Points to take at once."""
+    find: Callable[[Tensor], Nearest]
+
+
+def lookup(
+    centroids: Float[Tensor, "k d"], points: Points, config: KMeansConfig, comm: Comm, *, count: int
+) -> Lookup:
+    """The `count` nearest, exact or two-level as the clustering was. Every rank must call."""
+    if config.assignment == "two_level":
+        cells = coarse_cells(centroids, config, comm)
+        rows = max(config.row_block, ROWS)
+        return Lookup(rows, lambda block: nearest_two_level(block, cells, count=count))
+    table = prepare(centroids, precision=scan_precision(points, config, comm))
+    width = config.column_block
+    return Lookup(
+        config.row_block, lambda block: nearest(block, table, count=count, column_block=width)
+    )
+
+
+def write_sidecars(
+    points: StoredPoints,
+    centroids: Float[Tensor, "k d"],
+    find: Lookup,
+    folder: Path,
+    *,
+    stamp: str,
+    min_cosine: float | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Write this rank's shards and return how many were not there before.
+
+    `stamp` says what the labels depend on: a file with another one is written again. With
+    `min_cosine` a cluster stays on the list only if the cosine between the sample and its centroid
+    is at least that; the nearest always stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = 0
+    for number, name in enumerate(points.shards):
+        path = folder / f"{name}.safetensors"
+        if _stamp_of(path) == stamp:
+            continue
+        span = slice(int(points.starts[number]), int(points.starts[number + 1]))
+        found = _found(points, centroids, find, span, min_cosine)
+        _write(path, points.ids(span.start, span.stop), found, stamp)
+        written += 1
+        report(f"{name}: clusters of {span.stop - span.start} samples")
+    return written
+
+
+def merge_sidecars(folder: Path, names: Sequence[str], out: Path) -> int:
+    """Write the map of all shards (one rank); how many samples it has.
+
+    Takes 24 bytes a sample of memory; the labels themselves go from file to file. An id that is
+    given twice keeps its lowest list. `ids.npy` comes last.
+    """
+    shard_ids = [_read(folder / f"{name}.safetensors", "ids")[0] for name in names]
+    ids = np.concatenate([np.empty(0, np.int64), *shard_ids])
+    order = np.argsort(ids, kind="stable")
+    first = np.ones(len(ids), bool)
+    first[1:] = ids[order][1:] != ids[order][:-1]
+    place = np.empty(len(ids), np.int64)
+    place[order] = np.cumsum(first) - 1
+    count = int(first.sum())
+    _write_labels(folder, names, place, count, out)
+    with _Whole(out / IDS) as partial:
+        np.save(partial, ids[order][first], allow_pickle=False)
+    return count
+
+
+def _write_labels(
+    folder: Path, names: Sequence[str], place: NDArray[np.int64], count: int, out: Path
+) -> None:
+    width = _read(folder / f"{names[0]}.safetensors", "clusters")[0].shape[1] if names else 1
+    with _Whole(out / LABELS) as partial:
+        if count == 0:
+            np.save(partial, np.empty((0, width), np.int32), allow_pickle=False)
+            return
+        merged = np.lib.format.open_memmap(partial, "w+", np.int32, (count, width))
+        merged[:] = np.iinfo(np.int32).max
+        begin = 0
+        for name in names:
+            (clusters,) = _read(folder / f"{name}.safetensors", "clusters")
+            rows = place[begin : begin + len(clusters)]
+            begin += len(clusters)
+            _lower(merged, rows, clusters)
+        merged.flush()
+
+
+def _lower(merged: NDArray[np.int32], rows: NDArray[np.int64], lists: NDArray[np.int64]) -> None:
+    """Put each list into its row where it comes before the one that is there."""
+    if lists.max(initial=0) >= np.iinfo(np.int32).max:
+        raise DataError("labels of 2^31 clusters and more are not written")
+    before = merged[rows].astype(np.int64)
+    differ = before != lists
+    column = differ.argmax(1)
+    each = np.arange(len(rows))
+    lower = differ.any(1) & (lists[each, column] < before[each, column])
+    if len(np.unique(rows)) == len(rows):
+        merged[rows[lower]] = lists[lower]
+        return
+    for row, wanted in zip(rows[lower], lists[lower], strict=True):
+        if tuple(wanted) < tuple(merged[row]):
+            merged[row] = wanted
+
+
+def _found(
+    points: Points,
+    centroids: Tensor,
+    find: Lookup,
+    span: slice,
+    min_cosine: float | None,
+) -> Nearest:
+    parts = []
+    for _, block in stream(points, find.rows, centroids.device, within=span):
+        found = find.find(block)
+        if min_cosine is not None:
+            found = _above(found, block, centroids, min_cosine)
+        parts.append(Nearest(found.ids.cpu(), found.distances.cpu()))
+    if not parts:
+        empty = find.find(torch.zeros(1, points.dim, device=centroids.device))
+        parts = [Nearest(empty.ids[:0].cpu(), empty.distances[:0].cpu())]
+    return Nearest(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _above(found: Nearest, block: Tensor, centroids: Tensor, min_cosine: float) -> Nearest:
+    """Lists cut where the cosine falls below; from |x - c|^2 and the lengths."""
+    squares = ordered_sum(block.double().square())[:, None]
+    lengths = ordered_sum(centroids.double().square())[found.ids.clamp(min=0)]
+    cosine = (squares + lengths - found.distances.double()) / (2 * (squares * lengths).sqrt())
+    out = ~(cosine >= min_cosine)
+    out[:, 0] = False
+    # lists stay without holes even where lengths differ
+    order = out.long().argsort(dim=1, stable=True)
+    ids = found.ids.masked_fill(out, -1).gather(1, order)
+    return Nearest(ids, found.distances.masked_fill(out, torch.inf).gather(1, order))
+
+
+def _write(path: Path, ids: Int64[Tensor, " n"], found: Nearest, stamp: str) -> None:
+    tensors = {
+        "ids": ids.cpu().contiguous(),
+        "clusters": found.ids.contiguous(),
+        "distances": found.distances.contiguous(),
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    write_durably(partial, save(tensors, metadata={"stamp": stamp}))
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def _stamp_of(path: Path) -> str | None:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("stamp")
+    except (OSError, safetensors.SafetensorError):
+        return None
+
+
+def _read(path: Path, *names: str) -> list[NDArray[np.int64]]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return [file.get_tensor(name) for name in names]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"can't read the clusters in {path}: {error}") from error
+
+
+class _Whole:
+    """A file that appears under its name when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(f"partial-{path.name}")
+
+    def __enter__(self) -> Path:
+        return self._partial
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            with self._partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(self._partial, self._path)
+            sync_folder(self._path.parent)

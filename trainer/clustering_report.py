@@ -1,0 +1,116 @@
+"""How good a finished clustering is, and what it looks like.
+
+OUT/quality.json    agreement with classes and with another clustering
+OUT/clusters.html   sizes, samples with captions, nearest clusters, search by word
+OUT/clusters.png    a montage of some, also among OUT/tensorboard's images
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer.cluster.assign import prepare
+from trainer.cluster.labels import ClusterLabels
+from trainer.cluster.montage import cluster_montage
+from trainer.cluster.page import ClusterCard, cluster_page
+from trainer.cluster.quality import adjusted_rand_index, normalized_mutual_information
+from trainer.cluster.top import nearest
+from trainer.clustering import CENTROIDS, read_figures
+from trainer.comm import Comm
+from trainer.config import DataConfig
+from trainer.data.classes import class_labels
+from trainer.pictures import COLUMNS, ROWS, chosen_clusters, cluster_cards
+from trainer.records import TensorBoard
+
+QUALITY = "quality.json"
+_NEIGHBOURS = 6
+
+
+def measure_quality(
+    out: Path,
+    comm: Comm,
+    *,
+    images: str | None = None,
+    classes: str | None = None,
+    compare: Path | None = None,
+) -> dict[str, float]:
+    """NMI and ARI of the nearest clusters with a json key of the shards `images`, and with the
+    result in `compare` (another seed, say: stability); written by rank 0, known to all."""
+    labels = ClusterLabels.open(out)
+    first, last = comm.row_range(len(labels))
+    ids, own = labels.ids[first:last].to(comm.device), labels.labels[first:last].to(comm.device)
+    found: dict[str, float] = {}
+    if images is not None and classes is not None:
+        found |= _agreement("classes", own, class_labels(images, classes, comm).of(ids), comm)
+    if compare is not None:
+        found |= _agreement("compared", own, ClusterLabels.open(compare).of(ids), comm)
+    if comm.is_main:
+        (out / QUALITY).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _agreement(name: str, own: Tensor, other: Tensor, comm: Comm) -> dict[str, float]:
+    known = comm.sum((other >= 0).sum()[None])
+    return {
+        f"nmi_{name}": normalized_mutual_information(own, other, comm),
+        f"ari_{name}": adjusted_rand_index(own, other, comm),
+        f"samples_{name}": float(known),
+    }
+
+
+def write_page(out: Path, images: str, *, shown: int, seed: int = 0) -> Path:
+    """The page of a finished clustering whose samples are in the shards `images`; one rank."""
+    labels, data = ClusterLabels.open(out), DataConfig(train=images)
+    numbers = chosen_clusters(labels, rows=shown, seed=seed)
+    with safetensors.safe_open(out / CENTROIDS, framework="pt") as file:
+        centroids, counts = file.get_tensor("centroids"), file.get_tensor("counts")
+    near = _neighbours(centroids, numbers)
+    cards = [
+        card._replace(nearest=near[card.number])
+        for card in cluster_cards(labels, data, numbers, columns=COLUMNS)
+    ]
+    figures = {**read_figures(out), **_read_quality(out)}
+    page = cluster_page(
+        out / "clusters.html",
+        cards,
+        sizes=torch.bincount(labels.labels.long(), minlength=len(counts)).tolist(),
+        title=f"{len(counts)} clusters of {len(labels)} samples",
+        figures={k: float(v) for k, v in figures.items() if isinstance(v, int | float)},
+    )
+    _montage(out, cards[:ROWS])
+    return page
+
+
+def _neighbours(centroids: Tensor, numbers: list[int]) -> dict[int, list[int]]:
+    """Of each of these clusters the nearest others."""
+    if not numbers:
+        return {}
+    found = nearest(centroids[numbers], prepare(centroids), count=_NEIGHBOURS + 1).ids.tolist()
+    return {
+        number: [other for other in row if other not in (number, -1)][:_NEIGHBOURS]
+        for number, row in zip(numbers, found, strict=True)
+    }
+
+
+def _montage(out: Path, cards: list[ClusterCard]) -> None:
+    if not cards:
+        return
+    titles = [f"cluster {card.number}: {card.size} samples" for card in cards]
+    pixels = cluster_montage([card.samples for card in cards], titles=titles)
+    Image.fromarray(pixels).save(out / "clusters.png")
+    board = TensorBoard(out / "tensorboard", first_step=0)
+    board.image(0, "clusters", pixels)
+    board.close()
+
+
+def _read_quality(out: Path) -> dict[str, Any]:
+    path = out / QUALITY
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
