@@ -23,7 +23,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
-    set_z3_leaf_modules,
+    set_z3_leaf_module,
 )
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -70,7 +70,7 @@ class Engine:
         if self._stage == 3:
             # A block is gathered whole: one collective instead of one per Linear, and a fifth less
             # time spent in hooks. What is live at a time is a block, as with checkpointing.
-            set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
+            _gather_whole_blocks(model)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )
@@ -257,6 +257,18 @@ class Engine:
     def _backward_of_outputs(self, batch: Batch, factor: float) -> None:
         outputs = [x.float().sum() for x in self(batch) if x is not None and x.requires_grad]
         self.backward(torch.stack(outputs).sum() * factor)
+
+
+def _gather_whole_blocks(model: nn.Module) -> None:
+    """Make each transformer block one unit of ZeRO-3's gathering.
+
+    Not blocks of which a part is frozen (low-rank additions): in 0.19.8 their parameters are
+    released before the backward pass has used them.
+    """
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            uniform = len({parameter.requires_grad for parameter in block.parameters()}) == 1
+            set_z3_leaf_module(block, uniform)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
