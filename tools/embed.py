@@ -1,7 +1,13 @@
-"""Compute a frozen teacher's vectors of captions once: a store that training joins by sample id.
+"""Compute a frozen teacher's vectors once: a store that training joins by sample id.
 
-python tools/embed.py --data 'shards/train-{000..013}.tar' --out cache/embeddings/minilm
+  python tools/embed.py --teachers
+  python tools/embed.py --data 'shards/train-{000..013}.tar' --out cache/embeddings/minilm
+  python tools/embed.py --teacher smollm2 --data ... --out ... fields='[txt, "long,txt"]'
+  python tools/embed.py --teacher llm.yaml --plan
+  python tools/embed.py --teacher smollm2 --data ... --out ... --verify
+
 Any launcher spreads the shards over its processes: torchrun --nproc-per-node 4 tools/embed.py ...
+A build that was killed goes on where it was, on any number of ranks, to the same bytes.
 """
 
 from __future__ import annotations
@@ -14,61 +20,119 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from transformers.utils.logging import disable_progress_bar
 
+from trainer.bench.table import format_rows
 from trainer.comm import Comm
-from trainer.config import CaptionConfig
-from trainer.data.embed import Teacher, agreed, embed
+from trainer.command import run_command
+from trainer.data.embed import Embedded, Teacher, embed, verify
 from trainer.data.embeddings import EmbeddingStore
-from trainer.data.teacher import DEFAULT_CACHE, SentenceTeacher, load_minilm
-from trainer.errors import TrainerError
+from trainer.data.embeddings.plan import plan_rows
+from trainer.data.embeddings.stored import VectorFiles
+from trainer.data.teachers.pinned import DEFAULT_CACHE
+from trainer.data.teachers.spec import read_spec
+from trainer.embedding import fit_components, list_teachers, open_teacher, project_store, stored_as
+from trainer.errors import ConfigError
 
 
-def main() -> int:
-    arguments = _parser().parse_args()
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_intermixed_args()
     disable_progress_bar()
+    if arguments.teachers:
+        print(format_rows(list_teachers(arguments.cache)))
+        return
     comm = Comm.from_environment()
-    done = embed(
-        arguments.data,
-        arguments.out,
-        teacher=_teacher(arguments, comm),
-        comm=comm,
-        report=lambda line: print(line, flush=True),
-    )
-    if comm.is_main:
-        store = EmbeddingStore.open(arguments.out)
-        verb = "nothing to do, already there:" if done.already_done else "done:"
-        print(f"{verb} {len(store)} vectors of {store.dim} dimensions in {arguments.out}")
-        if done.skipped:
-            print(f"{done.skipped} samples have no caption and got no vector")
-        if done.checked:
-            print(f"{done.checked} samples computed again: they agree")
-    return 0
+    if arguments.fit_pca:
+        _fit(arguments, comm)
+    elif arguments.plan:
+        rows = plan_rows(_teacher(arguments, comm).identity, component_dims=arguments.dims)
+        _say(comm, format_rows(rows))
+    elif not (arguments.data and arguments.out):
+        raise ConfigError("give --data SHARDS and --out FOLDER (or --teachers, --plan)")
+    elif arguments.verify:
+        count = verify(arguments.data, arguments.out, teacher=_teacher(arguments, comm), comm=comm)
+        _say(comm, f"{arguments.out}: whole, and {count} samples computed again agree")
+    else:
+        _report(_embed(arguments, comm), arguments.out, comm)
+
+
+def _embed(arguments: argparse.Namespace, comm: Comm) -> Embedded:
+    if arguments.project:
+        return project_store(
+            arguments.data,
+            arguments.project,
+            arguments.out,
+            arguments.dims,
+            comm,
+            dtype=arguments.dtype,
+            report=_line,
+        )
+    teacher = _teacher(arguments, comm)
+    return embed(arguments.data, arguments.out, teacher=teacher, comm=comm, report=_line)
 
 
 def _teacher(arguments: argparse.Namespace, comm: Comm) -> Teacher:
-    captions = CaptionConfig(fields=tuple(arguments.fields))
-    if arguments.teacher != "minilm":
-        folder = Path(arguments.teacher)
-        return SentenceTeacher.load(folder, name=folder.name, device=comm.device, captions=captions)
-    if comm.is_main:  # one rank fetches, the others find it in the cache
-        agreed(comm, lambda: load_minilm(cache=arguments.cache))
+    if arguments.import_files:
+        vectors, dim = arguments.shape
+        folder = arguments.import_files
+        teacher: Teacher = VectorFiles(folder, name=folder.name, vectors=vectors, dim=dim)
     else:
-        agreed(comm, lambda: None)
-    return load_minilm(cache=arguments.cache, device=comm.device, captions=captions)
+        spec = read_spec(arguments.teacher, arguments.settings)
+        teacher = open_teacher(spec, comm, cache=arguments.cache)
+    return stored_as(teacher, dtype=arguments.dtype, pca=arguments.pca)
+
+
+def _fit(arguments: argparse.Namespace, comm: Comm) -> None:
+    if not arguments.out:
+        raise ConfigError("give --out FILE.safetensors for the components")
+    pca = fit_components(arguments.fit_pca, arguments.out, arguments.dims, comm)
+    kept = f"{len(pca.directions)} of {len(pca.mean)} components"
+    _say(comm, f"{arguments.out}: {kept} keep {pca.kept_share:.1%} of the variance")
+
+
+def _report(done: Embedded, out: Path, comm: Comm) -> None:
+    store = EmbeddingStore.open(out)
+    verb = "nothing to do, already there:" if done.already_done else "done:"
+    size = f"{len(store)} samples x {store.num_vectors} vectors of {store.dim} dimensions"
+    _say(comm, f"{verb} {size} in {out}, {store.identity.row_bytes} bytes per sample")
+    if done.skipped:
+        _say(comm, f"{done.skipped} samples have nothing that the teacher reads; no vector")
+    if done.checked:
+        _say(comm, f"{done.checked} samples computed again agree")
+
+
+def _say(comm: Comm, text: str) -> None:
+    if comm.is_main:
+        _line(text)
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="shards: braces, globs and :: lists")
-    parser.add_argument("--teacher", default="minilm", help="minilm, or a folder of transformers")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the store")
-    parser.add_argument("--fields", nargs="+", default=["txt"], help="caption: txt or json keys")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the teacher")
+    parser.add_argument("--teacher", default="minilm", help="pinned name, folder, workdir or YAML")
+    parser.add_argument("--data", help="shards: braces, globs and :: lists")
+    parser.add_argument("--out", type=Path, help="folder of the store")
+    parser.add_argument("--dtype", choices=["float16", "int8"], default="float16")
+    parser.add_argument("--pca", type=Path, metavar="FILE", help="components to project on")
+    parser.add_argument("--fit-pca", type=Path, metavar="STORE", help="write components to --out")
+    parser.add_argument(
+        "--project", type=Path, metavar="STORE", help="fit, and write its rows anew"
+    )
+    parser.add_argument("--dims", type=int, default=256, help="components that are kept")
+    parser.add_argument("--import-files", type=Path, metavar="FOLDER", help="of <key>.pth tensors")
+    parser.add_argument("--shape", type=int, nargs=2, default=(11, 5120), help="of each such file")
+    parser.add_argument("--teachers", action="store_true", help="list the pinned teachers")
+    parser.add_argument("--plan", action="store_true", help="bytes per sample and per corpus")
+    parser.add_argument("--verify", action="store_true", help="compare the store with the teacher")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (TrainerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

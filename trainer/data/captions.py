@@ -34,6 +34,11 @@ def choose_caption(
     return texts[item]
 
 
+def field_texts(fields: dict[str, bytes], name: str) -> list[str]:
+    """The texts of one field, white space collapsed; none where the sample lacks it."""
+    return _texts(_decoded(fields) if name == "txt" else _lookup(_record(fields), name))
+
+
 def _captions(
     fields: dict[str, bytes], config: CaptionConfig
 ) -> list[tuple[str, float, list[str]]]:

@@ -1,0 +1,1 @@
+"""Frozen teachers: models that give samples their vectors once, before training."""

@@ -1,0 +1,36 @@
+"""From the states of a text's tokens to one vector."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
+
+Pooling = Literal["mean", "last", "cls"]
+
+
+def pooled(
+    states: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"], how: Pooling
+) -> Float32[Tensor, "batch dim"]:
+    """One vector a row, in float32; the mask is true on one position of a row at least.
+
+    `mean` over the positions of the mask, the `last` of them, or `cls`: the first.
+    """
+    states = states.float()
+    if how == "mean":
+        return masked_mean(states, mask)
+    rows = torch.arange(len(states), device=states.device)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    if how == "last":
+        return states[rows, (mask * columns).amax(1)]
+    return states[rows, mask.int().argmax(1)]
+
+
+def masked_mean(
+    states: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"]
+) -> Float[Tensor, "batch dim"]:
+    """Mean over the positions where the mask is true; what is elsewhere is not looked at."""
+    kept = states.masked_fill(~mask[..., None], 0)
+    return kept.sum(1) / mask.sum(1, keepdim=True).to(states.dtype)
