@@ -57,23 +57,27 @@ def loss_of(comm: Comm):
     return losses
 
 
-def reference(steps: int) -> dict[str, Tensor]:
-    """The plainest loop: one process, the whole batch, torch's own AdamW and clipping."""
+def reference(steps: int) -> tuple[dict[str, Tensor], list[float]]:
+    """The plainest loop: one process, the whole batch, torch's own AdamW and clipping.
+
+    Weights, and the gradient's norm before each step.
+    """
     from trainer.optim import parameter_groups
 
     comm = Comm.solo()
     model = small_model(comm)
     groups = parameter_groups(model.named_parameters(), OPTIM, model.parameter_depth)
     optimizer = torch.optim.AdamW(groups, betas=OPTIM.betas, eps=OPTIM.epsilon)
+    norms = []
     for step in range(steps):
         (batch,) = batch_of(step, comm, 1)
         loss_of(comm)(model(batch), batch).total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor(step)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: value.detach() for name, value in model.state_dict().items()}
+    return {name: value.detach() for name, value in model.state_dict().items()}, norms
 
 
 def factor(step: int) -> float:
@@ -95,20 +99,24 @@ def new_engine(comm: Comm, stage: str, weights: dict[str, Tensor] | None = None,
     return Engine(model, OPTIM, comm, deepspeed_config=path, micro_batch=1)
 
 
-def run_steps(engine, comm: Comm, steps: range, passes: int) -> None:
+def run_steps(engine, comm: Comm, steps: range, passes: int) -> list[float]:
+    norms = []
     for step in steps:
         accumulate(engine, loss_of(comm), batch_of(step, comm, passes))
         assert engine.step(factor(step))
+        norms.append(float(engine.gradient_norm))
+    return norms
 
 
 def train_everywhere(comm: Comm, cases: list[tuple[str, int]], steps: int) -> list[dict]:
     results = []
     for stage, passes in cases:
         engine = new_engine(comm, stage)
-        run_steps(engine, comm, range(steps), passes)
+        norms = run_steps(engine, comm, range(steps), passes)
         weights = engine.gathered_weights()
         share = engine.weights_share() | engine.moments_share()
-        results.append({"weights": weights, "share": share, "bytes": engine.bytes_per_rank()})
+        held = engine.bytes_per_rank()
+        results.append({"weights": weights, "share": share, "bytes": held, "norms": norms})
     return results
 
 
@@ -118,11 +126,14 @@ STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_stage_rank_count_and_split_takes_the_same_steps(world_size):
     cases = [(stage, 1 if world_size == 3 else 2) for stage in STAGES] + [("zero3", 1)]
-    expected = reference(3)
+    expected, norms = reference(3)
+    assert min(norms) > OPTIM.clip_norm, "every step is clipped"
     ranks = run_ranks(train_everywhere, world_size, cases, 3, timeout_seconds=400)
     for index, case in enumerate(cases):
         weights = ranks[0][index]["weights"]
         assert weights.keys() == expected.keys()
+        for result in (rank[index] for rank in ranks):
+            assert result["norms"] == pytest.approx(norms, rel=1e-4), case
         for name, value in expected.items():
             message = f"{case} W={world_size} {name}"
             torch.testing.assert_close(
@@ -155,7 +166,7 @@ def poison_one_rank(comm: Comm, stages: list[str]) -> list[dict]:
 
 
 def test_a_nan_on_one_rank_changes_no_parameter_anywhere_and_names_the_rank():
-    expected = reference(3)
+    expected, _ = reference(3)
     ranks = run_ranks(poison_one_rank, 2, STAGES, timeout_seconds=400)
     for index, stage in enumerate(STAGES):
         for rank in ranks:
@@ -184,7 +195,7 @@ def measure_bytes(comm: Comm) -> dict[str, int]:
 def test_bfloat16_takes_steps_at_every_stage():
     """Bfloat16 weights, float32 masters: close to the float32 steps, and restored exactly."""
     (ranks,) = run_ranks(train_in_bfloat16, 1, timeout_seconds=400)
-    expected = reference(3)
+    expected, _ = reference(3)
     for stage, (weights, again) in ranks.items():
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0.1, atol=0.02)

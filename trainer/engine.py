@@ -66,6 +66,10 @@ class Engine:
         self.comm = comm
         self._config = _deepspeed_config(deepspeed_config, comm, optim, micro_batch)
         self._stage = int(self._config["zero_optimization"]["stage"])
+        bf16 = bool(self._config.get("bf16", {}).get("enabled"))
+        if clips_itself := self._stage == 0 and not bf16:
+            # DeepSpeed clips here too, but doesn't say what the norm was.
+            self._config["gradient_clipping"] = 0.0
         self._optimizer = _adamw(model, optim, self._config)
         if self._stage == 3:
             # A block is gathered whole: one collective instead of one per Linear, and a fifth less
@@ -76,6 +80,8 @@ class Engine:
         )
         self.gradient_norm: float | Tensor = 0.0
         """Global norm before clipping, of the last step; NaN if it was not finite."""
+        if clips_itself:
+            self._optimizer.register_step_pre_hook(lambda *_: self._clip(optim.clip_norm))
 
     # -- training -------------------------------------------------------------------------------
 
@@ -109,7 +115,10 @@ class Engine:
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm()
-        self.gradient_norm = float("nan") if not applied else (0.0 if norm is None else norm)
+        if not applied:
+            self.gradient_norm = float("nan")
+        elif norm is not None:
+            self.gradient_norm = norm
         return applied
 
     def spoil(self, batch: Batch) -> None:
@@ -194,6 +203,11 @@ class Engine:
 
     # -- inside ---------------------------------------------------------------------------------
 
+    def _clip(self, clip_norm: float) -> None:
+        """Scale the averaged gradient, just before the optimizer reads it."""
+        parameters = self._engine.module.parameters()
+        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
 
@@ -250,7 +264,8 @@ class Engine:
         return padded[self.comm.rank * size : (self.comm.rank + 1) * size]
 
     def _step_on_nothing(self, batch: Batch) -> None:
-        self._backward_of_outputs(batch, 0.0)
+        outputs = [x.float().sum() for x in self(batch) if x is not None and x.requires_grad]
+        self.backward(torch.stack(outputs).sum() * 0.0)
         if not self.step(0.0):
             raise CheckpointError("the restored weights give outputs that are not finite")
 
