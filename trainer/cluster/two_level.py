@@ -136,7 +136,7 @@ def candidates_of_cells(
     near = ~(tops < threshold[rows])
     passed = torch.nn.functional.pad(near.long().cumsum(0), (1, 0))
     ends = torch.tensor([0, *members]).cumsum(0).to(passed.device)
-    found_rows, found_ids = [], []
+    found_rows, found_ids = [rows[:0]], [rows[:0]]
     for cell, chosen in enumerate(rows[near].split(passed[ends].diff().tolist())):
         if chosen.shape[0] == 0:
             continue
