@@ -37,6 +37,7 @@ recipe:
     embed_dim: 16
     image: {{width: 32, layers: 1, heads: 2}}
   classes: [concept_id, subgroup, group]
+  figures_every: 1
   head: {{sample_rate: 0.5, learning_rate: 0.01}}
 data: {{train: "{spec}"}}
 optim: {{learning_rate: 0.003, warmup_steps: 2}}
@@ -130,6 +131,9 @@ def test_mlcd_is_the_paper_s_formula_over_all_other_prototypes(base):
     for name, value in expected.items():
         torch.testing.assert_close(losses[name].double(), value.double(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses.total, losses["mlcd"])
+    rarely = changed(base, "recipe.figures_every=2")
+    assert "negative_cosine" not in one_loss(rarely, step=0)[0]
+    assert "negative_cosine" in one_loss(rarely, step=1)[0]
 
 
 def test_one_label_is_plain_softmax_cross_entropy_for_three_losses(base):

@@ -67,6 +67,9 @@ class Config(RecipeConfig):
     """Coordinates that a step compares, drawn anew for each; all where None."""
     drop_unlabelled: bool = False
     """Leave samples without a label out of `mlcd`'s negative term too."""
+    figures_every: PositiveInt = 10
+    """Steps between two readings of the negatives' mean cosine and the head's figures, which cost
+    an exchange of the features; `log_every` shows them if it is a multiple."""
     head: PrototypeHeadConfig = PrototypeHeadConfig()
 
     @model_validator(mode="after")
@@ -109,12 +112,10 @@ class Recipe(WithoutPhases):
         labels = self._chosen(batch.sample_id, step)
         rows, active = self._subspace(rows, self.head.active(labels, step), step)
         result = self._loss(rows, labels, active)
-        figures = {
-            **result.figures,
-            **negative_figures(rows, labels, active, self.head.comm),
-            **self.head.figures(),
-            "labelled": (labels >= 0).any(dim=1).float().mean(),
-        }
+        figures = {**result.figures, "labelled": (labels >= 0).any(dim=1).float().mean()}
+        if (step + 1) % self.config.figures_every == 0:
+            figures |= negative_figures(rows, labels, active, self.head.comm)
+            figures |= self.head.figures()
         losses = Losses.of(**{self.config.loss: result.loss})
         for name, value in figures.items():
             losses = losses.with_term(name, value, 0.0)
