@@ -1,4 +1,4 @@
-"""Measure speed and memory as ratios: python tools/bench.py step | data | episode | kmeans.
+"""Measure speed and memory as ratios: python tools/bench.py step | data | episode | kmeans | embed.
 
 Every subcommand prints a table and takes `--json FILE`. What to look at on a machine that is busy
 with other things is CPU time; what to believe is a ratio, never the seconds.
@@ -73,11 +73,29 @@ def measure_kmeans(arguments: argparse.Namespace) -> Rows:
     return run(sizes, threads=arguments.threads, rounds=arguments.rounds)
 
 
+def measure_embed(arguments: argparse.Namespace) -> Rows:
+    import torch
+
+    from trainer.bench.embed import run
+    from trainer.data.teachers.spec import read_spec
+
+    torch.set_num_threads(arguments.threads)
+    return run(
+        arguments.data,
+        read_spec(arguments.teacher, arguments.settings),
+        texts=arguments.texts,
+        batch=arguments.batch,
+        rounds=arguments.rounds,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        cache=arguments.cache,
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="step | data | episode | kmeans")
+    commands = parser.add_subparsers(required=True, metavar="step | data | episode | kmeans | embed")
 
     step = _command(commands, "step", "a training step beside a plain PyTorch loop", measure_step)
     _model_options(step)
@@ -101,7 +119,20 @@ def _parser() -> argparse.ArgumentParser:
     kmeans.add_argument("--full", action="store_true", help="the large sizes: many minutes")
     kmeans.add_argument("--rounds", type=int, default=2, help="runs of each side; the best counts")
     kmeans.add_argument("--threads", type=int, default=1)
+    _add_embed(commands)
     return parser
+
+
+def _add_embed(commands: Any) -> None:
+    embed = _command(commands, "embed", "a teacher beside a plain transformers loop", measure_embed)
+    embed.add_argument("settings", nargs="*", metavar="key=value", help="changes of the teacher")
+    embed.add_argument("--teacher", default="minilm", help="pinned name, folder or YAML")
+    embed.add_argument("--data", default=SHARDS, help="shards")
+    embed.add_argument("--texts", type=int, default=512, help="the first of the shards")
+    embed.add_argument("--batch", type=int, default=32, help="texts of a batch of the plain loop")
+    embed.add_argument("--rounds", type=int, default=3, help="timed runs of each side")
+    embed.add_argument("--threads", type=int, default=1)
+    embed.add_argument("--cache", type=Path, default=Path("cache"))
 
 
 def _command(
