@@ -151,7 +151,7 @@ class OptimConfig(Frozen):
 class EvalConfig(Frozen):
     """One evaluation: what, on which shards, how often."""
 
-    name: Literal["zero_shot", "retrieval", "knn", "linear_probe"]
+    name: Literal["zero_shot", "retrieval", "cross_lingual", "knn", "linear_probe"]
     label: str
     """Name under which its numbers are logged."""
     data: str
@@ -166,6 +166,16 @@ class EvalConfig(Frozen):
     """Use at most this many samples, chosen by hash of their id."""
     templates: tuple[str, ...] = ("{}", "a picture of {}", "an icon of {}", "{} emoji")
     """Prompts of a class name (zero_shot)."""
+    caption: str = "txt"
+    """Which text of a sample is searched for: `txt` or a json key, as `long` (retrieval); the key
+    that holds texts by language is `lang` (cross_lingual)."""
+    languages: tuple[str, ...] | None = None
+    """Of cross_lingual; all that the samples have where None."""
+    text_store: Path | None = None
+    """Vectors of the samples' texts, for a model that reads none (flame); for cross_lingual a
+    path with `{}` where the language goes."""
+    text_vectors: tuple[int, ...] | None = None
+    """Which vectors of a sample in `text_store` are averaged; all where None."""
 
 
 class RunConfig(Frozen):

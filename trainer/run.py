@@ -15,7 +15,7 @@ from trainer.evals import EvalContext
 from trainer.models.config import ModelConfig, TwoTowerConfig
 from trainer.recipe import Context
 
-NEED_TEXTS = frozenset({"zero_shot", "retrieval"})
+NEED_TEXTS = frozenset({"zero_shot", "retrieval", "cross_lingual"})
 """Evaluations that compare images with texts."""
 
 
@@ -33,11 +33,13 @@ def text_model_of(config: RunConfig) -> TwoTowerConfig | None:
 
 def refuse_text_evals(config: RunConfig) -> None:
     """A ConfigError if an evaluation needs texts that the model can't read."""
-    wrong = [entry for entry in config.evals if entry.name in NEED_TEXTS]
+    without_vectors = [e for e in config.evals if e.name == "zero_shot" or e.text_store is None]
+    wrong = [entry for entry in without_vectors if entry.name in NEED_TEXTS]
     if wrong and text_model_of(config) is None:
         raise ConfigError(
             f"evaluation {wrong[0].label}: {wrong[0].name} compares images with texts, and the "
-            f"model of {config.recipe.name} reads none; use knn or linear_probe"
+            f"model of {config.recipe.name} reads none; use knn or linear_probe, "
+            "or retrieval with the vectors of the texts (text_store)"
         )
 
 

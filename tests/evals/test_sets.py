@@ -132,7 +132,7 @@ def test_pairs_by_concept_and_picture_but_not_through_others() -> None:
         {"txt": "plum"},
     )
     of_images, texts, of_texts = pairing(share, SOLO)
-    assert texts == ["red apple", "apple", "tomato", "plum"]
+    assert texts == {"red apple": 0, "apple": 1, "tomato": 2, "plum": 4}
     right = [[bool(image & text) for text in of_texts] for image in of_images]
     assert right == [
         [True, True, False, False],

@@ -7,26 +7,35 @@ samples share is one text. Image and text belong together when they share a conc
 - a text has the concepts of all samples with that caption;
 - a sample's concept is its json key `concept_id`, else the caption itself.
 
+Any text of a sample can be the caption: its name, a description of several sentences, or a
+translation.
+
 So no duplicate counts as a miss. Unions are not closed transitively: two names of one drawing are
 both right for it, but the other drawings of one name aren't right for the other.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import EvalConfig
+from trainer.data.embeddings import EmbeddingStore
+from trainer.data.tokenize import token_ids
+from trainer.errors import DataError
 from trainer.evals.context import EvalContext
 from trainer.evals.features import Share, embed_images, embed_texts
-from trainer.evals.labels import class_of, with_class
+from trainer.evals.labels import class_of
 from trainer.evals.samples import Record
 from trainer.evals.scores import chance, percent
 from trainer.evals.search import nearest
@@ -40,11 +49,21 @@ Concepts = Sequence[frozenset[str]]
 
 def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, float]:
     """Recall at 1, 5 and 10, images to texts and texts to images, each beside its chance."""
-    comm = context.comm
     share = embed_images(config.data, encode, context, limit=config.limit)
-    share = with_class(share, "txt", spec=config.data, comm=comm)
-    image_concepts, texts, text_concepts = pairing(share, comm)
-    features = embed_texts(texts, encode, context)
+    return figures_of(share, config.caption, config, encode, context)
+
+
+def figures_of(
+    share: Share, caption: str, config: EvalConfig, encode: Encode, context: EvalContext
+) -> dict[str, float]:
+    """Recalls and chances of encoded images and the texts under the key `caption`."""
+    comm = context.comm
+    share = with_text(share, caption, spec=config.data, comm=comm)
+    image_concepts, texts, text_concepts = pairing(share, comm, caption=caption)
+    if config.text_store is None:
+        features = embed_texts(list(texts), encode, context)
+    else:
+        features = stored_texts(list(texts.values()), config, context)
     first, last = comm.row_range(len(texts))
     own_texts = features[first:last]
     figures: dict[str, float] = {}
@@ -56,7 +75,20 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
         figures |= {f"{name}_r{k}": value for k, value in found.items()}
         guessed = chances(of_queries, of_gallery, cutoffs=CUTOFFS)
         figures |= {f"chance_{name}_r{k}": value for k, value in guessed.items()}
-    return {**figures, "samples": float(len(image_concepts)), "texts": float(len(texts))}
+    figures |= {"samples": float(len(image_concepts)), "texts": float(len(texts))}
+    if config.text_store is None and context.tokenizer is not None:
+        figures["unread"] = percent_unread(list(texts), context.tokenizer, context.text_length)
+    return figures
+
+
+def stored_texts(
+    ids: Sequence[int], config: EvalConfig, context: EvalContext
+) -> Float[Tensor, "n dim"]:
+    """Unit vectors of the texts of these samples, from the store that the evaluation names."""
+    assert config.text_store is not None
+    store = EmbeddingStore.open(config.text_store)
+    vectors = store.vectors(torch.tensor(ids, dtype=torch.int64), config.text_vectors)
+    return F.normalize(vectors.mean(dim=1), dim=1).to(context.comm.device)
 
 
 def recalls(
@@ -98,17 +130,65 @@ def chances(
     return {k: chance(num_right, num_choices=size, num_guesses=k, comm=alone) for k in cutoffs}
 
 
-def pairing(share: Share, comm: Comm) -> tuple[Concepts, list[str], Concepts]:
-    """(concepts of each image, the distinct captions, concepts of each caption), of all ranks."""
-    own = [[_picture(record), _concept(record), _caption(record)] for record in share.records]
-    triples: list[list[str]] = list(chain.from_iterable(comm.gather_json(own)))
+def pairing(
+    share: Share, comm: Comm, *, caption: str = "txt"
+) -> tuple[Concepts, dict[str, int], Concepts]:
+    """(concepts of each image, the distinct captions with a sample of each, concepts of each
+    caption), of all ranks."""
+    own = [
+        [_picture(record), _concept(record, caption), text_of(record, caption), record.sample_id]
+        for record in share.records
+    ]
+    rows: list[list[Any]] = list(chain.from_iterable(comm.gather_json(own)))
     of_picture: dict[str, set[str]] = defaultdict(set)
     of_caption: dict[str, set[str]] = defaultdict(set)
-    for picture, concept, caption in triples:
+    samples: dict[str, int] = {}
+    for picture, concept, text, sample_id in rows:
         of_picture[picture].add(concept)
-        of_caption[caption].add(concept)
-    images = [frozenset(of_picture[picture]) for picture, _, _ in triples]
-    return images, list(of_caption), [frozenset(concepts) for concepts in of_caption.values()]
+        of_caption[text].add(concept)
+        samples.setdefault(text, sample_id)
+    images = [frozenset(of_picture[picture]) for picture, *_ in rows]
+    return images, samples, [frozenset(concepts) for concepts in of_caption.values()]
+
+
+def with_text(share: Share, caption: str, *, spec: str, comm: Comm) -> Share:
+    """The rows that have a text under the key; a DataError, on every rank, where none has."""
+    rows = [i for i, record in enumerate(share.records) if text_of(record, caption)]
+    if not comm.any(bool(rows)):
+        raise DataError(f"no sample of {spec} has a text under {caption!r}; set `caption`")
+    index = torch.tensor(rows, dtype=torch.int64, device=share.features.device)
+    return Share(share.features[index], [share.records[i] for i in rows])
+
+
+def text_of(record: Record, caption: str) -> str:
+    """A sample's text, white space collapsed; '' where it has none.
+
+    `a.b` reads key b of the object under a; the items of a list are joined by commas.
+    """
+    value: Any = record.values
+    for part in [caption] if caption in record.values else caption.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, list):
+        value = ", ".join(str(item) for item in value)
+    return " ".join(value.split()) if isinstance(value, str) else ""
+
+
+def percent_unread(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int) -> float:
+    """Percent of the tokens that say nothing: unknown ones, and pieces of a single character.
+
+    A tokenizer of bytes has no unknown token, but a script that it was not trained on falls into
+    bytes, of which none is a character.
+    """
+    ids = [token for row in token_ids(tokenizer, texts, length=length) for token in row]
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    counted = Counter(token for token in ids if token not in special)
+    unread = sum(count for token, count in counted.items() if _says_nothing(token, tokenizer))
+    return percent(unread, counted.total())
+
+
+@lru_cache(maxsize=1 << 16)
+def _says_nothing(token: int, tokenizer: PreTrainedTokenizerFast) -> bool:
+    return token == tokenizer.unk_token_id or "\ufffd" in tokenizer.decode([token])
 
 
 def _first_right(
@@ -122,12 +202,8 @@ def _first_right(
     return positions
 
 
-def _caption(record: Record) -> str:
-    return " ".join(str(class_of(record, "txt")).split())
-
-
-def _concept(record: Record) -> str:
-    return class_of(record, "concept_id") or _caption(record)
+def _concept(record: Record, caption: str) -> str:
+    return class_of(record, "concept_id") or text_of(record, caption)
 
 
 def _picture(record: Record) -> str:

@@ -33,15 +33,20 @@ class Row(NamedTuple):
 
 
 def table_rows(results: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """One row per measured figure; sizes and chosen settings are remarks on the first."""
+    """One row per measured figure; sizes and chosen settings are remarks on the first.
+
+    Figures of one language end in its name, as `image_to_text_r1/de`, and stand together.
+    """
     rows = []
     for label, figures in results.items():
-        remarks = _remarks(figures)
-        for figure, (chance, pixels) in _FLOORS.items():
-            if figure in figures:
-                floors = figures.get(chance), figures.get(pixels)
-                rows.append(Row(label, figure, figures[figure], *floors, remarks))
-                label = remarks = ""
+        for suffix in dict.fromkeys("".join(name.partition("/")[1:]) for name in figures):
+            remarks = _remarks(figures, suffix)
+            for figure, floors in _FLOORS.items():
+                if figure + suffix in figures:
+                    chance, pixels = (figures.get(floor + suffix) for floor in floors)
+                    measured = figures[figure + suffix]
+                    rows.append(Row(label, figure + suffix, measured, chance, pixels, remarks))
+                    label = remarks = ""
     return rows
 
 
@@ -81,7 +86,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.label, row.figure.replace("_", " "), *shown, row.remarks)
 
 
-def _remarks(figures: Mapping[str, float]) -> str:
+def _remarks(figures: Mapping[str, float], suffix: str) -> str:
     floors = {name for pair in _FLOORS.values() for name in pair}
-    rest = (name for name in figures if name not in floors and name not in _FLOORS)
-    return ", ".join(f"{name.replace('_', ' ')} {figures[name]:g}" for name in rest)
+    own = [name for name in figures if name.endswith(suffix) and name.count("/") == bool(suffix)]
+    plain = [name.removesuffix(suffix) for name in own]
+    rest = [name for name in plain if name not in floors and name not in _FLOORS]
+    return ", ".join(f"{name.replace('_', ' ')} {figures[name + suffix]:g}" for name in rest)
