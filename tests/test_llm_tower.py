@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -97,15 +96,15 @@ def train_everywhere(comm: Comm, path: str, cases: list[Case]) -> list[dict[str,
     return results
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_mode_stage_and_split_takes_the_plain_steps(tmp_path: Path, world_size: int) -> None:
+def test_every_mode_stage_and_split_takes_the_plain_steps(tmp_path: Path) -> None:
+    """To a hundredth of what two steps move; and what is frozen keeps every bit."""
     path = save_llama(tmp_path)
-    cases = CASES if world_size == 2 else [case for case in CASES if case.stage == "zero3"]
     expected = {mode: reference(path, mode) for mode in MODES}
-    ranks = run_ranks(train_everywhere, world_size, path, cases, timeout_seconds=500)
-    for case, weights in zip(cases, ranks[0], strict=True):
+    ranks = run_ranks(train_everywhere, 2, path, CASES, timeout_seconds=900)
+    for case, weights in zip(CASES, ranks[0], strict=True):
         start = dict(model_of(path, case.mode).named_parameters())
         for name, value in expected[case.mode].items():
-            assert torch.allclose(weights[name], value, rtol=1e-5, atol=1e-6), (case, name)
+            difference = float((weights[name] - value).abs().max())
+            assert difference <= 2e-5, (case, name, difference)
             stays = not start[name].requires_grad
             assert torch.equal(weights[name], start[name].detach()) == stays, (case, name)

@@ -139,7 +139,7 @@ def test_a_checkpoint_with_another_teacher_is_refused(tmp_path: Path) -> None:
 def test_mistakes_in_one_sentence(tmp_path: Path) -> None:
     config, _ = store_in(tmp_path)
     for changes, says in (
-        ({"clusters": 99}, "99 clusters for the 36 samples .* use at most 3"),
+        ({"clusters": 99}, "99 clusters for 36 training samples .* use at most 3"),
         ({"vectors": [3]}, "vectors has 3, but .* has vectors 0 to 2"),
         ({"pca": 7}, "pca is 7, but .* 36 samples of 6 numbers"),
         ({"name": "image"}, "named image; rename one"),
@@ -215,6 +215,18 @@ def test_groups_that_an_episode_lacks_are_masked_and_unknown_samples_left_out(
     nobody = batch._replace(sample_id=torch.arange(len(batch.sample_id)) + 1)
     assert float(recipe.losses(features, nobody, 0)["image_from_t-0"]) == 0.0
     assert float(known) > 0
+
+
+def test_only_the_training_samples_shape_the_groups(tmp_path: Path) -> None:
+    config, store = store_in(tmp_path)
+    ids, vectors = everything(store)
+    settings = teacher(tmp_path, centre=False, iterations=100, vectors=[1])
+    found = load_teachers([settings], Comm.solo(), workdir=config.workdir, corpus=ids[::2])
+    group = found.groups["t"]
+    assert (group.labels.of(ids[1::2].contiguous()) == -1).all()
+    assert_nearest(group.labels.of(ids[::2].contiguous()), vectors[::2, 1], group.centroids)
+    with pytest.raises(CheckpointError, match="another teacher"):
+        load_teachers([settings], Comm.solo(), workdir=config.workdir, corpus=ids[:30])
 
 
 def test_a_teacher_is_its_vectors(tmp_path: Path) -> None:

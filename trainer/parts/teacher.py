@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -77,16 +78,26 @@ class Teachers(NamedTuple):
     """Of what was clustered and how, by the teacher's name."""
 
 
-def load_teachers(configs: Sequence[TeacherConfig], comm: Comm, *, workdir: Path) -> Teachers:
-    """Cluster every teacher's store, or take from the workdir what was found there before."""
+def load_teachers(
+    configs: Sequence[TeacherConfig],
+    comm: Comm,
+    *,
+    workdir: Path,
+    corpus: Int64[Tensor, " samples"] | None = None,
+) -> Teachers:
+    """Cluster every teacher's store, or take from the workdir what was found there before.
+
+    `corpus` are the ids of the training samples: a store may hold others, which must not shape
+    the groups. All of the store where None.
+    """
     groups: dict[str, TeacherGroups] = {}
     digests: dict[str, str] = {}
     for config in configs:
         store = EmbeddingStore.open(config.store)
-        digests[config.name] = _digest(config, store)
+        digests[config.name] = _digest(config, store, corpus)
         folder = workdir / "teachers" / config.name
         if not _is_kept(folder, digests[config.name], config, comm):
-            _find_groups(config, store, folder, comm)
+            _find_groups(config, store, folder, comm, corpus)
             _keep(folder, digests[config.name], comm)
         found = _kept_groups(config, _clusterings(config, store), folder, comm)
         if twice := sorted(set(found) & (groups.keys() | {"image", "text"})):
@@ -108,18 +119,22 @@ def _clusterings(config: TeacherConfig, store: EmbeddingStore) -> dict[str, tupl
     return {f"{config.name}-{vector}": (vector,) for vector in vectors}
 
 
-def _find_groups(config: TeacherConfig, store: EmbeddingStore, folder: Path, comm: Comm) -> None:
+def _find_groups(
+    config: TeacherConfig,
+    store: EmbeddingStore,
+    folder: Path,
+    comm: Comm,
+    corpus: Tensor | None,
+) -> None:
     """Cluster over all ranks; the main rank writes labels and centroids."""
     settings = KMeansConfig(
         clusters=config.clusters, iterations=config.iterations, spherical=config.spherical
     )
-    if config.clusters > len(store):
-        raise ConfigError(
-            f"teacher {config.name} has {config.clusters} clusters for the {len(store)} samples "
-            f"of {config.store}; use at most {max(1, len(store) // 10)}, a tenth"
-        )
     for name, vectors in _clusterings(config, store).items():
-        points = teacher_points(store, vectors, comm, centre=config.centre, pca=config.pca)
+        points = teacher_points(
+            store, vectors, comm, centre=config.centre, pca=config.pca, corpus=corpus
+        )
+        _check_count(config, int(comm.sum(torch.tensor(len(points), device=comm.device))))
         result = cluster(points, settings, comm)
         ids = points.ids(0, len(points)).to(comm.device)
         labels = ClusterLabels.gather(ids, result.labels.to(comm.device), comm)
@@ -128,6 +143,14 @@ def _find_groups(config: TeacherConfig, store: EmbeddingStore, folder: Path, com
             save_file(
                 {"centroids": result.centroids.cpu()}, folder / name / "centroids.safetensors"
             )
+
+
+def _check_count(config: TeacherConfig, samples: int) -> None:
+    if config.clusters > samples:
+        raise ConfigError(
+            f"teacher {config.name} has {config.clusters} clusters for {samples} training samples "
+            f"in {config.store}; use at most {max(1, samples // 10)}, a tenth"
+        )
 
 
 def _is_kept(folder: Path, digest: str, config: TeacherConfig, comm: Comm) -> bool:
@@ -165,9 +188,10 @@ def _kept_groups(
     return groups
 
 
-def _digest(config: TeacherConfig, store: EmbeddingStore) -> str:
+def _digest(config: TeacherConfig, store: EmbeddingStore, corpus: Tensor | None) -> str:
     """SHA-256 of the vectors and of what decides their groups."""
+    samples = b"" if corpus is None else corpus.sort().values.numpy().tobytes()
     decides = config.model_dump_json(
         include={"clusters", "vectors", "facets", "centre", "pca", "spherical", "iterations"}
     )
-    return hashlib.sha256(f"{store_digest(store)}\n{decides}".encode()).hexdigest()
+    return hashlib.sha256(f"{store_digest(store)}\n{decides}\n".encode() + samples).hexdigest()

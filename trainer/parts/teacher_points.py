@@ -29,7 +29,7 @@ class Frame(NamedTuple):
 
 
 class TeacherPoints:
-    """This rank's contiguous share of a store, one point a sample.
+    """This rank's contiguous share of a store, one point a sample (of `corpus`, where given).
 
     A point is the mean of some of the sample's vectors (each scaled to length one, and so the
     mean), seen in a frame. Ids stay in memory, vectors on disk.
@@ -37,10 +37,18 @@ class TeacherPoints:
 
     resident = False
 
-    def __init__(self, store: EmbeddingStore, vectors: Sequence[int], comm: Comm) -> None:
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        vectors: Sequence[int],
+        comm: Comm,
+        *,
+        corpus: Int64[Tensor, " samples"] | None = None,
+    ) -> None:
         self._store, self._vectors = store, list(vectors)
         first, last = comm.row_range(len(store))
-        self._ids = torch.from_numpy(store.ids[first:last].copy())
+        ids = torch.from_numpy(store.ids[first:last].copy())
+        self._ids = ids if corpus is None else ids[torch.isin(ids, corpus)]
         self.frame: Frame | None = None
 
     @property
@@ -73,7 +81,13 @@ class TeacherPoints:
 
 
 def teacher_points(
-    store: EmbeddingStore, vectors: Sequence[int], comm: Comm, *, centre: bool, pca: int | None
+    store: EmbeddingStore,
+    vectors: Sequence[int],
+    comm: Comm,
+    *,
+    centre: bool,
+    pca: int | None,
+    corpus: Int64[Tensor, " samples"] | None = None,
 ) -> Points:
     """The points of a store, centred and cut to `pca` principal components where asked for.
 
@@ -84,7 +98,7 @@ def teacher_points(
         raise ConfigError(
             f"pca is {pca}, but {store.folder} has {len(store)} samples of {store.dim} numbers"
         )
-    points = TeacherPoints(store, vectors, comm)
+    points = TeacherPoints(store, vectors, comm, corpus=corpus)
     if centre or pca is not None:
         points.frame = fit_frame(points, comm, kept=pca)
     if len(points) * points.dim * 4 > MOST_RESIDENT_BYTES:

@@ -28,6 +28,7 @@ from trainer.cluster.report import agreement, unknown_rate
 from trainer.cluster.translate import group_means
 from trainer.config import PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
+from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError
 from trainer.losses.contrastive import info_nce
 from trainer.losses.prototype import (
@@ -106,7 +107,7 @@ class Recipe:
         self.episode_samples = -(-config.episode_samples // batch) * batch
         self._check_sizes()
         self.teachers, digests = load_teachers(
-            config.teachers, context.comm, workdir=context.workdir
+            config.teachers, context.comm, workdir=context.workdir, corpus=_corpus(config, context)
         )
         if digests:
             self.parts["teachers"] = FrozenStores(digests, context.comm)
@@ -286,6 +287,13 @@ class Recipe:
                 "recipe.teachers need recipe.back_translation: a teacher's centroids live in its "
                 "own space, where no student feature can be compared with them"
             )
+
+
+def _corpus(config: Config, context: Context) -> Tensor | None:
+    """Ids of the training samples; None where no index tells them, or nobody asks."""
+    if not config.teachers or context.data.reader != "indexed":
+        return None
+    return torch.as_tensor(ShardSet.open(context.data.train).ids)
 
 
 def _extract(encode: Encode, view: Iterable[Batch]) -> Extracted:
