@@ -25,23 +25,28 @@ class Differentiable(Protocol):
 
 
 def accumulate(
-    engine: Differentiable, loss_of: Callable[[Features, Batch], Losses], batches: Sequence[Batch]
+    engine: Differentiable,
+    loss_of: Callable[[Features, Batch], Losses],
+    batches: Sequence[Batch],
+    *,
+    all_finite: Callable[[], bool] = lambda: True,
 ) -> Losses:
     """Add the gradient of `loss_of` on all micro-batches together; the result never depends on
     how the rows are cut into micro-batches (up to batch statistics of a norm, if there is one).
+
+    `all_finite` is asked when the gradients outside of the engine are known. If it says no, the
+    engine's become NaN where they are not zero anyway, so that it will discard the step.
     """
-    if len(batches) == 1:
-        losses = loss_of(engine(batches[0]), batches[0])
-        engine.backward(losses.total)
-        return losses.detach()
-    with torch.no_grad():
+    at_once = len(batches) == 1
+    with torch.set_grad_enabled(at_once):
         passes = [engine(batch) for batch in batches]
     leaves = _joined(passes)
     losses = loss_of(leaves, _joined_batch(batches))
     losses.total.backward()
+    factor = 1.0 if all_finite() else float("nan")
     for index, batch in enumerate(batches):
-        again = engine(batch)
-        engine.backward(_carried(again, leaves, index, len(batches)))
+        again = passes[0] if at_once else engine(batch)
+        engine.backward(_carried(again, leaves, index, len(batches)) * factor)
     return losses.detach()
 
 

@@ -121,16 +121,6 @@ class Engine:
             self.gradient_norm = norm
         return applied
 
-    def spoil(self, batch: Batch) -> None:
-        """Make the gradient NaN, so that the coming `step` is discarded as any such step is.
-
-        For a gradient outside of the engine that is not finite. Every rank must call it. Costs a
-        forward and a backward pass, in evaluation mode: running statistics stay.
-        """
-        self._engine.eval()
-        self._backward_of_outputs(batch, float("nan"))
-        self._engine.train()
-
     # -- state by name --------------------------------------------------------------------------
 
     @property
@@ -268,10 +258,6 @@ class Engine:
         self.backward(torch.stack(outputs).sum() * 0.0)
         if not self.step(0.0):
             raise CheckpointError("the restored weights give outputs that are not finite")
-
-    def _backward_of_outputs(self, batch: Batch, factor: float) -> None:
-        outputs = [x.float().sum() for x in self(batch) if x is not None and x.requires_grad]
-        self.backward(torch.stack(outputs).sum() * factor)
 
 
 def _gather_whole_blocks(model: nn.Module) -> None:

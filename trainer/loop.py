@@ -139,13 +139,15 @@ def train_step(
     def loss_of(features: Features, batch: Batch) -> Losses:
         return recipe.losses(features, batch, progress.step)
 
-    losses = accumulate(engine, loss_of, batches)
+    def all_finite() -> bool:
+        votes = [part.gradients_finite() for part in recipe.parts.values()]
+        asked = any(vote is not None for vote in votes)
+        return not (asked and engine.comm.any(False in votes))
+
+    losses = accumulate(engine, loss_of, batches, all_finite=all_finite)
     factor = warmup_cosine(
         progress.step, warmup_steps=config.optim.warmup_steps, total_steps=config.steps
     )
-    votes = [part.gradients_finite() for part in recipe.parts.values()]
-    if any(vote is not None for vote in votes) and engine.comm.any(False in votes):
-        engine.spoil(batches[0])
     applied = engine.step(factor, recipe.locked_towers(progress))
     for part in recipe.parts.values():
         part.after_step(progress.step, applied=applied, learning_rate_factor=factor)
