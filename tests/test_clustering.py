@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import random
@@ -19,11 +20,13 @@ from safetensors.torch import load_file
 from tests.cluster.stores import poison, write_store
 from tests.cluster.test_kmeans import distances, mixture
 from tests.ranks import run_ranks
+from tests.test_loop import config_in
 from trainer.cluster.kmeans import KMeansConfig
 from trainer.cluster.labels import ClusterLabels
 from trainer.clustering import ClusterJob, cluster_store, read_figures
 from trainer.comm import Comm
 from trainer.data.embeddings import EmbeddingStore
+from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
@@ -236,3 +239,28 @@ def test_a_plan_needs_no_store() -> None:
     assert "6.14e+17 FLOP a pass" in done.stdout
     gib = float(done.stdout.split("GiB per rank: ")[1].split()[0])
     assert gib < 80
+
+
+def test_the_page_shows_samples_and_figures(tmp_path: Path) -> None:
+    spec = config_in(tmp_path).data.train
+    shards = ShardSet.open(spec)
+    ids = torch.from_numpy(shards.ids.copy())
+    rows = mixture(len(ids), 8, components=6, spread=0.2, seed=1)
+    write_store(tmp_path / "store", rows, ids, sizes=[len(ids)])
+    out = tmp_path / "out"
+    options = ["--clusters", 6, "--iterations", 5, "--images", spec, "--classes", "subgroup"]
+    done = command(tmp_path / "store", "--out", out, *options, "--shown", 5)
+    assert done.returncode == 0, done.stderr
+    page = (out / "clusters.html").read_text()
+    caption = shards.read(0).fields["txt"].decode()
+    assert page.count("<section") == 5
+    assert any(
+        shards.read(i).fields["txt"].decode() in html.unescape(page) for i in range(len(ids))
+    ), caption
+    assert "nmi_classes" in page
+    assert "nearest: " in page
+    assert (out / "clusters.png").stat().st_size > 1000
+    assert list((out / "tensorboard").iterdir())
+    quality = json.loads((out / "quality.json").read_text())
+    assert 0.0 <= quality["nmi_classes"] < 0.9
+    assert quality["samples_classes"] > 0

@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--ranks", type=int, help="likewise")
     cost.add_argument("--peak-tflops", type=float, help="of one rank; measured if not given")
     cost.add_argument("--share-of-peak", type=float, default=0.4)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

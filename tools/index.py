@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer.data.index import MAX_MEMBER_BYTES, write_index
+from trainer.data.index import MAX_MEMBER_BYTES, index_path, write_index
 from trainer.data.remote import expand_shards
 from trainer.errors import TrainerError
 
@@ -17,13 +17,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shards", nargs="+", help="paths or URLs; braces, globs and :: lists")
     parser.add_argument("--max-member-bytes", type=int, default=MAX_MEMBER_BYTES)
+    parser.add_argument("--missing", action="store_true", help="leave local indexes that are there")
     arguments = parser.parse_args()
     total = 0
     for shard in expand_shards("::".join(arguments.shards)):
+        if arguments.missing and Path(index_path(shard)).exists():
+            print(f"{shard}: has an index")
+            continue
         count = write_index(shard, max_member_bytes=arguments.max_member_bytes)
         total += count
         print(f"{shard}: {count} samples")
     print(f"{total} samples")
+    print("next: python tools/embed.py --teacher efficientnet-lite0 --data SHARDS --out STORE")
     return 0
 
 

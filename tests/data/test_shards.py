@@ -226,7 +226,9 @@ def test_the_tool_builds_what_open_asks_for(tmp_path):
     write_tar(tmp_path / "a.tar", make_samples(4))
     write_tar(tmp_path / "b.tar", make_samples(3))
     command = [sys.executable, "tools/index.py", f"{tmp_path}/{{a,b}}.tar"]
-    assert subprocess.check_output(command, text=True).endswith("7 samples\n")
+    assert "\n7 samples\nnext: " in subprocess.check_output(command, text=True)
+    again = subprocess.check_output([*command, "--missing"], text=True)
+    assert again.count("has an index") == 2
     assert len(ShardSet.open(f"{tmp_path}/*.tar")) == 7
     failed = subprocess.run([*command[:2], f"{tmp_path}/c.tar"], capture_output=True, text=True)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
