@@ -13,9 +13,19 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from trainer.config import Frozen, PositiveInt
+from trainer.checkpoint import Checkpointer
+from trainer.comm import Comm
+from trainer.comparison_plot import plot_comparison
+from trainer.config import Frozen, PositiveInt, parse_run
 from trainer.errors import ConfigError, TrainerError
 from trainer.workdir import logged_results
+
+FLOORS = {
+    "chance": {"top1": "chance"},
+    "nearest pixels": {"top1": "pixel_1nn", "top5": "pixel_5nn"},
+}
+"""What costs no training: how evaluations call it, where that is not `<floor>_<figure>`."""
+PLOT = "table.png"
 
 
 class Comparison(Frozen):
@@ -75,7 +85,7 @@ def cells(comparison: Comparison) -> list[Cell]:
 
 
 def run_comparison(comparison: Comparison) -> str:
-    """Train what is not finished, then write `table.md` and `table.json`; returns the table."""
+    """Train what is not finished, then write `table.md`, `.json` and `.png`; returns the table."""
     with ThreadPoolExecutor(comparison.at_a_time) as pool:
         failures = [line for line in pool.map(_run, cells(comparison)) if line]
     if failures:
@@ -84,19 +94,30 @@ def run_comparison(comparison: Comparison) -> str:
 
 
 def write_table(comparison: Comparison) -> str:
-    """The table of the cells that have results so far."""
+    """The table of the cells that are finished so far, under the floors of the same figures."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in comparison.variants}
+    floors: dict[str, list[dict[str, float]]] = {}
     for cell in cells(comparison):
-        if (cell.workdir / "events.jsonl").exists():
-            found[cell.variant].append(_figures(logged_results(cell.workdir), comparison.figures))
-    table = format_comparison({name: runs for name, runs in found.items() if runs})
+        if is_finished(cell.workdir):
+            results = logged_results(cell.workdir)
+            found[cell.variant].append(_figures(results, comparison.figures))
+            floors = {name: [_floor(results, comparison.figures, name)] for name in FLOORS}
+    rows = {**floors, **found}
+    table = format_comparison({name: runs for name, runs in rows.items() if any(runs)})
     (comparison.workdir / "table.md").write_text(table + "\n")
     (comparison.workdir / "table.json").write_text(json.dumps(found, indent=2) + "\n")
+    plot_comparison({name: runs for name, runs in found.items() if runs}, comparison.workdir / PLOT)
     return table
 
 
+def is_finished(workdir: Path) -> bool:
+    """Whether a run has taken all of its steps."""
+    restored = Checkpointer(workdir / "checkpoints", Comm.solo()).latest()
+    return restored is not None and restored.step >= parse_run(restored.texts["run.yaml"]).steps
+
+
 def format_comparison(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Markdown: one row per variant, mean +- sample standard deviation over its seeds."""
+    """Markdown: one row per variant, mean ± sample standard deviation over its seeds."""
     columns = list(dict.fromkeys(key for runs in found.values() for run in runs for key in run))
     lines = [_row(["variant", "seeds", *columns]), _row(["---"] * (len(columns) + 2))]
     for name, runs in found.items():
@@ -123,11 +144,25 @@ def _figures(results: Mapping[str, Mapping[str, float]], wanted: Iterable[str]) 
     }
 
 
+def _floor(
+    results: Mapping[str, Mapping[str, float]], wanted: Iterable[str], floor: str
+) -> dict[str, float]:
+    """What `FLOORS` reaches at each figure, where the evaluation says so."""
+    return {
+        f"{label} {name}": figures[key]
+        for label, figures in results.items()
+        for name in wanted
+        for key in [FLOORS[floor].get(name, f"{floor}_{name}")]
+        if name in figures and key in figures
+    }
+
+
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def _row(cells: Iterable[str]) -> str:
