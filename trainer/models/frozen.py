@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +114,17 @@ def spread(
     if layer != -1:
         cut_blocks(model, layer)
     whole = [type(block).__name__ for block in transformer_blocks(model)[1][:1]]
-    places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
+    places = infer_auto_device_map(
+        model, max_memory=None if memory is None else dict(memory), no_split_module_classes=whole
+    )
+    if "disk" in places.values():
+        if offload is None or places.get("") == "disk":
+            raise ConfigError(
+                "the model does not fit in the memory it may use"
+                + ("; give a folder: offload" if offload is None else ", not even a block of it")
+            )
+        offload.mkdir(parents=True, exist_ok=True)
+        # accelerate takes what lies in the folder for this model's weights: always a new one
+        offload = Path(tempfile.mkdtemp(dir=offload))
     placed: nn.Module = dispatch_model(model, places, offload_dir=offload)
     return placed
