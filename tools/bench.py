@@ -1,4 +1,4 @@
-"""Measure speed and memory as ratios: python tools/bench.py step | data | episode | kmeans | embed.
+"""Measure speed and memory as ratios: python tools/bench.py step, data, episode, kmeans, ...
 
 Every subcommand prints a table and takes `--json FILE`. What to look at on a machine that is busy
 with other things is CPU time; what to believe is a ratio, never the seconds.
@@ -67,10 +67,47 @@ def measure_episode(arguments: argparse.Namespace) -> Rows:
 
 
 def measure_kmeans(arguments: argparse.Namespace) -> Rows:
+    if arguments.million is not None:
+        from trainer.bench import million
+
+        case = million.Million(
+            points=4 * arguments.clusters,
+            clusters=arguments.clusters,
+            components=max(arguments.clusters // 2, 1),
+            start=arguments.start,
+            threads=arguments.threads,
+        )
+        return million.run(arguments.million, case)
     from trainer.bench.kmeans import QUICK, SIZES, run
 
     sizes = SIZES if arguments.full else QUICK
     return run(sizes, threads=arguments.threads, rounds=arguments.rounds)
+
+
+def measure_logits(arguments: argparse.Namespace) -> Rows:
+    from trainer.bench.prototype_logits import plot, run, sweep
+
+    shapes = (arguments.batch, arguments.prototypes, arguments.dim)
+    rows: Rows = []
+    for threads in arguments.threads:
+        how = {"threads": threads, "rounds": arguments.rounds, "sides": arguments.sides}
+        rows += run(sweep(*shapes, **how, most_logit_bytes=arguments.most_logits << 20))
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    return rows
+
+
+def measure_head(arguments: argparse.Namespace) -> Rows:
+    from trainer.bench.head_step import HeadCase, run
+
+    case = HeadCase(
+        prototypes=arguments.prototypes,
+        dim=arguments.dim,
+        batch=arguments.batch,
+        sample_rate=arguments.rate,
+        rounds=arguments.rounds,
+    )
+    return run(case, ranks=arguments.ranks)
 
 
 def measure_embed(arguments: argparse.Namespace) -> Rows:
@@ -95,7 +132,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="step | data | episode | kmeans | embed")
+    commands = parser.add_subparsers(required=True, metavar="BENCH")
+    _add_training(commands)
+    _add_heads(commands)
+    _add_embed(commands)
+    return parser
+
+
+def _add_heads(commands: Any) -> None:
+    text = "cross-entropy against many rows beside torch, torch.compile, cut-cross-entropy"
+    logits = _command(commands, "prototype-logits", text, measure_logits)
+    logits.add_argument("--batch", type=_numbers, default=(1024,), help="sizes, as in 256,1024")
+    logits.add_argument("--prototypes", type=_numbers, default=(100_000,), help="sizes")
+    logits.add_argument("--dim", type=_numbers, default=(256,), help="sizes")
+    logits.add_argument("--threads", type=_numbers, default=(1, 2), help="as in 1,2")
+    logits.add_argument("--rounds", type=int, default=3, help="timed calls of each side")
+    sides = ("ours", "naive", "compile", "cce")
+    logits.add_argument("--sides", nargs="+", choices=sides, default=sides)
+    help = "MiB of logits beyond which only ours runs"
+    logits.add_argument("--most-logits", type=int, default=1024, help=help)
+    logits.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory into it")
+
+    text = "a whole MLCD step: rows that learn when touched beside an optimizer of all rows"
+    head = _command(commands, "head-step", text, measure_head)
+    head.add_argument("--prototypes", type=int, default=100_000)
+    head.add_argument("--dim", type=int, default=128)
+    head.add_argument("--batch", type=int, default=256, help="samples over all ranks")
+    head.add_argument("--rate", type=float, default=0.1, help="share of the rows in a step")
+    head.add_argument("--ranks", type=_numbers, default=(1, 2, 4), help="as in 1,2,4")
+    head.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+
+
+def _add_training(commands: Any) -> None:
 
     step = _command(commands, "step", "a training step beside a plain PyTorch loop", measure_step)
     _model_options(step)
@@ -119,8 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     kmeans.add_argument("--full", action="store_true", help="the large sizes: many minutes")
     kmeans.add_argument("--rounds", type=int, default=2, help="runs of each side; the best counts")
     kmeans.add_argument("--threads", type=int, default=1)
-    _add_embed(commands)
-    return parser
+    kmeans.add_argument("--million", type=Path, metavar="FOLDER", help="out of core, made there")
+    kmeans.add_argument("--clusters", type=int, default=1_000_000, help="of --million")
+    kmeans.add_argument("--start", choices=["sampled", "hierarchical"], default="sampled")
 
 
 def _add_embed(commands: Any) -> None:

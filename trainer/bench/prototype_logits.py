@@ -1,0 +1,106 @@
+"""Cross-entropy against very many rows: streamed here, and as a matrix of logits elsewhere.
+
+    ours     the primitive of this project; nothing of batch x prototypes elements exists
+    naive    torch's cross_entropy on the matrix of logits
+    compile  the same function through torch.compile
+    cce      the torch path of the cut-cross-entropy package, where that is installed
+
+All get the same unit features and rows and return the same loss and gradients. Beside them stands
+the time of the matrix products alone, which no implementation can beat: one of them forward, and
+three forward and backward together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.bench.launch import launch
+from trainer.config import Frozen, PositiveInt
+
+Pass = Literal["forward", "forward+backward"]
+PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+SIDES = ("ours", "naive", "compile", "cce")
+
+
+class LogitsCase(Frozen):
+    """One shape."""
+
+    batch: PositiveInt = 1024
+    prototypes: PositiveInt = 100_000
+    dim: PositiveInt = 256
+    threads: PositiveInt = 1
+    rounds: PositiveInt = 3
+    """Timed calls of each side, which take turns."""
+    sides: tuple[str, ...] = SIDES
+    most_logit_bytes: PositiveInt = 1 << 30
+    """Sides that make a matrix of logits are left out where it would be larger."""
+
+
+def sweep(
+    batches: Sequence[int], prototypes: Sequence[int], dims: Sequence[int], **how: Any
+) -> list[LogitsCase]:
+    """Every combination of the sizes."""
+    return [
+        LogitsCase(batch=batch, prototypes=count, dim=dim, **how)
+        for batch, count, dim in itertools.product(batches, prototypes, dims)
+    ]
+
+
+def run(cases: Sequence[LogitsCase]) -> list[dict[str, Any]]:
+    """A row for each shape, pass and side; each shape in a process of its own.
+
+    seconds, cpu_seconds: least of the rounds; extra_bytes: peak memory above the inputs, and
+    backward above the gradient of the rows; peak_share: of the machine's speed in a large product
+    of float32 matrices, counting the products that nobody can avoid; bound_share: of the time of
+    these products alone, run the same way. On a CPU shares and ratios are of CPU time, which other
+    programs on the machine disturb less.
+    """
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        found = launch(
+            *("trainer.bench.prototype_logits_worker", case.model_dump_json()),
+            ranks=1,
+            threads=case.threads,
+        )
+        rows += [_compared(row, found) for row in found]
+    return rows
+
+
+def _compared(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """With the speed and the memory of the naive side as multiples of this one's."""
+    naive = next((r for r in rows if r["name"] == "naive" and r["pass"] == row["pass"]), None)
+    ratios: dict[str, float] = {}
+    if naive is not None and row["seconds"] is not None and naive["seconds"] is not None:
+        time = "seconds" if row["device"] == "cuda" else "cpu_seconds"
+        ratios["speed_to_naive"] = round(naive[time] / row[time], 3)
+        ratios["naive_memory_to_this"] = round(naive["extra_bytes"] / max(1, row["extra_bytes"]), 1)
+    return {"bench": "prototype-logits", **row, **ratios}
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """CPU time and memory over the number of prototypes, a line for each side and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    measured = [r for r in rows if r["seconds"] is not None and r["pass"] == "forward+backward"]
+    for name in dict.fromkeys(row["name"] for row in measured):
+        for batch, dim in sorted({(r["batch"], r["dim"]) for r in measured}):
+            line = [r for r in measured if (r["name"], r["batch"], r["dim"]) == (name, batch, dim)]
+            line.sort(key=lambda r: r["prototypes"])
+            counts, label = [r["prototypes"] for r in line], f"{name} {batch} x {dim}"
+            style = {"marker": "o", "linestyle": "-" if name == "ours" else "--", "label": label}
+            axes[0].loglog(counts, [r["cpu_seconds"] for r in line], **style)
+            memory = [max(r["extra_bytes"], 1 << 20) / 2**20 for r in line]
+            axes[1].loglog(counts, memory, **style)
+    for axis, title in zip(axes, ("CPU seconds", "extra MiB, at least 1"), strict=True):
+        axis.set(xlabel="prototypes", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
