@@ -33,6 +33,6 @@ echo "3/5 cluster: $clusters"
 spread tools/cluster.py "$store" --clusters "$clusters" --spherical --start hierarchical \
   --out "$labels" --images "$shards" --classes "$classes"
 echo "4/5 training: $processes processes, $OMP_NUM_THREADS threads each"
-launch "$run" "recipe.labels=$labels" "workdir=$workdir" "$@"
+launch "$run" "recipe.labels=$labels" "workdir=$workdir" "save_every=2 min" "$@"
 echo "5/5 result"
 python tools/evaluate.py "$workdir" --table

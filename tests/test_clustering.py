@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from google.protobuf import text_format
 from safetensors.torch import load_file
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from tests.cluster.stores import poison, write_store
 from tests.cluster.test_kmeans import distances, mixture
@@ -260,7 +262,15 @@ def test_the_page_shows_samples_and_figures(tmp_path: Path) -> None:
     assert "nmi_classes" in page
     assert "nearest: " in page
     assert (out / "clusters.png").stat().st_size > 1000
-    assert list((out / "tensorboard").iterdir())
+    board = out / "tensorboard"
+    assert list(board.glob("events.*"))
+    config = ProjectorConfig()
+    text_format.Parse((board / "projector_config.pbtxt").read_text(), config)
+    rows = (board / config.embeddings[0].tensor_path).read_text().splitlines()
+    names = (board / config.embeddings[0].metadata_path).read_text().splitlines()
+    assert (len(rows), len(names)) == (5, 6)
+    assert all(len(row.split("\t")) == 8 for row in rows)
+    assert all(name.count("\t") == 2 for name in names)
     quality = json.loads((out / "quality.json").read_text())
     assert 0.0 <= quality["nmi_classes"] < 0.9
     assert quality["samples_classes"] > 0

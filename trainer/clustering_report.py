@@ -85,6 +85,7 @@ def write_page(out: Path, images: str, *, shown: int, seed: int = 0) -> Path:
         figures={k: float(v) for k, v in figures.items() if isinstance(v, int | float)},
     )
     _montage(out, cards[:ROWS])
+    _projector(out / "tensorboard", cards, centroids)
     return page
 
 
@@ -108,6 +109,29 @@ def _montage(out: Path, cards: list[ClusterCard]) -> None:
     board = TensorBoard(out / "tensorboard", first_step=0)
     board.image(0, "clusters", pixels)
     board.close()
+
+
+def _projector(folder: Path, cards: list[ClusterCard], centroids: Tensor) -> None:
+    """Files that TensorBoard's projector reads: a centroid a line, and what to call it."""
+    if not cards:
+        return
+    rows = [centroids[card.number].tolist() for card in cards]
+    tensors = ["\t".join(f"{value:.6g}" for value in row) for row in rows]
+    names = ["cluster\tsamples\tcaption"]
+    for card in cards:
+        caption = " ".join(card.samples[0][1].split()) if card.samples else ""
+        names.append(f"{card.number}\t{card.size}\t{caption}")
+    (folder / "centroids.tsv").write_text("\n".join(tensors) + "\n", encoding="utf-8")
+    (folder / "centroid_names.tsv").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (folder / "projector_config.pbtxt").write_text(_PROJECTOR, encoding="utf-8")
+
+
+_PROJECTOR = """embeddings {
+  tensor_name: "centroids"
+  tensor_path: "centroids.tsv"
+  metadata_path: "centroid_names.tsv"
+}
+"""
 
 
 def _read_quality(out: Path) -> dict[str, Any]:
