@@ -8,6 +8,7 @@ Crossmodal-3600 in this way.
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 
 from trainer.config import EvalConfig
 from trainer.errors import DataError
@@ -27,9 +28,9 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
     figures: dict[str, float] = {}
     languages = config.languages or _languages(share, key, config, context)
     for language in languages:
-        store = config.text_store and type(config.text_store)(
-            str(config.text_store).replace("{}", language)
-        )
+        store = config.text_store
+        if store is not None:
+            store = Path(str(store).replace("{}", language))
         own = config.model_copy(update={"text_store": store})
         found = figures_of(share, f"{key}.{language}", own, encode, context)
         figures |= {f"{name}/{language}": value for name, value in found.items()}
