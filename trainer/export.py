@@ -37,12 +37,16 @@ from trainer.models.card import image_card, model_card
 from trainer.models.config import ModelConfig, TowerConfig
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
 from trainer.models.lora import has_lora, merge_lora
+from trainer.models.patch_tower import PatchTower, build_patch_tower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 
 Exportable = TwoTower | ImageTower
+Rebuilt = Exportable | PatchTower
 Section = TypeVar("Section", TwoTowerConfig, ImageTowerConfig)
 
 NATIVE = Path("native")
+PATCH_HEAD = "image.projection.0.weight"
+"""Only the head that reads single patches has it."""
 LEGACY_EOS = 2
 """transformers reads this end-of-text id as that of old files, and pools at the largest id."""
 
@@ -60,7 +64,7 @@ class Exported(NamedTuple):
 
 
 def export_model(
-    model: Exportable,
+    model: Rebuilt,
     tokenizer: PreTrainedTokenizerFast | None,
     folder: Path | str,
     *,
@@ -71,6 +75,11 @@ def export_model(
     `data_licence` says in the model card what was trained on and under which terms. A tokenizer
     is needed where there is a text tower.
     """
+    if isinstance(model, PatchTower):
+        raise ConfigError(
+            "a model that is compared with stored texts has no form that transformers loads; its "
+            "weights are in the checkpoint, as safetensors by name"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = _without_lora(model)
@@ -180,15 +189,25 @@ def load_exported_image_tower(folder: Path | str) -> ImageTower:
 
 def rebuild_model(
     run: RunConfig, weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast | None
-) -> Exportable:
+) -> Rebuilt:
     """The model of a run, with weights by name as a checkpoint holds them (in any dtype)."""
     config = getattr(run.recipe, "model", None)
     if not isinstance(config, ModelConfig):
         raise ConfigError(f"the recipe {run.recipe} has no model that can be rebuilt")
     if any(name.startswith("image_head.") for name in weights):
         config = config.with_head()
-    model: Exportable
-    if isinstance(config, ImageTowerConfig):
+    model: Rebuilt
+    if isinstance(config, ImageTowerConfig) and PATCH_HEAD in weights:
+        recipe: Any = run.recipe
+        model = build_patch_tower(
+            config,
+            hidden=len(weights[PATCH_HEAD]),
+            logit_scale=recipe.initial_logit_scale,
+            scale_max=recipe.scale_max,
+            logit_bias=recipe.logit_bias_init if "logit_bias.shift" in weights else None,
+            seed=run.seed,
+        )
+    elif isinstance(config, ImageTowerConfig):
         model = build_image_tower(config, seed=run.seed)
     else:
         assert tokenizer is not None
@@ -198,7 +217,7 @@ def rebuild_model(
     return model.eval()
 
 
-def load_trained(model: Exportable, weights: Mapping[str, Tensor]) -> None:
+def load_trained(model: Rebuilt, weights: Mapping[str, Tensor]) -> None:
     """Load weights by name; only frozen ones, which the model has from its files, may be absent."""
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     expected = set(model.state_dict())

@@ -15,7 +15,7 @@ from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
 from trainer.errors import CheckpointError
 from trainer.evals import evaluate_all
-from trainer.export import Exportable, rebuild_model
+from trainer.export import Rebuilt, rebuild_model
 from trainer.models.model import Model
 from trainer.recipe import Encode
 from trainer.run import eval_context, tokenizer_of
@@ -29,7 +29,7 @@ class Trained(NamedTuple):
     """A run's newest checkpoint, ready to be used. Whole on every rank."""
 
     run: RunConfig
-    model: Exportable
+    model: Rebuilt
     tokenizer: PreTrainedTokenizerFast | None
     """None where the model reads no text."""
     restored: Restored

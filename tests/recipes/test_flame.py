@@ -17,10 +17,12 @@ from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
 from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import CheckpointError, ConfigError
+from trainer.export import export_model
 from trainer.recipe import load_recipe
 from trainer.recipes.flame import drawn_texts
 from trainer.run import context_of, stream_of
 from trainer.types import Batch
+from trainer.workdir import open_workdir
 
 VECTORS, DIM = 11, 8
 RUN = """
@@ -164,6 +166,13 @@ def test_any_ranks_split_and_stage_end_with_the_same_weights(tmp_path: Path) -> 
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5)
     assert digest(tmp_path / "store") == before
+    trained = open_workdir(tmp_path / "run", Comm.solo())
+    expected = built(config).model.eval()
+    expected.load_state_dict(ours)
+    for found, wanted in zip(trained.model(one_batch()), expected(one_batch()), strict=True):
+        assert (found is None and wanted is None) or torch.equal(found, wanted)
+    with pytest.raises(ConfigError, match="no form that transformers loads"):
+        export_model(trained.model, None, tmp_path / "export")
 
 
 def test_mistakes_in_one_sentence(tmp_path: Path) -> None:

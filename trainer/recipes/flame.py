@@ -50,6 +50,10 @@ class Config(RecipeConfig):
     scale_max: float = Field(default=100.0, gt=1)
     """The scale is kept within [1, scale_max]."""
 
+    @property
+    def initial_logit_scale(self) -> float:
+        return self.logit_scale_init or (10.0 if self.loss == "mp_sigmoid" else 1 / 0.07)
+
 
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
@@ -57,13 +61,12 @@ class Recipe(WithoutPhases):
         self.key = key_of(context.seed, "facets")
         self.store = EmbeddingStore.open(config.store)
         _check(config, self.store)
-        sigmoid = config.loss == "mp_sigmoid"
         self.model = build_patch_tower(
             config.model,
             hidden=config.head_hidden,
-            logit_scale=config.logit_scale_init or (10.0 if sigmoid else 1 / 0.07),
+            logit_scale=config.initial_logit_scale,
             scale_max=config.scale_max,
-            logit_bias=config.logit_bias_init if sigmoid else None,
+            logit_bias=config.logit_bias_init if config.loss == "mp_sigmoid" else None,
             seed=context.seed,
         )
         digests = {"texts": store_digest(self.store)}
