@@ -12,7 +12,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ def convert_universal(archive: Path, folder: Path) -> None:
     tokenizer_of(vocabulary).save_pretrained(folder)
 
 
-def _embedding(arrays: dict[str, NDArray[np.float32]]) -> Tensor:
+def _embedding(arrays: dict[str, NDArray[Any]]) -> Tensor:
     """Row r is row r // 17 of table r modulo 17, each with its own step and offset."""
     parts = [
         arrays[f"q{number + 1}"].astype(np.float32) * arrays["scale"][number] + arrays["lo"][number]
@@ -129,7 +129,7 @@ def _embedding(arrays: dict[str, NDArray[np.float32]]) -> Tensor:
     return torch.from_numpy(np.stack(parts, axis=1).reshape(-1, EMBEDDING))
 
 
-def _named(arrays: dict[str, NDArray[np.float32]]) -> dict[str, Tensor]:
+def _named(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
     """All weights but the embedding; theirs multiply from the right."""
     exact = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     named = {"norm.weight": exact["ln_g"], "norm.bias": exact["ln_b"]}
