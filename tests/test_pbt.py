@@ -68,7 +68,7 @@ def test_a_tiny_grid_with_teachers_trains_and_draws(tmp_path: Path) -> None:
     workdir = tmp_path / "grid" / "teachers" / "seed-0"
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     terms = {f"{s}_from_{t}" for s in ("image", "text") for t in ("pooled", "facets-0", "facets-2")}
-    assert terms <= lines[-1].keys()
+    assert terms <= lines[-1]["values"].keys()
     kept = {path.name for path in (workdir / "teachers").iterdir()}
     assert kept == {"pooled", "facets"}
     assert (tmp_path / "grid" / "table.png").read_bytes()[:4] == b"\x89PNG"
