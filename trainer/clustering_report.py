@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from trainer.clustering import CENTROIDS, read_figures
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.data.classes import class_labels
+from trainer.data.shards import ShardSet
 from trainer.pictures import COLUMNS, ROWS, chosen_clusters, cluster_cards
 from trainer.records import TensorBoard
 
@@ -67,26 +69,34 @@ def _agreement(name: str, own: Tensor, other: Tensor, comm: Comm) -> dict[str, f
 
 def write_page(out: Path, images: str, *, shown: int, seed: int = 0) -> Path:
     """The page of a finished clustering whose samples are in the shards `images`; one rank."""
-    labels, data = ClusterLabels.open(out), DataConfig(train=images)
+    everything, data = ClusterLabels.open(out), DataConfig(train=images)
+    labels = _within(everything, images)
     numbers = chosen_clusters(labels, rows=shown, seed=seed)
     with safetensors.safe_open(out / CENTROIDS, framework="pt") as file:
         centroids, counts = file.get_tensor("centroids"), file.get_tensor("counts")
     near = _neighbours(centroids, numbers)
+    sizes = torch.bincount(everything.labels.long(), minlength=len(counts)).tolist()
     cards = [
-        card._replace(nearest=near[card.number])
+        card._replace(nearest=near[card.number], size=sizes[card.number])
         for card in cluster_cards(labels, data, numbers, columns=COLUMNS)
     ]
     figures = {**read_figures(out), **_read_quality(out)}
     page = cluster_page(
         out / "clusters.html",
         cards,
-        sizes=torch.bincount(labels.labels.long(), minlength=len(counts)).tolist(),
-        title=f"{len(counts)} clusters of {len(labels)} samples",
+        sizes=sizes,
+        title=f"{len(counts)} clusters of {len(everything)} samples",
         figures={k: float(v) for k, v in figures.items() if isinstance(v, int | float)},
     )
     _montage(out, cards[:ROWS])
     _projector(out / "tensorboard", cards, centroids)
     return page
+
+
+def _within(labels: ClusterLabels, images: str) -> ClusterLabels:
+    """The samples that there are pictures of."""
+    there = torch.from_numpy(np.isin(labels.ids.numpy(), ShardSet.open(images).ids))
+    return ClusterLabels(labels.ids[there], labels.labels[there])
 
 
 def _neighbours(centroids: Tensor, numbers: list[int]) -> dict[int, list[int]]:
