@@ -41,7 +41,7 @@ def training_pictures(
     if due and context.comm.is_main and groups is not None and config.data.reader == "indexed":
         pictures["clusters"] = clusters_picture(groups, config.data, seed=config.seed)
     for evaluation in due:
-        if evaluation.name == "retrieval":
+        if evaluation.name == "retrieval" and evaluation.text_store is None:
             found = retrieval_picture(evaluation.data, encode, context)
             pictures |= {} if found is None else {evaluation.label: found}
     return pictures

@@ -22,7 +22,7 @@ from trainer.recipe import load_recipe
 from trainer.recipes.flame import drawn_texts
 from trainer.run import context_of, stream_of
 from trainer.types import Batch
-from trainer.workdir import open_workdir
+from trainer.workdir import evaluate_workdir, logged_results, open_workdir
 
 VECTORS, DIM = 11, 8
 RUN = """
@@ -38,6 +38,12 @@ recipe:
   model: {{image_size: 32, patch_size: 16, embed_dim: 8, image: {{width: 32, layers: 2, heads: 2}}}}
 data: {{train: "{spec}"}}
 optim: {{learning_rate: 0.003}}
+evals:
+  - name: retrieval
+    label: names
+    data: "{spec}"
+    text_store: {folder}/store
+    text_vectors: [0, 1]
 log_every: 1 steps
 """
 
@@ -171,6 +177,9 @@ def test_any_ranks_split_and_stage_end_with_the_same_weights(tmp_path: Path) -> 
     expected.load_state_dict(ours)
     for found, wanted in zip(trained.model(one_batch()), expected(one_batch()), strict=True):
         assert (found is None and wanted is None) or torch.equal(found, wanted)
+    logged = logged_results(tmp_path / "run")["names"]
+    assert logged == pytest.approx(evaluate_workdir(tmp_path / "run", Comm.solo())["names"])
+    assert logged["texts"] == 24.0
     with pytest.raises(ConfigError, match="no form that transformers loads"):
         export_model(trained.model, None, tmp_path / "export")
 
