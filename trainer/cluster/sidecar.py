@@ -93,8 +93,8 @@ def write_sidecars(
 def merge_sidecars(folder: Path, names: Sequence[str], out: Path) -> int:
     """Write the map of all shards (one rank); how many samples it has.
 
-    Takes about 48 bytes a sample of memory; the labels themselves go from file to file. An id that is
-    given twice keeps its lowest list. `ids.npy` comes last.
+    Takes about 48 bytes a sample of memory; the labels themselves go from file to file. An id that
+    is given twice keeps its lowest list. `ids.npy` comes last.
     """
     shard_ids = [_read(folder / f"{name}.safetensors", "ids")[0] for name in names]
     ids = np.concatenate([np.empty(0, np.int64), *shard_ids])
