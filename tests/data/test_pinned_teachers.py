@@ -128,6 +128,7 @@ def test_lite_features_are_those_of_the_published_code(size):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_multilingual_encoder_is_the_published_one():
     golden = np.load(GOLDEN / "universal_sentence_encoder.npz", allow_pickle=False)
@@ -164,8 +165,10 @@ def test_minilm_knows_what_is_like_what():
     assert sum(right) / len(right) > 0.4  # chance is 5 %
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_is_converted_once_and_continues_a_text():
+    pytest.importorskip("gguf", reason="converts a GGUF file: pip install gguf")
     from transformers import AutoModelForCausalLM
 
     folder = fetch_teacher("smollm2")
