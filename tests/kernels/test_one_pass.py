@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,12 @@ from torch.nn.functional import cross_entropy
 from tests.kernels.memory import peak_bytes
 from tests.kernels.naive import naive_logits, pulled_back, ragged_problem
 from trainer.kernels import one_pass
-from trainer.kernels.one_pass import gradients_in_one_pass
+from trainer.kernels.one_pass import (
+    BUFFER_BYTES,
+    fits_one_pass,
+    gradients_in_one_pass,
+    queries_per_block,
+)
 from trainer.kernels.prototype_logits import prototype_logits
 
 SMALL = st.integers(0, 25)
@@ -89,3 +95,10 @@ def test_both_forms_take_a_fifteenth_of_the_memory_of_all_logits() -> None:
             extra.append(peak - rows.numel() * rows.element_size())
     assert extra[0] > 2 * 1024 * 100_000 * 4
     assert max(extra[1:]) <= extra[0] / 15, extra
+
+
+@pytest.mark.parametrize("rows", [1000, 196_608, 1_000_000])
+def test_the_buffer_is_bounded_where_one_pass_is_chosen(rows: int) -> None:
+    """However small the batch: 64 queries against a million rows would be 256 MB."""
+    buffer = queries_per_block(rows, 4) * rows * 4
+    assert fits_one_pass(rows, 4) == (buffer <= BUFFER_BYTES)

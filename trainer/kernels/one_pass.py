@@ -69,6 +69,12 @@ def queries_per_block(num_rows: int, element_size: int) -> int:
     return max(FEWEST_QUERIES, BUFFER_BYTES // max(1, num_rows * element_size))
 
 
+def fits_one_pass(num_rows: int, element_size: int) -> bool:
+    """Whether a block of queries that is worth multiplying stays within `BUFFER_BYTES`; with more
+    rows than that the two passes of `prototype_logits` take less memory."""
+    return FEWEST_QUERIES * num_rows * element_size <= BUFFER_BYTES
+
+
 def _tiles(count: int) -> list[slice]:
     return [slice(first, first + ROWS_PER_TILE) for first in range(0, count, ROWS_PER_TILE)]
 

@@ -26,6 +26,7 @@ from trainer.data.classes import class_labels
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, key_of
+from trainer.kernels.one_pass import fits_one_pass
 from trainer.losses.margin import Margin, MarginKind, coordinate_subset
 from trainer.losses.multilabel import LossKind, MultilabelLoss, multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
@@ -104,6 +105,10 @@ class Recipe(WithoutPhases):
             seed=context.seed,
         )
         self.parts: dict[str, Part] = {"head": self.head}
+        # The same on all ranks: the two forms exchange different things.
+        rows_per_rank = -(-self.head.num_prototypes // self.head.comm.world_size)
+        negatives = round(rows_per_rank * config.head.sample_rate)
+        self._in_one_pass = config.scale <= LARGEST_ONE_PASS_SCALE and fits_one_pass(negatives, 4)
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """One loss over the batch of all ranks; its terms and figures, which have no weight."""
@@ -153,7 +158,7 @@ class Recipe(WithoutPhases):
             "ceiling": config.ceiling,
             "gather_dtype": self.head.gather_dtype,
         }
-        if rows.device.type == "cpu" and config.scale <= LARGEST_ONE_PASS_SCALE:
+        if rows.device.type == "cpu" and self._in_one_pass:
             return one_pass_multilabel_loss(rows, labels, active, comm, **options, **exchange)
         statistics = prototype_statistics(
             rows, labels, active, comm, scale=config.scale, **exchange
