@@ -30,7 +30,7 @@ python tools/index.py --missing "$shards"
 echo "2/5 embed: $teacher"
 spread tools/embed.py --teacher "$teacher" --data "$shards" --out "$store"
 echo "3/5 cluster: $clusters"
-spread tools/cluster.py "$store" --clusters "$clusters" --spherical --start hierarchical \
+spread tools/cluster.py "$store" --clusters "$clusters" --spherical --init hierarchical \
   --out "$labels" --images "$shards" --classes "$classes"
 echo "4/5 training: $processes processes, $OMP_NUM_THREADS threads each"
 launch "$run" "recipe.labels=$labels" "workdir=$workdir" "save_every=2 min" "$@"

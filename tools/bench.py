@@ -189,7 +189,9 @@ def _add_training(commands: Any) -> None:
     kmeans.add_argument("--threads", type=int, default=1)
     kmeans.add_argument("--million", type=Path, metavar="FOLDER", help="out of core, made there")
     kmeans.add_argument("--clusters", type=int, default=1_000_000, help="of --million")
-    kmeans.add_argument("--start", choices=["sampled", "hierarchical"], default="sampled")
+    kmeans.add_argument(
+        "--init", dest="start", choices=["sampled", "hierarchical"], default="sampled"
+    )
 
 
 def _add_embed(commands: Any) -> None:

@@ -2,7 +2,7 @@
 
   python tools/cluster.py cache/embeddings/clip --clusters 1000 --out runs/clusters
   torchrun --nproc-per-node 8 tools/cluster.py STORE --clusters 1000000 --two-level \
-      --start hierarchical --spherical --out OUT
+      --init hierarchical --spherical --out OUT
   python tools/cluster.py --plan --points 400000000 --dim 768 --ranks 8 --peak-tflops 989 \
       --clusters 1000000
 
@@ -122,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--two-level", action="store_true", help="search the nearest cells only")
     how.add_argument("--cells", type=int, help="of the two-level search; default sqrt(K)")
     how.add_argument("--probes", type=int, default=8, help="cells a sample looks into")
-    how.add_argument("--start", choices=["sampled", "parallel", "hierarchical"], default="sampled")
+    how.add_argument(
+        "--init", dest="start", choices=["sampled", "parallel", "hierarchical"], default="sampled"
+    )
     how.add_argument("--warm-start", type=Path, metavar="FILE", help="centroids.safetensors")
     how.add_argument("--backend", choices=["torch", "faiss"], default="torch")
     how.add_argument("--which", type=int, default=0, help="of the vectors of a sample")
