@@ -8,6 +8,7 @@ for machines that are busy with other things, by seconds of this process's CPU t
 from __future__ import annotations
 
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -17,6 +18,7 @@ import torch
 import webdataset
 from torch import Tensor
 
+from trainer.bench.options import SHARDS
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.data.decode import decode_image, find_image
@@ -27,6 +29,16 @@ from trainer.data.views import View, augment, random_crop
 
 BATCH = 64
 ROUNDS = 4
+
+
+def add_options(command: ArgumentParser) -> None:
+    command.add_argument("--data", default=SHARDS, help="shards")
+    command.add_argument("--seconds", type=float, default=40.0, help="of measuring, both sides")
+    command.add_argument("--size", type=int, default=64, help="pixels per side")
+
+
+def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    return run(options.data, seconds=options.seconds, size=options.size)
 
 
 def run(shards: str, *, seconds: float, size: int) -> list[dict[str, Any]]:

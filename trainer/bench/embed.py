@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.bench.options import SHARDS
 from trainer.data.decode import BadSample
 from trainer.data.shards import ShardSet
 from trainer.data.teachers.batches import length_batches
-from trainer.data.teachers.spec import TeacherSpec, load_teacher
+from trainer.data.teachers.spec import TeacherSpec, load_teacher, read_spec
 from trainer.data.teachers.text import TextTeacher
 from trainer.data.tokenize import token_ids
 from trainer.errors import ConfigError, DataError
@@ -24,6 +26,30 @@ class Timed(NamedTuple):
     seconds: float
     """CPU time of the best round (wall time on a GPU)."""
     vectors: Tensor
+
+
+def add_options(command: ArgumentParser) -> None:
+    command.add_argument("settings", nargs="*", metavar="key=value", help="changes of the teacher")
+    command.add_argument("--teacher", default="minilm", help="pinned name, folder or YAML")
+    command.add_argument("--data", default=SHARDS, help="shards")
+    command.add_argument("--texts", type=int, default=512, help="the first of the shards")
+    command.add_argument("--batch", type=int, default=32, help="texts of a batch of the plain loop")
+    command.add_argument("--rounds", type=int, default=3, help="timed runs of each side")
+    command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--cache", type=Path, default=Path("cache"))
+
+
+def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(options.threads)
+    return run(
+        options.data,
+        read_spec(options.teacher, options.settings),
+        texts=options.texts,
+        batch=options.batch,
+        rounds=options.rounds,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        cache=options.cache,
+    )
 
 
 def run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from trainer.bench.launch import ROOT
+from trainer.bench.options import SHARDS, add_model_options, model_of, number_list
 from trainer.comm import Comm
 from trainer.config import DataConfig, PositiveInt, RunConfig
 from trainer.data.stream import Stream
@@ -42,6 +44,26 @@ class EpisodeCase(protoclip.Config):
     """Steps that are timed after a first one; their median stands for all of the episode."""
     rounds: PositiveInt = 2
     """Episodes of each size; the fastest of each phase counts."""
+
+
+def add_options(command: ArgumentParser) -> None:
+    add_model_options(command)
+    command.add_argument("--data", default=SHARDS, help="shards")
+    command.add_argument("--samples", type=number_list, default=(512, 1024, 2048), help="sizes")
+    command.add_argument("--clusters", type=number_list, default=(64, 128, 256), help="K")
+    command.add_argument("--steps", type=int, default=5, help="timed steps of each episode")
+    command.add_argument("--rounds", type=int, default=2, help="episodes of each size")
+
+
+def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(options.threads)
+    case = EpisodeCase(
+        model=model_of(options),
+        global_batch=options.batch,
+        timed_steps=options.steps,
+        rounds=options.rounds,
+    )
+    return run(options.data, samples=options.samples, clusters=options.clusters, case=case)
 
 
 def run(

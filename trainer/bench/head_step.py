@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.bench.launch import launch
+from trainer.bench.options import number_list
 from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError
@@ -52,6 +54,26 @@ class Lap(NamedTuple):
     cpu: float
     update: float
     """CPU seconds of the update alone."""
+
+
+def add_options(command: ArgumentParser) -> None:
+    command.add_argument("--prototypes", type=int, default=100_000)
+    command.add_argument("--dim", type=int, default=128)
+    command.add_argument("--batch", type=int, default=256, help="samples over all ranks")
+    command.add_argument("--rate", type=float, default=0.1, help="share of the rows in a step")
+    command.add_argument("--ranks", type=number_list, default=(1, 2, 4), help="as in 1,2,4")
+    command.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+
+
+def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    case = HeadCase(
+        prototypes=options.prototypes,
+        dim=options.dim,
+        batch=options.batch,
+        sample_rate=options.rate,
+        rounds=options.rounds,
+    )
+    return run(case, ranks=options.ranks)
 
 
 def run(case: HeadCase, *, ranks: Sequence[int] = (1, 2, 4)) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.bench import million
 from trainer.cluster.assign import assign
 from trainer.cluster.kmeans import KMeansConfig, kmeans
 from trainer.cluster.quality import mean_squared_distance
@@ -39,6 +41,30 @@ class Size(NamedTuple):
 
 SIZES = (Size(200_000, 2048, 128), Size(200_000, 8192, 128), Size(100_000, 4096, 512))
 QUICK = (Size(20_000, 1024, 64),)
+
+
+def add_options(command: ArgumentParser) -> None:
+    command.add_argument("--full", action="store_true", help="the large sizes: many minutes")
+    command.add_argument("--rounds", type=int, default=2, help="runs of each side; the best counts")
+    command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--million", type=Path, metavar="FOLDER", help="out of core, made there")
+    command.add_argument("--clusters", type=int, default=1_000_000, help="of --million")
+    starts = ("sampled", "hierarchical")
+    command.add_argument("--init", dest="start", choices=starts, default="sampled")
+
+
+def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    if options.million is None:
+        sizes = SIZES if options.full else QUICK
+        return run(sizes, threads=options.threads, rounds=options.rounds)
+    case = million.Million(
+        points=4 * options.clusters,
+        clusters=options.clusters,
+        components=max(options.clusters // 2, 1),
+        start=options.start,
+        threads=options.threads,
+    )
+    return million.run(options.million, case)
 
 
 def run(

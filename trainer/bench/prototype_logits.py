@@ -13,11 +13,13 @@ three forward and backward together.
 from __future__ import annotations
 
 import itertools
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.bench.launch import launch
+from trainer.bench.options import number_list
 from trainer.config import Frozen, PositiveInt
 
 Pass = Literal["forward", "forward+backward"]
@@ -47,6 +49,29 @@ def sweep(
         LogitsCase(batch=batch, prototypes=count, dim=dim, **how)
         for batch, count, dim in itertools.product(batches, prototypes, dims)
     ]
+
+
+def add_options(command: ArgumentParser) -> None:
+    command.add_argument("--batch", type=number_list, default=(1024,), help="sizes, as in 256,1024")
+    command.add_argument("--prototypes", type=number_list, default=(100_000,), help="sizes")
+    command.add_argument("--dim", type=number_list, default=(256,), help="sizes")
+    command.add_argument("--threads", type=number_list, default=(1, 2), help="as in 1,2")
+    command.add_argument("--rounds", type=int, default=3, help="timed calls of each side")
+    command.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    text = "MiB of logits beyond which only ours runs"
+    command.add_argument("--most-logits", type=int, default=1024, help=text)
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory into it")
+
+
+def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    shapes = (options.batch, options.prototypes, options.dim)
+    rows: list[dict[str, Any]] = []
+    for threads in options.threads:
+        how = {"threads": threads, "rounds": options.rounds, "sides": options.sides}
+        rows += run(sweep(*shapes, **how, most_logit_bytes=options.most_logits << 20))
+    if options.plot:
+        plot(rows, options.plot)
+    return rows
 
 
 def run(cases: Sequence[LogitsCase]) -> list[dict[str, Any]]:

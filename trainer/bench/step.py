@@ -8,10 +8,12 @@ in float32. `plain` and `zero0` take turns, step by step, in one process.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from trainer.bench.launch import launch
+from trainer.bench.options import add_model_options, model_of, number_list
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError
 from trainer.models.two_tower import TwoTowerConfig
@@ -33,6 +35,22 @@ class StepCase(Frozen):
     threads: PositiveInt = 1
     """Of each process."""
     sides: tuple[str, ...] = (PLAIN, "zero0")
+
+
+def add_options(command: ArgumentParser) -> None:
+    add_model_options(command)
+    command.add_argument("--rounds", type=int, default=9, help="timed steps of each side")
+    command.add_argument("--ranks", type=number_list, default=(1, 2), help="of ZeRO-3, as in 1,2,4")
+
+
+def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    case = StepCase(
+        model=model_of(options),
+        global_batch=options.batch,
+        rounds=options.rounds,
+        threads=options.threads,
+    )
+    return run(case, ranks=options.ranks)
 
 
 def run(case: StepCase, *, ranks: Sequence[int] = (1, 2)) -> list[dict[str, Any]]:
