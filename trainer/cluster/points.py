@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trainer.cluster.assign import ordered_sum
+from trainer.cluster.exact import ordered_sum
 
 BLOCKS_AHEAD = 2
 

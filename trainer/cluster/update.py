@@ -7,7 +7,7 @@ import heapq
 import torch
 from torch import Tensor
 
-from trainer.cluster.assign import ordered_sum
+from trainer.cluster.exact import ordered_sum
 
 _SPLIT = 1.0 / 1024.0
 

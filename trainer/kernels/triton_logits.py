@@ -18,7 +18,6 @@ one load. Cosines have bounded logits, so that sums are taken relative to a cons
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trainer.kernels.tiled import Pairs
+from trainer.kernels.tiled import LOG2_E, Pairs
 
 SCRATCH_BYTES = 384 << 20
 """What a block's probabilities may take in the backward pass..."""
@@ -38,7 +37,6 @@ PROGRAMS = 1024
 """Enough programs for every chip, by splitting the rows where there are few queries."""
 HALF_RANGE = 2.0**14
 """Probabilities are stored in float16 times this: normal numbers down to 4e-9."""
-LOG2_E = math.log2(math.e)
 
 
 class Launch(NamedTuple):
@@ -304,7 +302,7 @@ def _launch(
     tiles = sorted_pairs(excluded, num_rows=rows.shape[0], launch=launch)
     bias = None if pairs.bias is None else pairs.bias.float() * LOG2_E
     any_tensor: Any = tiles.offsets
-    _allow_descriptors(queries.device)
+    allow_descriptors(queries.device)
     exponential_product[grid](
         *(queries, rows, any_tensor if bias is None else bias),
         *(tiles.offsets, tiles.queries, tiles.rows),
@@ -329,7 +327,7 @@ def _launch(
     )
 
 
-def _allow_descriptors(device: torch.device) -> None:
+def allow_descriptors(device: torch.device) -> None:
     """Descriptors live in memory that Triton asks for."""
 
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
