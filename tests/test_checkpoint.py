@@ -100,8 +100,36 @@ def test_every_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
         assert not wrongs(restored)
         assert len(warnings) == 1
         assert path.name in warnings[0]
+        if path.suffix == ".safetensors":
+            assert warnings[0].endswith(f" (in {part_at(original, bit // 8)})")
         path.write_bytes(original)
     assert cases.latest_step(tmp_path) == 2
+
+
+def part_at(data: bytes, place: int) -> str:
+    """What byte `place` of a safetensors file belongs to, from the file's own header."""
+    first = 8 + int.from_bytes(data[:8], "little")
+    for name, tensor in json.loads(data[8:first]).items():
+        begin, end = tensor.get("data_offsets", (0, 0))
+        if first + begin <= place < first + end:
+            return str(name)
+    return "its header; every tensor is as it was"
+
+
+def test_a_checkpoint_without_sums_of_tensors_is_read_and_refused_by_file(tmp_path: Path) -> None:
+    """As earlier versions wrote it."""
+    saved(tmp_path, 1)
+    folder = tmp_path / "step-00000001"
+    values = json.loads((folder / MANIFEST).read_bytes())
+    for entry in values["files"]:
+        for tensor in entry["tensors"].values():
+            del tensor["begin"], tensor["end"], tensor["crc32"]
+    sign(folder, json.dumps(values).encode())
+    assert cases.latest_step(tmp_path) == 1
+    path = folder / "weights-00001-of-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=rf"{path.name} has SHA-256 \w+\.\.\. [^(]*; restore"):
+        solo(tmp_path).latest(warn=lambda line: None)
 
 
 @pytest.mark.parametrize(

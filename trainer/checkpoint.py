@@ -20,19 +20,14 @@ import secrets
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-
-import safetensors
-from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
 from trainer.manifest import (
     STATE,
-    FileEntry,
     Manifest,
     NamedTensors,
     Share,
@@ -43,75 +38,13 @@ from trainer.manifest import (
     sync_folder,
     write_manifest,
 )
+from trainer.restored import Restored, open_checkpoint
 
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
 def _to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A checkpoint whose every byte has been checked. Tensors are read when asked for."""
-
-    folder: Path
-    manifest: Manifest
-    state: dict[str, Any]
-    texts: Mapping[str, str]
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def groups(self) -> list[str]:
-        return list(dict.fromkeys(f.group for f in self.manifest.files if f.group is not None))
-
-    def names(self, group: str) -> list[str]:
-        return [name for entry in self._files(group) for name in entry.tensors]
-
-    def tensors(self, group: str) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of a group, whichever rank wrote it, one at a time, on the host."""
-        for entry in self._files(group):
-            yield from self._read(entry, list(entry.tensors))
-
-    def tensor(self, group: str, name: str) -> Tensor:
-        for entry in self._files(group):
-            if name in entry.tensors:
-                return next(self._read(entry, [name]))[1]
-        raise CheckpointError(f"{self.folder} has no tensor {name} in its group {group}")
-
-    def lazily(self, group: str) -> Mapping[str, Tensor]:
-        """A group's tensors by name, each read again whenever it is asked for."""
-        return _OnDisk({n: entry for entry in self._files(group) for n in entry.tensors}, self)
-
-    def _files(self, group: str) -> list[FileEntry]:
-        return [entry for entry in self.manifest.files if entry.group == group]
-
-    def _read(self, entry: FileEntry, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        try:
-            with safetensors.safe_open(self.folder / entry.name, framework="pt") as file:
-                for name in names:
-                    # A copy: a part may keep it for longer than the file exists.
-                    yield name, file.get_tensor(name).clone()
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / entry.name} can't be read: {error}") from error
-
-
-class _OnDisk(Mapping[str, Tensor]):
-    def __init__(self, entries: Mapping[str, FileEntry], restored: Restored) -> None:
-        self._entries = entries
-        self._restored = restored
-
-    def __getitem__(self, name: str) -> Tensor:
-        return next(self._restored._read(self._entries[name], [name]))[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 class Checkpointer:
@@ -310,7 +243,9 @@ class Checkpointer:
         try:
             manifest = parse_manifest(text)
             problems = self._damages(folder, manifest)
-            return (None, "; ".join(problems)) if problems else (_opened(folder, manifest), "")
+            return (
+                (None, "; ".join(problems)) if problems else (open_checkpoint(folder, manifest), "")
+            )
         except ValueError as error:
             return None, str(error)
 
@@ -318,17 +253,6 @@ class Checkpointer:
         mine = manifest.files[self._comm.rank :: self._comm.world_size]
         found = [problem for entry in mine if (problem := damage(folder, entry))]
         return [problem for part in self._comm.gather_json(found) for problem in part]
-
-
-def _opened(folder: Path, manifest: Manifest) -> Restored:
-    texts = {f.name: (folder / f.name).read_text() for f in manifest.files if f.group is None}
-    try:
-        state = json.loads(texts.pop(STATE))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{STATE}: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{STATE} is not a mapping")
-    return Restored(folder, manifest, state, texts)
 
 
 def _is_listed_in_full(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.checkpoint import Checkpointer, Restored
+from trainer.checkpoint import Checkpointer
 from trainer.cluster.duplicates import without_duplicates
 from trainer.cluster.kmeans import KMeansResult, State, cluster
 from trainer.cluster.points import Points
@@ -40,6 +40,7 @@ from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.lock import sole_user
 from trainer.manifest import write_durably
+from trainer.restored import Restored
 
 JOB, CENTROIDS, FIGURES = "job.json", "centroids.safetensors", "clusters.json"
 Say = Callable[[str], None]

@@ -6,10 +6,12 @@ Nothing here knows of ranks talking to each other; `trainer/checkpoint.py` does 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import safetensors.torch
 import torch
@@ -25,14 +27,21 @@ MANIFEST = "manifest.json"
 SUM = "manifest.sha256"
 STATE = "state.json"
 MAX_MANIFEST_BYTES = 256 << 20
+_READ_BYTES = 16 << 20
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
 
 
 class TensorEntry(Frozen):
-    """Shape and dtype of one tensor in a file."""
+    """One tensor in a file: shape, dtype, and where its bytes are and what they sum up to."""
 
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     dtype: str
+    begin: int = Field(default=0, ge=0, lt=2**62)
+    """The first of its bytes in the file."""
+    end: int = Field(default=0, ge=0, lt=2**62)
+    crc32: int | None = None
+    """Tells which tensor is damaged, once the file's SHA-256 has told that one is. None in
+    checkpoints of before this and the place were recorded."""
 
 
 class FileEntry(Frozen):
@@ -133,10 +142,7 @@ class ShareWriter:
             size=len(data),
             sha256=_hash(data),
             group=group,
-            tensors={
-                name: TensorEntry(shape=tuple(value.shape), dtype=dtype_name(value.dtype))
-                for name, value in tensors.items()
-            },
+            tensors=_tensor_entries(data, tensors),
         )
         self._write(entry, data)
 
@@ -188,11 +194,50 @@ def damage(folder: Path, entry: FileEntry) -> str | None:
             if size != entry.size:
                 return f"{entry.name} has {size} bytes instead of {entry.size}"
             found = hashlib.file_digest(file, "sha256").hexdigest()
+            where = _damaged_part(file, entry) if found != entry.sha256 else ""
     except OSError as error:
         return f"{entry.name}: {error.strerror or error}"
     if found != entry.sha256:
-        return f"{entry.name} has SHA-256 {found[:12]}... instead of {entry.sha256[:12]}..."
+        return f"{entry.name} has SHA-256 {found[:12]}... instead of {entry.sha256[:12]}...{where}"
     return None
+
+
+def _damaged_part(file: BinaryIO, entry: FileEntry) -> str:
+    """Which tensors of a damaged file no longer sum up; empty where the manifest can't tell."""
+    if not entry.tensors or any(tensor.crc32 is None for tensor in entry.tensors.values()):
+        return ""
+    damaged = [
+        name for name, tensor in entry.tensors.items() if _crc32(file, tensor) != tensor.crc32
+    ]
+    if not damaged:
+        return " (in its header; every tensor is as it was)"
+    more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+    return f" (in {', '.join(damaged[:3])}{more})"
+
+
+def _crc32(file: BinaryIO, tensor: TensorEntry) -> int:
+    total, left = 0, tensor.end - tensor.begin
+    file.seek(tensor.begin)
+    while left > 0 and (data := file.read(min(_READ_BYTES, left))):
+        total, left = zlib.crc32(data, total), left - len(data)
+    return total
+
+
+def _tensor_entries(data: bytes, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Entries of the tensors in a safetensors file: eight bytes of length, a JSON header, data."""
+    first = 8 + int.from_bytes(data[:8], "little")
+    header, view = json.loads(data[8:first]), memoryview(data)
+    entries = {}
+    for name, tensor in tensors.items():
+        begin, end = (first + offset for offset in header[name]["data_offsets"])
+        entries[name] = TensorEntry(
+            shape=tuple(tensor.shape),
+            dtype=dtype_name(tensor.dtype),
+            begin=begin,
+            end=end,
+            crc32=zlib.crc32(view[begin:end]),
+        )
+    return entries
 
 
 def write_durably(path: Path, data: bytes) -> None:

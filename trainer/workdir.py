@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trainer.checkpoint import Checkpointer, Restored
+from trainer.checkpoint import Checkpointer
 from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
 from trainer.errors import CheckpointError
@@ -18,6 +18,7 @@ from trainer.evals import evaluate_all
 from trainer.export import Rebuilt, rebuild_model
 from trainer.models.model import Model
 from trainer.recipe import Encode
+from trainer.restored import Restored
 from trainer.run import eval_context, tokenizer_of
 from trainer.types import Batch, Features
 
