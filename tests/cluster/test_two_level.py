@@ -12,7 +12,7 @@ from tests.cluster.test_kmeans import distances, mixture, shares
 from tests.ranks import run_ranks
 from trainer.cluster.assign import assign
 from trainer.cluster.kmeans import KMeansConfig, kmeans
-from trainer.cluster.two_level import Cells, assign_two_level, group_into_cells
+from trainer.cluster.two_level import Cells, assign_two_level, group_into_cells, probed
 from trainer.comm import Comm
 
 
@@ -60,8 +60,8 @@ def test_a_label_is_the_nearest_of_the_cells_looked_into() -> None:
     assert torch.equal(labels, nearest)
     exact = assign(points, centroids)
     recall = [
-        float((assign_two_level(points, cells._replace(probes=probes)) == exact).float().mean())
-        for probes in (1, 3, 10)
+        float((assign_two_level(points, wider) == exact).float().mean())
+        for wider in (grouped(centroids, 10, probes=probes) for probes in (1, 3, 10))
     ]
     assert recall[0] < recall[1] <= recall[2] == 1.0
     assert recall[0] > 0.5
@@ -75,6 +75,33 @@ def test_labels_do_not_depend_on_the_batch() -> None:
     assert torch.equal(assign_two_level(points[order], cells), whole[order])
     pieces = torch.cat([assign_two_level(part, cells) for part in points.split(37)])
     assert torch.equal(pieces, whole)
+
+
+def looked_into(points: Tensor, cells: Cells) -> Tensor:
+    """[points, cells] who looks where, from the pairs."""
+    rows, members = probed(points - cells.table.origin, cells)
+    found = torch.zeros(len(points), len(members), dtype=torch.bool)
+    found[rows, torch.arange(len(members)).repeat_interleave(torch.tensor(members))] = True
+    return found
+
+
+def test_a_point_looks_into_its_nearest_cell_and_those_about_as_near() -> None:
+    centroids = mixture(600, 12, components=60, spread=0.3, seed=1)
+    cells = grouped(centroids, 20, probes=3)
+    assert looked_into(centroids, cells).sum() == pytest.approx(3 * 600, abs=5)
+    points = mixture(500, 12, components=60, spread=0.5, seed=1)
+    inside = looked_into(points, cells)
+    apart = distances(points, cells.coarse * cells.coarse_scale + cells.table.origin)
+    assert inside[torch.arange(500), apart.argmin(1)].float().mean() > 0.98
+    furthest_in = apart.masked_fill(~inside, -torch.inf).amax(1)
+    nearest_out = apart.masked_fill(inside, torch.inf).amin(1)
+    assert (furthest_in < nearest_out).float().mean() > 0.95
+    counts = inside.sum(1)
+    assert len(counts.unique()) > 3
+    assert counts.min() >= 1
+    everywhere = torch.zeros(1, 12) + cells.table.origin
+    flat = cells._replace(coarse_offsets=torch.arange(20.0), reach=100.0)
+    assert looked_into(everywhere, flat).nonzero()[:, 1].tolist() == list(range(8, 20))
 
 
 def test_too_many_dimensions_are_refused() -> None:

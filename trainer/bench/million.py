@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -40,7 +41,10 @@ class Million(NamedTuple):
     clusters: int = 1_000_000
     components: int = 500_000
     """Of the mixture that the points are drawn from."""
-    iterations: int = 2
+    iterations: int = 3
+    cells: int | None = None
+    """2 sqrt(K) where None."""
+    probes: int = 16
     start: Literal["sampled", "hierarchical"] = "sampled"
     memory_gib: int = 24
     threads: int = 2
@@ -110,6 +114,8 @@ def measure(folder: Path, case: Million) -> dict[str, Any]:
         clusters=case.clusters,
         iterations=case.iterations,
         assignment="two_level",
+        cells=case.cells or 2 * math.isqrt(case.clusters),
+        probes=case.probes,
         start=case.start,
         precision="float32",
         tolerance=0.0,

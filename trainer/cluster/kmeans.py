@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trainer.cluster import two_level
-from trainer.cluster.assign import assign_block, ordered_sum, prepare
+from trainer.cluster.assign import assign, assign_block, ordered_sum, prepare
 from trainer.cluster.faiss_peer import faiss_centroids
 from trainer.cluster.hierarchy import hierarchical_start
 from trainer.cluster.parallel import parallel_start
@@ -31,6 +31,10 @@ from trainer.comm import Comm
 from trainer.errors import ConfigError
 
 __all__ = ["KMeansConfig", "KMeansResult", "Observer", "State", "cluster", "kmeans"]
+
+
+_CENTROIDS_PER_CELL = 64
+"""That the coarse k-means of the centroids looks at."""
 
 
 class State(NamedTuple):
@@ -222,15 +226,17 @@ def _assigner(problem: Problem, centroids: Tensor) -> tuple[int, Callable[[Tenso
 
 
 def coarse_cells(centroids: Tensor, config: KMeansConfig, comm: Comm) -> two_level.Cells:
-    """A k-means of the centroids, each rank's share of them on that rank."""
+    """A k-means of the centroids, or of every so-manieth of very many; each rank's share of them
+    on that rank."""
     count = min(config.cells or math.isqrt(config.clusters), config.clusters)
     coarse = KMeansConfig(clusters=count, iterations=4, seed=config.seed, precision="float32")
     first, last = comm.row_range(config.clusters)
+    own = centroids[first:last]
     ids = torch.arange(first, last, device=centroids.device)
-    found = kmeans(centroids[first:last], ids, coarse, comm)
-    return two_level.group_into_cells(
-        centroids, found.centroids, comm.gather_rows(found.labels), probes=config.probes
-    )
+    some = ids % max(config.clusters // (_CENTROIDS_PER_CELL * count), 1) == 0
+    centres = kmeans(own[some], ids[some], coarse, comm).centroids
+    cell_of = comm.gather_rows(assign(own, centres))
+    return two_level.group_into_cells(centroids, centres, cell_of, probes=config.probes)
 
 
 def _objective(problem: Problem, found: _Sums, centroids: Tensor) -> float:

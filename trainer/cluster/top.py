@@ -52,39 +52,38 @@ def nearest_two_level(points: Float[Tensor, "n d"], cells: Cells, *, count: int)
     points = points.float()
     shifted = points - cells.table.origin
     rows, members = probed(shifted, cells)
-    tops = _tops_of_cells(shifted, rows, members, cells, count)
-    best = _last_of_best(rows, tops, points.shape[0], count)
-    threshold = margin_of(shifted, shifted, cells.table).below(best)
-    pairs = candidates_of_cells(shifted, rows, members, tops[:, 0], threshold, cells)
+    tops, bound = _tops_of_cells(shifted, rows, members, cells, count)
+    threshold = margin_of(shifted, shifted, cells.table).below(bound)
+    pairs = candidates_of_cells(shifted, rows, members, tops, threshold, cells)
     return _decided(points, cells.centroids, *pairs, count)
 
 
 def _tops_of_cells(
     shifted: Tensor, rows: Tensor, members: list[int], cells: Cells, count: int
-) -> Tensor:
-    """The best `count` scores in the cell for each pair of point and cell, descending."""
-    tops = shifted.new_full((rows.shape[0], count), -torch.inf)
+) -> tuple[Tensor, Tensor]:
+    """The best score in the cell for each pair of point and cell, and for each point a bound below
+    its count-th best score over its cells; minus infinity where it has fewer."""
+    tops = shifted.new_empty(rows.shape[0])
+    best = shifted.new_full((shifted.shape[0], count), -torch.inf)
     place = 0
     for cell, chosen in enumerate(rows.split(members)):
-        first, last = cells.starts[cell], cells.starts[cell + 1]
+        columns = slice(cells.starts[cell], cells.starts[cell + 1])
         if chosen.shape[0]:
-            scores = scores_of(shifted.index_select(0, chosen), cells.table, slice(first, last))
-            width = min(count, last - first)
-            tops[place : place + len(chosen), :width] = scores.topk(width, dim=1).values
+            scores = scores_of(shifted.index_select(0, chosen), cells.table, columns)
+            maxima = _maxima(scores, count)
+            tops[place : place + len(chosen)] = maxima.amax(1)
+            best[chosen] = torch.cat([best[chosen], maxima], 1).topk(count, dim=1).values
             place += len(chosen)
-    return tops
+    return tops, best[:, -1]
 
 
-def _last_of_best(rows: Tensor, tops: Tensor, num_rows: int, count: int) -> Tensor:
-    """Each row's count-th best score over its cells; minus infinity where it has fewer."""
-    order = torch.argsort(tops.flatten(), descending=True, stable=True)
-    owners = rows.repeat_interleave(tops.shape[1])[order]
-    order, owners = _grouped(order, owners)
-    place = _place_in_row(owners, num_rows)
-    best = tops.new_full((num_rows,), -torch.inf)
-    last = place == count - 1
-    best[owners[last]] = tops.flatten()[order[last]]
-    return best
+def _maxima(scores: Float[Tensor, "n k"], count: int) -> Float[Tensor, "n groups"]:
+    """Of some 4 x count groups of columns: the count-th best of them is the bound wanted, and they
+    are fewer to sort than the scores."""
+    members = max(scores.shape[1] // (4 * count), 1)
+    whole = scores.shape[1] // members * members
+    groups = scores[:, :whole].unflatten(1, (members, -1)).amax(1)
+    return torch.cat([groups, scores[:, whole:]], 1)
 
 
 def _decided(

@@ -1,7 +1,9 @@
 """Nearest centroids among those of the nearest cells: about 2 sqrt(K) scores a point, not K.
 
-Centroids are grouped into coarse cells. A point looks into the `probes` cells nearest to it, and
-its label is the exact nearest centroid of these cells. Which cells it looks into is decided in
+Centroids are grouped into coarse cells. A point looks into its nearest cell and into all that are
+about as near, and its label is the exact nearest centroid of these cells. "About as near" is a
+difference of scores for which centroids themselves would look into `probes` cells on average: a
+point amid a cell looks into few, one between cells into many. Which cells these are is decided in
 integers, so here too blocks, ranks and processors don't enter.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from trainer.cluster.assign import (
@@ -21,7 +23,11 @@ from trainer.cluster.assign import (
     scores_of,
 )
 
-ROWS = 16384
+ROWS = 32768
+_ROWS_AT_ONCE = 2048
+_SAMPLES = 2048
+_MOST = 4
+"""Times `probes`: cells that any point looks into at most (ties apart)."""
 _POINT_LEVELS, _CELL_LEVELS = 127.0, 63.0
 _LARGEST_SUM = 1 << 24
 
@@ -40,7 +46,10 @@ class Cells(NamedTuple):
     """Cell centres minus the origin, in whole numbers from -63 to 63."""
     coarse_scale: float
     coarse_offsets: Float[Tensor, " cells"]
-    probes: int
+    reach: float
+    """How far below a point's best cell another one may score for the point to look into it."""
+    most: int
+    """Cells that a point looks into at most; of more, the nearest."""
 
 
 def group_into_cells(
@@ -52,8 +61,9 @@ def group_into_cells(
 ) -> Cells:
     """Make centroids ready for `assign_two_level`; `cell_of` is the cell of each centroid.
 
-    Cells without a centroid are dropped. Takes dimensions up to 2096: sums of products of the
-    whole numbers must be exact in float32.
+    `probes`: cells that a point looks into, on average over the centroids taken as points. Cells
+    without a centroid are dropped. Takes dimensions up to 2096: sums of products of the whole
+    numbers must be exact in float32.
     """
     if centroids.shape[1] * _POINT_LEVELS * _CELL_LEVELS > _LARGEST_SUM:
         raise ValueError(f"two-level assignment takes at most 2096 dims, not {centroids.shape[1]}")
@@ -64,7 +74,7 @@ def group_into_cells(
     centred = centres[used].float() - table.origin
     scale = max(float(centred.abs().max()) / _CELL_LEVELS, torch.finfo(torch.float32).tiny)
     coarse = (centred / scale).round()
-    return Cells(
+    cells = Cells(
         table=table,
         centroids=centroids,
         ids=ids,
@@ -72,14 +82,26 @@ def group_into_cells(
         coarse=coarse,
         coarse_scale=scale,
         coarse_offsets=(-0.5 * (coarse.double() * scale).square().sum(1)).float(),
-        probes=min(probes, len(used)),
+        reach=torch.inf,
+        most=len(used),
     )
+    if probes >= len(used):
+        return cells
+    return cells._replace(reach=_reach(cells, probes), most=min(_MOST * probes, len(used)))
+
+
+def _reach(cells: Cells, probes: int) -> float:
+    """The difference of scores within which some of the centroids see `probes` cells each."""
+    some = cells.centroids[:: -(-cells.centroids.shape[0] // _SAMPLES)].float()
+    scores = _cell_scores(some - cells.table.origin, cells)
+    behind = (scores.amax(0) - scores).flatten()
+    return float(behind.kthvalue(probes * some.shape[0]).values)
 
 
 def assign_two_level(points: Float[Tensor, "n d"], cells: Cells) -> Int64[Tensor, " n"]:
     """The nearest centroid of every point among its nearest cells, ties to the lowest id.
 
-    Holds points x cells scores: give it some 10 000 points at once.
+    Holds a byte for every point and cell: give it some 10 000 points at once.
     """
     shifted = points.float() - cells.table.origin
     rows, members = probed(shifted, cells)
@@ -93,18 +115,35 @@ def assign_two_level(points: Float[Tensor, "n d"], cells: Cells) -> Int64[Tensor
 def probed(
     shifted: Float[Tensor, "n d"], cells: Cells
 ) -> tuple[Int64[Tensor, " pairs"], list[int]]:
-    """Rows of the points that look into each cell, cell by cell, and how many each cell has.
+    """Rows of the points that look into each cell, cell by cell, and how many each cell has."""
+    count = cells.coarse.shape[0]
+    inside = torch.empty(count, shifted.shape[0], dtype=torch.bool, device=shifted.device)
+    for first in range(0, shifted.shape[0], _ROWS_AT_ONCE):
+        places = slice(first, first + _ROWS_AT_ONCE)
+        inside[:, places] = _looked_into(_cell_scores(shifted[places], cells), cells)
+    pairs = inside.nonzero()
+    return pairs[:, 1].contiguous(), torch.bincount(pairs[:, 0], minlength=count).tolist()
 
-    All cells that score at least as well as the `probes`-th best. The products are sums of whole
-    numbers below 2^24 and the rest is elementwise, so every bit is determined.
-    """
-    scale = shifted.abs().amax(1, keepdim=True) / _POINT_LEVELS
-    whole = (shifted / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    scores = (whole @ cells.coarse.T).mul_(scale * cells.coarse_scale).add_(cells.coarse_offsets)
-    last = scores.topk(cells.probes, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+def _cell_scores(shifted: Float[Tensor, "n d"], cells: Cells) -> Float[Tensor, "cells n"]:
+    """(x - o).(g - o) - |g - o|^2 / 2 of the rounded values. The products are sums of whole numbers
+    below 2^24 and the rest is elementwise, so every bit is determined."""
+    scale = shifted.abs().amax(1) / _POINT_LEVELS
+    whole = (shifted / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
+    scores = (cells.coarse @ whole.T).mul_(scale * cells.coarse_scale)
+    return scores.add_(cells.coarse_offsets[:, None])
+
+
+def _looked_into(scores: Float[Tensor, "cells n"], cells: Cells) -> Bool[Tensor, "cells n"]:
+    """Cells within reach of the best one, but not more than the `most` best (ties included)."""
     # "not below" instead of "at least": NaN (overflow) looks into every cell
-    inside = (~(scores < last)).T.contiguous()
-    return inside.nonzero()[:, 1], inside.sum(1).tolist()
+    below = scores < scores.amax(0) - cells.reach
+    many = (below.shape[0] - below.sum(0) > cells.most).nonzero()[:, 0]
+    if many.shape[0]:
+        chosen = scores[:, many]
+        last = chosen.topk(cells.most, dim=0, sorted=False).values.amin(0)
+        below[:, many] |= chosen < last
+    return below.logical_not_()
 
 
 def _best_of_cells(shifted: Tensor, rows: Tensor, members: list[int], cells: Cells) -> Tensor:
