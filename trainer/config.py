@@ -118,6 +118,9 @@ class DataConfig(Frozen):
     """Samples that count as an epoch for the webdataset reader, which can't count them itself."""
     workers: int = Field(default=0, ge=0)
     """Reader processes per rank. The batches do not depend on it."""
+    cache_mib: int = Field(default=0, ge=0)
+    """Memory per reader process for decoded images: data that fits is decoded once and not once an
+    epoch. The batches do not depend on it."""
     window_shards: PositiveInt = 8
     """Samples are shuffled within this many (permuted) shards, so reads stay sequential."""
     max_pixels: PositiveInt = 25_000_000

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint import Checkpointer, Restored
+from trainer.checkpoint import Checkpointer
 from trainer.config import RunConfig, dump_run, parse_run
 from trainer.engine import Engine, persistent_buffers
 from trainer.errors import CheckpointError
 from trainer.manifest import NamedTensors
 from trainer.recipe import Recipe
+from trainer.restored import Restored
 from trainer.types import Batch, Progress
 
 # What may change between two starts of the same run. Anything else would continue another run
@@ -35,7 +36,7 @@ FREE_TO_CHANGE = frozenset(
         "comm_timeout_seconds",
     }
 )
-FREE_DATA = frozenset({"workers", "bad_sample_budget"})
+FREE_DATA = frozenset({"workers", "cache_mib", "bad_sample_budget"})
 
 
 def save_state(

@@ -12,7 +12,13 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from tests.fixtures.emoji import read_pairs
-from trainer.data.decode import BadSample, centre_square, decode_image, find_image
+from trainer.data.decode import (
+    BadSample,
+    DecodedImages,
+    centre_square,
+    decode_image,
+    find_image,
+)
 
 WHITE = (255, 255, 255)
 KINDS = {
@@ -134,6 +140,39 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_that_can_not_be_seen():
         else:
             assert difference.max() <= 4, size
             assert difference.mean() < 0.5, size
+
+
+def is_kept(data: bytes, size: int, kept: DecodedImages) -> bool:
+    """A limit of one pixel refuses whatever has to be decoded."""
+    try:
+        decoded(data, size, kept=kept, max_pixels=1)
+    except BadSample:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_kept_images_give_the_same_pixels_without_decoding(kind):
+    """But for a JPEG that a large crop would decode at a fraction of its size."""
+    boxes = [(0.0, 0.0, 300.0, 200.0), (10.5, 20.25, 80.0, 90.0), (40.0, 0.0, 240.0, 200.0)]
+    mode = "RGB" if kind == "JPEG" else "RGBA"
+    image = smooth(300, 200)
+    image.putalpha(smooth(300, 200, seed=1).convert("L"))
+    data, kept = encoded(image.convert(mode), kind, **KINDS[kind]), DecodedImages(1 << 20)
+    for size in (16, 64):
+        for box in boxes * 2:
+            alone = decoded(data, size, crop=lambda width, height, box=box: box)
+            found = decoded(data, size, crop=lambda width, height, box=box: box, kept=kept)
+            assert torch.equal(found, alone)
+        assert is_kept(data, size, kept) == (kind != "JPEG" or size == 64)
+
+
+def test_no_more_images_are_kept_than_fit():
+    images = [encoded(smooth(10, 10, seed=seed)) for seed in range(5)]
+    kept = DecodedImages(3 * 400 + 399)
+    for data in images * 2:
+        decoded(data, 10, kept=kept)
+    assert [is_kept(data, 10, kept) for data in images] == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])

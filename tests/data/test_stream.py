@@ -66,7 +66,7 @@ def test_every_id_once_per_epoch_through_worker_processes(tmp_path):
         check_epochs(folder, [5, 0, 13, 1], world_size, workers, seed=3)
 
 
-def test_batches_do_not_depend_on_workers_or_restarts(tmp_path):
+def test_batches_do_not_depend_on_workers_memory_or_restarts(tmp_path):
     """All augmentation is on: pixels, tokens and ids agree in every bit."""
     spec = emoji.write_shards(tmp_path, count=40, per_shard=9)
     runs = {}
@@ -80,8 +80,10 @@ def test_batches_do_not_depend_on_workers_or_restarts(tmp_path):
             assert same(stream.take(), runs[0][step])
             assert same(stream.take(), runs[0][step + 1])
         stream.close()
-    for workers in (1, 2):
-        assert all(same(a, b) for a, b in zip(runs[0], runs[workers], strict=True))
+    kept = open_stream(spec, global_batch=6, micro_batch=3, augment=AugmentConfig(), cache_mib=1)
+    runs["kept in memory"] = [kept.take() for _ in range(15)]
+    for name in (1, 2, "kept in memory"):
+        assert all(same(a, b) for a, b in zip(runs[0], runs[name], strict=True))
     epochs = torch.cat([b.images for step in runs[0] for b in step]).split(40)
     assert not torch.equal(epochs[0].sum(0), epochs[1].sum(0))
 

@@ -6,6 +6,7 @@ applied, as in the public CLIP pipelines.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -47,6 +48,28 @@ def find_image(fields: dict[str, bytes]) -> bytes:
     raise BadSample(f"no image among its fields ({', '.join(sorted(fields)) or 'none'})")
 
 
+class DecodedImages:
+    """Decoded images kept in memory, by a hash of their bytes, until `capacity_bytes` are full.
+
+    What came first stays: where every epoch has another order, each image is as likely to be
+    wanted next as any other, and replacing one by another gains nothing.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._free_bytes = capacity_bytes
+        self._images: dict[bytes, Image.Image] = {}
+
+    def get(self, data: bytes) -> Image.Image | None:
+        return self._images.get(_digest(data))
+
+    def put(self, data: bytes, image: Image.Image) -> None:
+        """Keep it if it fits."""
+        size = 4 * image.width * image.height  # Pillow pads RGB to four bytes a pixel
+        if size <= self._free_bytes:
+            self._free_bytes -= size
+            self._images[_digest(data)] = image
+
+
 def decode_image(
     data: bytes,
     *,
@@ -54,20 +77,25 @@ def decode_image(
     background: tuple[int, int, int],
     max_pixels: int,
     crop: Callable[[int, int], Box] | None = None,
+    kept: DecodedImages | None = None,
 ) -> UInt8[Tensor, "3 {size} {size}"]:
     """Decode, composite over `background` and resample a box of the image to a square.
 
     `crop(width, height)` gives the box; without it, the largest centred square, which is the
     shorter side resized to `size` and centre-cropped in one go. Bicubic, antialiased; pixels just
     outside the box weigh in, as in an image that is resized before it is cropped.
+    `kept` saves decoding again what it holds and never changes the result; its images have one
+    `background`.
     BadSample for a format that is not allowed, more than `max_pixels` (known from the header,
     nothing is decoded) and damaged data.
     """
     try:
-        image = _open(data, max_pixels)
-        box = (crop or centre_square)(*image.size)
-        image, box = _decode_box(image, box, size)
-        square = _flatten(image, background).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        image = None if kept is None else kept.get(data)
+        if image is None:
+            image, box = _decoded(data, size, background, max_pixels, crop, kept)
+        else:
+            box = (crop or centre_square)(*image.size)
+        square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     except _DAMAGE as error:
         raise BadSample(f"damaged image of {len(data)} bytes: {_first_line(error)}") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
@@ -94,6 +122,25 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def _decoded(
+    data: bytes,
+    size: int,
+    background: tuple[int, int, int],
+    max_pixels: int,
+    crop: Callable[[int, int], Box] | None,
+    kept: DecodedImages | None,
+) -> tuple[Image.Image, Box]:
+    """The flattened image and the box in its pixels; kept where every crop would decode it so."""
+    opened = _open(data, max_pixels)
+    box = (crop or centre_square)(*opened.size)
+    in_full = _draft_factor(opened, _whole(opened), size) == 1
+    decoded, box = _decode_box(opened, box, size)
+    image = _flatten(decoded, background)
+    if kept is not None and in_full:
+        kept.put(data, image)
+    return image, box
+
+
 def _decode_box(image: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
     """Decode; a JPEG at 1/2, 1/4 or 1/8 of its size where the box stays large enough."""
     shrink = _draft_factor(image, box, size)
@@ -103,6 +150,10 @@ def _decode_box(image: Image.Image, box: Box, size: int) -> tuple[Image.Image, B
     width, height = image.size
     left, top, right, bottom = (edge / shrink for edge in box)
     return image, (left, top, min(right, float(width)), min(bottom, float(height)))
+
+
+def _whole(image: Image.Image) -> Box:
+    return 0.0, 0.0, float(image.width), float(image.height)
 
 
 def _draft_factor(image: Image.Image, box: Box, size: int) -> int:
@@ -122,6 +173,10 @@ def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Imag
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _first_line(error: Exception) -> str:

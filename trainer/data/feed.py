@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.config import DataConfig
 from trainer.data.captions import choose_caption
-from trainer.data.decode import BadSample, decode_image, find_image
+from trainer.data.decode import BadSample, DecodedImages, decode_image, find_image
 from trainer.data.ledger import Rejected, describe
 from trainer.data.order import Order, Share
 from trainer.data.remote import is_remote
@@ -98,6 +98,7 @@ class Prepare:
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.image_size, self.text_length = image_size, text_length
+        self.kept = DecodedImages(config.cache_mib << 20) if config.cache_mib else None
 
     def sample(self, raw: RawSample, epoch: int, purpose: str) -> Prepared:
         """Image and caption; BadSample says why not. Without a tokenizer no caption is read."""
@@ -117,6 +118,7 @@ class Prepare:
             background=self.config.background,
             max_pixels=self.config.max_pixels,
             crop=partial(random_crop, sample_id=raw.sample_id, view=view),
+            kept=self.kept,
         )
         return image, caption
 
