@@ -171,7 +171,8 @@ def margin_of(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> Margin:
     if shifted.is_cuda and rounded.dtype == torch.float32:
         relative += 2 * _UNIT_ROUNDOFF[torch.get_float32_matmul_precision()]
     error = relative * products + lengths * table.rounding
-    error += (shifted - rounded.float()).norm(dim=1) * (1 + 2**-7) * table.longest
+    if rounded is not shifted:
+        error += (shifted - rounded.float()).norm(dim=1) * (1 + 2**-7) * table.longest
     error += shifted.shape[1] * 2.0**-120 * (1.0 + lengths + table.longest)
     # a sum may overflow on its way to a finite value: then all columns are candidates
     error = error.masked_fill(~(products < 2.0**100), torch.inf)
