@@ -67,6 +67,10 @@ class Engine:
         self._config = _deepspeed_config(deepspeed_config, comm, optim, micro_batch)
         self._stage = int(self._config["zero_optimization"]["stage"])
         bf16 = bool(self._config.get("bf16", {}).get("enabled"))
+        if bf16 and comm.device.type == "cpu":
+            # The CPU's fused attention takes five times the plain products' time backward in bf16.
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         if clips_itself := self._stage == 0 and not bf16:
             # DeepSpeed clips here too, but doesn't say what the norm was.
             self._config["gradient_clipping"] = 0.0
