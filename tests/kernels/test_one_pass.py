@@ -97,8 +97,37 @@ def test_both_forms_take_a_fifteenth_of_the_memory_of_all_logits() -> None:
     assert max(extra[1:]) <= extra[0] / 15, extra
 
 
-@pytest.mark.parametrize("rows", [1000, 196_608, 1_000_000])
-def test_the_buffer_is_bounded_where_one_pass_is_chosen(rows: int) -> None:
-    """However small the batch: 64 queries against a million rows would be 256 MB."""
+@pytest.mark.parametrize("rows", [1000, 204_800, 1_000_000])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_the_buffer_is_bounded_where_one_pass_is_chosen(rows: int, dim: int) -> None:
+    """However small the batch: 64 queries against a million rows are 256 MB, a quarter of rows of
+    256 numbers."""
     buffer = queries_per_block(rows, 4) * rows * 4
-    assert fits_one_pass(rows, 4) == (buffer <= BUFFER_BYTES)
+    assert fits_one_pass(rows, dim, 4) == (buffer <= BUFFER_BYTES or buffer * 4 <= rows * dim * 4)
+
+
+def test_blocks_are_multiples_of_a_vector() -> None:
+    assert [queries_per_block(rows, 4) for rows in (100_000, 20_000, 10_000_000)] == [128, 640, 64]
+
+
+def test_small_terms_are_not_lost_in_large_sums() -> None:
+    """One exponential of e^17, then a hundred thousand of one: added one by one each would vanish
+    in float32, in the sum and in the weighted sum of the rows' second coordinate."""
+    rows = torch.tensor([0.0, 1.0]).repeat(100_000, 1)
+    rows[0] = 0.5**0.5
+    totals: list[Tensor] = []
+
+    def upstream(_: slice, log_total: Tensor, cosines: Tensor) -> tuple[Tensor, Tensor]:
+        totals.append(log_total)
+        return torch.ones_like(log_total), torch.zeros_like(cosines)
+
+    problem = torch.tensor([[1.0, 0.0]]), rows, torch.tensor([[-1]])
+    scale = 17 * 2**0.5
+    of_queries, _ = gradients_in_one_pass(
+        *problem, upstream, scale=scale, num_negatives=len(rows), block_queries=1
+    )
+    weights = (scale * rows[:, 0].double()).exp()
+    torch.testing.assert_close(totals[0].double(), weights.sum().log()[None], rtol=1e-7, atol=0)
+    # A tile's product is one sum of two thousand terms, and may lose those: 1e-4 of this one.
+    expected = scale * (weights @ rows.double() / weights.sum())
+    torch.testing.assert_close(of_queries[0].double(), expected, rtol=2e-4, atol=0)

@@ -14,13 +14,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trainer.kernels.prototype_logits import add_pair_gradients, pair_products
-from trainer.kernels.tiled import Pairs, fixed_reference, tile_logits
+from trainer.kernels.tiled import LOG2_E, Pairs, fixed_reference, tile_logits
 
-BUFFER_BYTES = 48 << 20
-"""Exponentials of a block of queries against all rows."""
+BUFFER_BYTES = 50 << 20
+"""Exponentials of a block of queries against all rows: 128 queries with 100,000 rows."""
 FEWEST_QUERIES = 64
-"""With fewer in a block, the products run at a part of their speed."""
-ROWS_PER_TILE = 1024
+"""With fewer in a block, the products run at a part of their speed..."""
+WHOLE_QUERIES = 32
+"""...as they do where a block is no multiple of the processor's vectors."""
+ROWS_PER_TILE = 2048
 
 Upstream = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
 """For a block of queries, their `log sum_j exp(logit_j)` and cosines with the positives: the
@@ -48,54 +50,63 @@ def gradients_in_one_pass(
     assert reference is not None, f"scale {scale} needs a running maximum"
     negatives = rows[:num_negatives]
     pairs = Pairs(bias, positives, None if ceiling is None else scale * ceiling, reference)
-    of_queries, of_rows = torch.zeros_like(queries), torch.zeros_like(rows)
+    pairs = pairs.in_base_two()
+    of_queries, of_rows = torch.zeros_like(queries), torch.empty_like(rows)
+    of_rows[num_negatives if len(queries) else 0 :] = 0.0
     of_cosines = torch.zeros(positives.shape, dtype=queries.dtype, device=queries.device)
-    size = block_queries or queries_per_block(num_negatives, rows.element_size())
-    buffer = queries.new_empty(min(size, queries.shape[0]), num_negatives)
-    for first in range(0, queries.shape[0], size):
-        some = slice(first, min(first + size, queries.shape[0]))
-        block = buffer[: some.stop - first]
-        mass, weighted = _sums(queries[some] * scale, negatives, pairs.of_queries(some), block)
+    size = min(block_queries or queries_per_block(num_negatives, rows.element_size()), len(queries))
+    buffer = queries.new_empty(size * num_negatives)
+    for first in range(0, len(queries), max(1, size)):
+        some = slice(first, min(first + size, len(queries)))
+        count = some.stop - first
+        block = buffer[: num_negatives * count].view(num_negatives, count)
+        scaled, weighted = queries[some] * (scale * LOG2_E), of_queries[some]
+        mass = _sums(scaled, negatives, pairs.of_queries(some), block, weighted)
         cosines = pair_products(queries[some], rows, positives[some])
         of_log, of_cosines[some] = upstream(some, mass.log() + reference, cosines)
         weight = torch.where(mass > 0, scale * of_log / mass, 0.0)[:, None]
-        torch.mul(weighted, weight, out=of_queries[some])
-        _add_rows(of_rows[:num_negatives], block, queries[some] * weight)
+        weighted.mul_(weight)
+        # The first block finds what the memory held before.
+        _add_rows(of_rows[:num_negatives], block, queries[some] * weight, keep=first > 0)
     add_pair_gradients(queries, rows, positives, of_cosines, of_queries=of_queries, of_rows=of_rows)
     return of_queries, of_rows
 
 
 def queries_per_block(num_rows: int, element_size: int) -> int:
-    return max(FEWEST_QUERIES, BUFFER_BYTES // max(1, num_rows * element_size))
+    most = BUFFER_BYTES // max(1, num_rows * element_size)
+    return max(FEWEST_QUERIES, most - most % WHOLE_QUERIES)
 
 
-def fits_one_pass(num_rows: int, element_size: int) -> bool:
-    """Whether a block of queries that is worth multiplying stays within `BUFFER_BYTES`; with more
-    rows than that the two passes of `prototype_logits` take less memory."""
-    return FEWEST_QUERIES * num_rows * element_size <= BUFFER_BYTES
+def fits_one_pass(num_rows: int, dim: int, element_size: int) -> bool:
+    """Whether a block of queries that is worth multiplying takes at most `BUFFER_BYTES`, or a
+    quarter of the rows' own bytes. If not, the two passes of `prototype_logits` are the better
+    bargain: a third more products, and memory of one tile."""
+    buffer = FEWEST_QUERIES * num_rows * element_size
+    return buffer <= max(BUFFER_BYTES, num_rows * dim * element_size // 4)
 
 
 def _tiles(count: int) -> list[slice]:
     return [slice(first, first + ROWS_PER_TILE) for first in range(0, count, ROWS_PER_TILE)]
 
 
-def _sums(scaled: Tensor, rows: Tensor, pairs: Pairs, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_j e_ij and sum_j e_ij rows_j; leaves e_ij = exp(logit_ij - reference) in the buffer,
-    where it is zero for logits above the ceiling, which count in the first sum only."""
+def _sums(scaled: Tensor, rows: Tensor, pairs: Pairs, buffer: Tensor, weighted: Tensor) -> Tensor:
+    """sum_j e_ij; adds sum_j e_ij rows_j to `weighted`. Leaves e_ij = exp(logit_ij - reference) in
+    the buffer, [rows, queries], where it is zero for logits above the ceiling, which count in the
+    first sum only."""
     mass = scaled.new_zeros(scaled.shape[0])
-    weighted = torch.zeros_like(scaled)
     for part in _tiles(rows.shape[0]):
-        logits, above = tile_logits(scaled, rows[part], pairs.of_rows(part))
+        logits, above = tile_logits(scaled, rows[part], pairs.of_rows(part), out=buffer[part])
         if pairs.reference:
             logits.sub_(pairs.reference)
-        exponentials = torch.exp(logits, out=buffer[:, part])
-        mass += exponentials.sum(dim=1)
+        exponentials = logits.exp2_()
+        mass += exponentials.sum(dim=0)
         if above is not None:
             exponentials.masked_fill_(above, 0.0)
-        weighted.addmm_(exponentials, rows[part])
-    return mass, weighted
+        # Not accumulated inside of the product, where a small number would vanish in a large sum.
+        weighted.add_(exponentials.T @ rows[part])
+    return mass
 
 
-def _add_rows(of_rows: Tensor, exponentials: Tensor, weighted_queries: Tensor) -> None:
+def _add_rows(of_rows: Tensor, exponentials: Tensor, queries: Tensor, *, keep: bool) -> None:
     for part in _tiles(of_rows.shape[0]):
-        of_rows[part].addmm_(exponentials[:, part].T, weighted_queries)
+        of_rows[part].addmm_(exponentials[part], queries, beta=float(keep))

@@ -108,7 +108,8 @@ class Recipe(WithoutPhases):
         # The same on all ranks: the two forms exchange different things.
         rows_per_rank = -(-self.head.num_prototypes // self.head.comm.world_size)
         negatives = round(rows_per_rank * config.head.sample_rate)
-        self._in_one_pass = config.scale <= LARGEST_ONE_PASS_SCALE and fits_one_pass(negatives, 4)
+        fits = fits_one_pass(negatives, config.features_kept or config.dim, 4)
+        self._in_one_pass = fits and config.scale <= LARGEST_ONE_PASS_SCALE
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """One loss over the batch of all ranks; its terms and figures, which have no weight."""
