@@ -33,9 +33,8 @@ from trainer.cluster.quality import balance, size_quantiles
 from trainer.cluster.search_loss import search_loss
 from trainer.cluster.sidecar import SIDECARS, lookup, merge_sidecars, write_sidecars
 from trainer.cluster.stored import StoredPoints
-from trainer.comm import Comm
+from trainer.comm import Comm, agreed
 from trainer.config import Frozen, PositiveInt
-from trainer.data.embed import agreed
 from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.lock import sole_user

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainer.errors import DataError, TrainerError
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,33 @@ class Comm:
         if self.world_size > 1:
             dist.all_reduce(result, operation, group=self.group)
         return result
+
+
+def agreed(comm: Comm, action: Callable[[], object]) -> None:
+    """Run `action` on every rank; where it fails on one, DataError on all, with each reason.
+
+    Without this the others would wait for the rank that failed.
+    """
+    failure = None
+    try:
+        action()
+    except (TrainerError, OSError) as error:
+        failure = str(error)
+    stop_together(comm, failure)
+
+
+def stop_together(comm: Comm, failure: str | None) -> None:
+    """DataError on all ranks, with each rank's reason, if there is a failure on one of them.
+
+    Costs one small collective where there is none.
+    """
+    if not comm.any(failure is not None):
+        return
+    if comm.world_size == 1:
+        raise DataError(str(failure))
+    failures = comm.gather_json(failure)
+    named = [f"rank {rank}: {reason}" for rank, reason in enumerate(failures) if reason is not None]
+    raise DataError("; ".join(named))
 
 
 def _gathered(rows: Tensor, comm: Comm) -> Tensor:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.comm import Comm
-from trainer.data.embed import Embedded, Teacher, agreed, embed
+from trainer.comm import Comm, agreed
+from trainer.data.embed import Embedded, Teacher, embed
 from trainer.data.embeddings import EmbeddingStore, Identity
 from trainer.data.embeddings.pca import FILE, Pca, ProjectedTeacher, fit_pca, load_pca
 from trainer.data.embeddings.stored import StoredVectors
 from trainer.data.teachers.image import ImageTeacher, Pixels
 from trainer.data.teachers.pinned import DEFAULT_CACHE, PINNED, fetch_teacher, is_there
-from trainer.data.teachers.spec import TeacherSpec, load_teacher
+from trainer.data.teachers.spec import TeacherSpec, load_teacher, refuse_placement
 from trainer.data.views import IMAGE_MEAN, IMAGE_STD
 from trainer.errors import ConfigError
+from trainer.models.frozen import Shard
 from trainer.workdir import open_workdir
 
 Report = Callable[[str], None]
@@ -35,7 +36,15 @@ def open_teacher(spec: TeacherSpec, comm: Comm, *, cache: Path = DEFAULT_CACHE) 
     if spec.model in PINNED:
         main = comm.is_main
         agreed(comm, lambda: fetch_teacher(spec.model, cache) if main else None)
-    return load_teacher(spec, device=comm.device, cache=cache)
+    return load_teacher(
+        spec, device=comm.device, cache=cache, shard=_sharder(comm) if spec.sharded else None
+    )
+
+
+def _sharder(comm: Comm) -> Shard:
+    from trainer.engine import FrozenEngine  # deepspeed is imported where it is wanted
+
+    return lambda model: FrozenEngine(model, comm)
 
 
 def stored_as(teacher: Teacher, *, dtype: str, pca: Path | None = None) -> Teacher:
@@ -83,6 +92,7 @@ class _Recoded:
     def __init__(self, teacher: Teacher, dtype: str) -> None:
         self.teacher, self.dtype = teacher, dtype
         self.chunk, self.read, self.encode = teacher.chunk, teacher.read, teacher.encode
+        self.stand_by = teacher.stand_by
 
     @property
     def identity(self) -> Identity:
@@ -102,6 +112,7 @@ class _Embeddings(nn.Module):
 
 
 def _trained_tower(spec: TeacherSpec, comm: Comm) -> ImageTeacher:
+    refuse_placement(spec, "a run's tower")
     if spec.kind != "image":
         raise ConfigError(f"{spec.model} is a run: its image tower is read with kind=image")
     trained = open_workdir(Path(spec.model), comm)

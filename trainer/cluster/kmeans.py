@@ -4,7 +4,8 @@ Every quantity that decides anything is a sum of whole numbers or a float64 expr
 order: points enter the sums as multiples of a power of two chosen so that no sum reaches 2^53,
 where float64 is exact in any order (and several times as fast as int64 here); and `assign` is
 exact. The centroids are therefore bit for bit the same for every world size, block size and order
-of points.
+of points. Where they are too many for one rank they lie on a grid of ranks (`grid.py`), and that
+changes no bit either.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trainer.cluster import two_level
-from trainer.cluster.assign import assign, assign_block, ordered_sum, prepare
+from trainer.cluster.assign import ROW_BLOCK, assign, assign_block, ordered_sum, prepare
 from trainer.cluster.faiss_peer import faiss_centroids
+from trainer.cluster.grid import Grid
 from trainer.cluster.hierarchy import hierarchical_start
+from trainer.cluster.layout import laid_out
 from trainer.cluster.parallel import parallel_start
-from trainer.cluster.points import Points, Resident, stream
+from trainer.cluster.points import Points, Resident
 from trainer.cluster.problem import Facts, KMeansConfig, KMeansResult, Problem, pose
+from trainer.cluster.sliced_start import held_starting_points
 from trainer.cluster.start import starting_points
+from trainer.cluster.together import together
 from trainer.cluster.update import refilled, unit_or
 from trainer.comm import Comm
 from trainer.errors import ConfigError
 
-__all__ = ["KMeansConfig", "KMeansResult", "Observer", "State", "cluster", "kmeans"]
+__all__ = ["KMeansConfig", "KMeansResult", "Observer", "State", "cluster", "cluster_on", "kmeans"]
 
 
 _CENTROIDS_PER_CELL = 64
@@ -38,10 +43,11 @@ _CENTROIDS_PER_CELL = 64
 
 
 class State(NamedTuple):
-    """After an update: all that the rest of a run depends on, equal on all ranks."""
+    """After an update: all that the rest of a run depends on."""
 
     facts: Facts
     centroids: Float[Tensor, "k d"]
+    """Those that this rank holds; all of them where ranks form no grid."""
     objective: list[float]
     """Mean squared distance per point before each update that was made."""
     repaired: int
@@ -70,12 +76,13 @@ class Silent:
 
 
 class _Sums(NamedTuple):
-    """One pass over the points. Rows of `sums` are this rank's share of the clusters."""
+    """One pass over the points."""
 
     labels: Int64[Tensor, " n"]
-    sums: Float64[Tensor, "rows d"]
-    """Whole numbers: sums of round(x * scale)."""
+    sums: Float64[Tensor, "owned d"]
+    """Whole numbers: sums of round(x * scale), of the clusters that this rank owns."""
     counts: Int64[Tensor, " k"]
+    """Of all clusters."""
 
 
 def kmeans(
@@ -93,7 +100,8 @@ def kmeans(
     `initial` (equal on all ranks) replaces the start of the first restart.
     The result equals, bit for bit, that of one rank holding all points.
     DataError names the sample of a non-finite value; ConfigError if there are fewer points than
-    clusters. Holds K x d float64 sums per rank and nothing of size N x K.
+    clusters. Holds float64 sums of its K x d, or of a slice (`KMeansConfig.grid`), per rank and
+    nothing of size N x K; the resulting centroids are whole on every rank.
     """
     return cluster(Resident(points, ids), config, comm, initial=initial)
 
@@ -110,12 +118,34 @@ def cluster(
     """As `kmeans`, for points that may be on disk, and watched by an observer.
 
     `resume` goes on after the update that the state tells of; the result is, bit for bit, that of
-    a run that was never interrupted. It needs `restarts` of one.
+    a run that was never interrupted. It needs `restarts` of one. States have the centroids that a
+    rank holds, as those of `cluster_on`.
     """
+    grid = laid_out(config, points.dim, comm)
+    shape = (config.clusters, points.dim)
+    if initial is not None and initial.shape != shape:
+        raise ConfigError(f"the initial centroids are {tuple(initial.shape)} and must be {shape}")
+    start = None if initial is None else grid.part(initial)
+    found = cluster_on(grid, points, config, comm, initial=start, resume=resume, observer=observer)
+    return found._replace(centroids=grid.whole(found.centroids))
+
+
+def cluster_on(
+    grid: Grid,
+    points: Points,
+    config: KMeansConfig,
+    comm: Comm,
+    *,
+    initial: Float[Tensor, "held d"] | None = None,
+    resume: State | None = None,
+    observer: Observer | None = None,
+) -> KMeansResult:
+    """As `cluster`, on a grid that `laid_out` has made: centroids that are given, told to the
+    observer or returned are those that this rank holds."""
     if resume is not None and (config.restarts != 1 or config.backend != "torch"):
         raise ConfigError("only backend torch with one restart goes on where it was interrupted")
-    problem = pose(points, config, comm, facts=resume.facts if resume else None)
-    shape = (config.clusters, points.dim)
+    problem = pose(points, config, comm, grid, facts=resume.facts if resume else None)
+    shape = (grid.held.stop - grid.held.start, points.dim)
     for given in (initial, resume.centroids if resume else None):
         if given is not None and given.shape != shape:
             raise ConfigError(f"the initial centroids are {tuple(given.shape)} and must be {shape}")
@@ -145,10 +175,15 @@ def _start(problem: Problem, restart: int, initial: Tensor | None) -> State:
 
 
 def _starting_table(problem: Problem, restart: int) -> Tensor:
-    if problem.config.start == "parallel":
-        return parallel_start(problem, restart)
-    if problem.config.start == "hierarchical":
-        return hierarchical_start(problem, restart, cluster)
+    """The rows that this rank holds. Only sampled ones are never whole on a rank."""
+    config, grid = problem.config, problem.grid
+    if config.start == "sampled" and grid.scorers.world_size > 1:
+        return held_starting_points(problem, restart)
+    alone = problem._replace(config=config.model_copy(update={"grid": 1}))
+    if config.start == "parallel":
+        return grid.part(parallel_start(alone, restart))
+    if config.start == "hierarchical":
+        return grid.part(hierarchical_start(alone, restart, cluster))
     return starting_points(problem, restart)
 
 
@@ -165,7 +200,7 @@ def _lloyd(problem: Problem, state: State, observer: Observer) -> KMeansResult:
         before = found.labels
         moved, splits = _updated(problem, found, centroids)
         state = State(problem.facts, moved, [*objective, value], state.repaired + splits)
-        if torch.equal(moved, centroids):
+        if not problem.grid.scorers.any(not torch.equal(moved, centroids)):
             break
         observer.updated(state)
     inertia = value * problem.num_points
@@ -198,27 +233,45 @@ def _settled(objective: list[float], value: float, tolerance: float) -> bool:
 
 
 def _pass(problem: Problem, centroids: Tensor) -> _Sums:
-    """Assign every local point and add it, as whole numbers, to its cluster; then reduce."""
-    config, comm, points = problem.config, problem.comm, problem.points
-    rows = -(-config.clusters // comm.world_size) * comm.world_size
-    step, nearest_of = _assigner(problem, centroids)
-    sums = torch.zeros((rows, points.dim), dtype=torch.float64, device=comm.device)
-    counts = torch.zeros(rows, dtype=torch.int64, device=comm.device)
+    """Assign every point and add it, as whole numbers, to its cluster on the ranks that hold that;
+    then reduce."""
+    grid, comm, points = problem.grid, problem.comm, problem.points
+    size, nearest_of = _assigner(problem, centroids)
+    sums = torch.zeros((grid.padded, points.dim), dtype=torch.float64, device=comm.device)
+    counts = torch.zeros(grid.padded, dtype=torch.int64, device=comm.device)
     labels = torch.empty(len(points), dtype=torch.int64, device=comm.device)
-    for place, block in stream(points, step, comm.device):
-        nearest = nearest_of(block)
-        sums.index_add_(0, nearest, (block.double() * problem.scale).round_())
-        counts.index_add_(0, nearest, torch.ones_like(nearest))
-        labels[place] = nearest
-    return _Sums(labels, comm.reduce_scatter(sums), comm.sum(counts)[: config.clusters])
+    for step in together(points, size, comm, scorers=grid.scorers):
+        nearest = nearest_of(step.points)
+        labels[step.place] = nearest[step.mine]
+        block, rows = _of_held(step.points, nearest, grid)
+        _add(sums, block, rows, problem.scale)
+        counts.index_add_(0, rows, torch.ones_like(rows))
+    held = grid.copies.sum(counts)[: grid.held.stop - grid.held.start]
+    return _Sums(labels, grid.copies.reduce_scatter(sums), grid.whole(held))
+
+
+def _add(sums: Tensor, points: Tensor, rows: Tensor, scale: float) -> None:
+    """Add every point, as whole numbers, to its row of the sums."""
+    # little at once: the memory of large float64 copies would be mapped anew every time
+    for some, owners in zip(points.split(ROW_BLOCK), rows.split(ROW_BLOCK), strict=True):
+        sums.index_add_(0, owners, (some.double() * scale).round_())
+
+
+def _of_held(points: Tensor, nearest: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The points whose cluster this rank holds, and the places of these clusters."""
+    if grid.scorers.world_size == 1:
+        return points, nearest
+    inside = (nearest >= grid.held.start) & (nearest < grid.held.stop)
+    return points[inside], nearest[inside] - grid.held.start
 
 
 def _assigner(problem: Problem, centroids: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """How many points to take at once, and the function that labels them."""
-    config = problem.config
+    """How many points of a rank to take at once, and the function that labels them, and with them
+    those of the ranks that score together."""
+    config, scorers = problem.config, problem.grid.scorers
     if config.assignment == "exact":
-        table = prepare(centroids, precision=problem.precision)
-        return config.row_block, partial(
+        table = prepare(centroids, precision=problem.precision, scorers=scorers)
+        return -(-config.row_block // scorers.world_size), partial(
             assign_block, table=table, column_block=config.column_block
         )
     cells = coarse_cells(centroids, config, problem.comm)
@@ -241,24 +294,24 @@ def coarse_cells(centroids: Tensor, config: KMeansConfig, comm: Comm) -> two_lev
 
 def _objective(problem: Problem, found: _Sums, centroids: Tensor) -> float:
     """Mean of |x - c|^2 = (sum |x|^2 + sum_k n_k |c_k|^2 - 2 c_k . s_k) / N, from exact sums."""
-    first, last = problem.comm.row_range(problem.config.clusters)
-    own = centroids[first:last].double()
-    means = found.sums[: last - first] / problem.scale
-    terms = ordered_sum((found.counts[first:last, None] * own - 2.0 * means) * own)
-    everyone = problem.comm.gather_rows(terms)
+    grid = problem.grid
+    own = centroids[grid.owned_here].double()
+    means = found.sums[: len(own)] / problem.scale
+    terms = ordered_sum((found.counts[grid.owned, None] * own - 2.0 * means) * own)
+    everyone = grid.whole(grid.copies.gather_rows(terms))
     total = problem.facts.sum_of_squares + float(ordered_sum(everyone[None].clone()))
     return max(total, 0.0) / problem.num_points
 
 
 def _updated(problem: Problem, found: _Sums, centroids: Tensor) -> tuple[Tensor, int]:
-    """Means of the clusters, empty ones refilled; how many were."""
-    comm, clusters = problem.comm, problem.config.clusters
-    first, last = comm.row_range(clusters)
+    """Means of the clusters held, empty ones refilled; how many of all were."""
+    grid, spherical = problem.grid, problem.config.spherical
+    kept = centroids[grid.owned_here]
     own = centroids.new_zeros((found.sums.shape[0], centroids.shape[1]))
-    counts = found.counts[first:last, None].double()
-    means = (found.sums[: last - first] / problem.scale / counts.clamp(min=1)).float()
-    kept = centroids[first:last]
+    counts = found.counts[grid.owned, None].double()
+    means = (found.sums[: len(kept)] / problem.scale / counts.clamp(min=1)).float()
     means = torch.where(counts > 0, means, kept)
-    own[: last - first] = unit_or(means, instead=kept) if problem.config.spherical else means
-    moved, splits = refilled(comm.all_gather(own)[:clusters], found.counts)
-    return (unit_or(moved, instead=moved) if problem.config.spherical and splits else moved), splits
+    own[: len(kept)] = unit_or(means, instead=kept) if spherical else means
+    held = grid.copies.all_gather(own)[: len(centroids)]
+    moved, splits = refilled(held, found.counts, first=grid.held.start, scorers=grid.scorers)
+    return (unit_or(moved, instead=moved) if spherical and splits else moved), splits

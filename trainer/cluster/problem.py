@@ -10,9 +10,12 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from trainer.cluster.assign import COLUMN_BLOCK, ROW_BLOCK, fastest_precision, ordered_sum
-from trainer.cluster.points import Points, stream
-from trainer.comm import Comm
+from trainer.cluster.assign import COLUMN_BLOCK, ROW_BLOCK, fastest_precision
+from trainer.cluster.exact import ordered_sum
+from trainer.cluster.grid import Grid
+from trainer.cluster.points import Points
+from trainer.cluster.together import together
+from trainer.comm import Comm, agreed
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError, DataError
 
@@ -37,7 +40,7 @@ class KMeansConfig(Frozen):
     backend: Literal["torch", "faiss"] = "torch"
     """`faiss` gathers all points on rank 0: at most 50000 clusters and 8 GiB of points."""
     row_block: PositiveInt = ROW_BLOCK
-    """Points scored at once. The result does not depend on it."""
+    """Points scored at once, by all ranks that score together. The result does not depend on it."""
     assignment: Literal["exact", "two_level"] = "exact"
     """`two_level` looks for the nearest centroid in the nearest coarse cells only. Its labels, and
     so the objective, may be worse than the best; it pays from some thousand clusters on."""
@@ -45,10 +48,17 @@ class KMeansConfig(Frozen):
     """Coarse cells of the two-level assignment; about sqrt(K) where None."""
     probes: PositiveInt = 8
     """Cells a point looks into. More cost time and find better centroids."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the scan's products; `auto` times both. The result does not depend on it."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the scan's products; `auto` times float32 and a half precision. float16 is for GPUs. The
+    result does not depend on it."""
     column_block: PositiveInt = COLUMN_BLOCK
-    """Centroids scored at once. The result does not depend on it."""
+    """Centroids scored at once on a CPU. The result does not depend on it."""
+    grid: PositiveInt | None = None
+    """Ranks that share one table of centroids and score the same points, each its slice; 1: every
+    rank holds all. None: as few as `centroid_gib` allows. The result does not depend on it."""
+    centroid_gib: float = Field(default=16.0, gt=0.0)
+    """GiB that centroids, their copy for scoring and their sums may take of a rank, 16 bytes for
+    every number. What is larger is divided over a grid of ranks."""
 
 
 class KMeansResult(NamedTuple):
@@ -87,7 +97,8 @@ class Problem(NamedTuple):
     scale: float
     """A power of two: points enter sums as round(x * scale)."""
     precision: torch.dtype
-    """Of the scan on this rank."""
+    """Of the scan; equal on ranks that score together."""
+    grid: Grid
 
     @property
     def num_points(self) -> int:
@@ -95,7 +106,12 @@ class Problem(NamedTuple):
 
 
 def pose(
-    points: Points, config: KMeansConfig, comm: Comm, *, facts: Facts | None = None
+    points: Points,
+    config: KMeansConfig,
+    comm: Comm,
+    grid: Grid,
+    *,
+    facts: Facts | None = None,
 ) -> Problem:
     """Check the points; choose the scale of the integers from their number and largest value.
 
@@ -109,7 +125,8 @@ def pose(
             " start it again"
         )
     scale = whole_number_scale(facts.num_points, facts.largest, bits=52)
-    return Problem(points, config, comm, facts, scale, scan_precision(points, config, comm))
+    precision = scan_precision(points, config, comm, grid)
+    return Problem(points, config, comm, facts, scale, precision, grid)
 
 
 def _look_at(points: Points, config: KMeansConfig, comm: Comm) -> Facts:
@@ -122,8 +139,9 @@ def _look_at(points: Points, config: KMeansConfig, comm: Comm) -> Facts:
         )
     norm_scale = whole_number_scale(num_points, points.dim * largest**2, bits=62)
     total = torch.zeros(1, dtype=torch.int64, device=comm.device)
-    for _, block in stream(points, config.row_block, comm.device):
-        total += (ordered_sum(block.double().square()) * norm_scale).round().long().sum()
+    for step in together(points, config.row_block, comm):
+        squares = ordered_sum(step.points.double().square())
+        total += (squares * norm_scale).round().long().sum()
     return Facts(num_points, largest, int(comm.sum(total)) / norm_scale)
 
 
@@ -131,13 +149,13 @@ def _largest(points: Points, size: int, comm: Comm) -> float:
     """Largest absolute value on all ranks. DataError where a value is not finite."""
     largest = torch.zeros(1, dtype=torch.float64, device=comm.device)
     lowest_bad, num_bad = torch.iinfo(torch.int64).max, 0
-    for place, block in stream(points, size, comm.device):
-        bad = ~torch.isfinite(block).all(1)
+    for step in together(points, size, comm):
+        bad = ~torch.isfinite(step.points).all(1)
         if bool(bad.any()):
-            ids = points.ids(place.start, place.stop)[bad.to("cpu")]
+            ids = points.ids(step.place.start, step.place.stop).cpu()[bad.cpu()]
             lowest_bad = min(lowest_bad, int(ids.min()))
             num_bad += len(ids)
-        largest = torch.maximum(largest, block.abs().max().double())
+        largest = torch.maximum(largest, step.points.abs().max().double())
     count = int(comm.sum(torch.tensor([num_bad], device=comm.device)))
     named = int(comm.min(torch.tensor([lowest_bad], device=comm.device)))
     if count:
@@ -148,13 +166,28 @@ def _largest(points: Points, size: int, comm: Comm) -> float:
     return float(comm.max(largest))
 
 
-def scan_precision(points: Points, config: KMeansConfig, comm: Comm) -> torch.dtype:
-    """Of the scan's products on this rank: as configured, or the faster one."""
-    if config.precision != "auto":
-        return torch.float32 if config.precision == "float32" else torch.bfloat16
-    some = points.rows(0, min(len(points), max(config.row_block, 2 * COLUMN_BLOCK)))
-    some = some.to(comm.device, torch.float32)
-    return fastest_precision(some[: config.row_block], some[: config.clusters])
+def scan_precision(
+    points: Points, config: KMeansConfig, comm: Comm, grid: Grid | None = None
+) -> torch.dtype:
+    """Of the scan's products: as configured, or the one that is faster on this rank.
+
+    Where one of the ranks that score together takes float32, all do. Every rank must call.
+    """
+    if config.precision == "float16" and comm.device.type == "cpu":
+        raise ConfigError("precision: float16 is for GPUs; use auto, float32 or bfloat16")
+    found = [torch.float32 if config.precision == "auto" else getattr(torch, config.precision)]
+
+    def measure() -> None:
+        count = min(len(points), max(config.row_block, 2 * COLUMN_BLOCK))
+        some = points.rows(0, count).to(comm.device, torch.float32)
+        found.append(fastest_precision(some[: config.row_block], some[: config.clusters]))
+
+    unknown = config.precision == "auto" and config.assignment == "exact"
+    agreed(comm, measure if unknown else lambda: None)
+    own: torch.dtype = found[-1]
+    if grid is not None and grid.scorers.any(own == torch.float32):
+        return torch.float32
+    return own
 
 
 def whole_number_scale(count: int, largest: float, *, bits: int) -> float:

@@ -41,10 +41,17 @@ def nearest(
     count: int,
     column_block: int = COLUMN_BLOCK,
 ) -> Nearest:
-    """The `count` centroids of least |x - c|^2, for one block of points and a prepared table."""
+    """The `count` centroids of least |x - c|^2, for one block of points and a prepared table.
+
+    If that is a slice of a larger one, all its scorers call with the same points, and each gets
+    the lists among all centroids.
+    """
     points = points.float()
     found = scan(points, table, column_block=column_block, count=count)
-    return _decided(points, table.centroids, found.rows, found.columns, count)
+    distances = _distances(points, table.centroids, found.rows, found.columns)
+    pairs = (found.rows, found.columns + table.first, distances)
+    everyone = [table.scorers.gather_rows(part) for part in pairs]
+    return _listed(*everyone, num_rows=points.shape[0], count=count)
 
 
 def nearest_two_level(points: Float[Tensor, "n d"], cells: Cells, *, count: int) -> Nearest:
@@ -55,7 +62,8 @@ def nearest_two_level(points: Float[Tensor, "n d"], cells: Cells, *, count: int)
     tops, bound = _tops_of_cells(shifted, rows, members, cells, count)
     threshold = margin_of(shifted, shifted, cells.table).below(bound)
     pairs = candidates_of_cells(shifted, rows, members, tops, threshold, cells)
-    return _decided(points, cells.centroids, *pairs, count)
+    distances = _distances(points, cells.centroids, *pairs)
+    return _listed(*pairs, distances, num_rows=points.shape[0], count=count)
 
 
 def _tops_of_cells(
@@ -86,11 +94,9 @@ def _maxima(scores: Float[Tensor, "n k"], count: int) -> Float[Tensor, "n groups
     return torch.cat([groups, scores[:, whole:]], 1)
 
 
-def _decided(
-    points: Tensor, centroids: Tensor, rows: Tensor, columns: Tensor, count: int
-) -> Nearest:
-    """The candidates (row, column) in order of distance, then of id; the first `count` of a row."""
-    distances = torch.cat(
+def _distances(points: Tensor, centroids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Of the candidates (row, column), in float64."""
+    return torch.cat(
         [columns.new_zeros(0, dtype=torch.float64)]
         + [
             pair_distances(points[some_rows], centroids[some_columns])
@@ -99,15 +105,21 @@ def _decided(
             )
         ]
     )
+
+
+def _listed(
+    rows: Tensor, columns: Tensor, distances: Tensor, *, num_rows: int, count: int
+) -> Nearest:
+    """The candidates in order of distance, then of column; the first `count` of a row."""
     order = torch.argsort(columns, stable=True)
     order = order[torch.argsort(distances[order], stable=True)]
     order, owners = _grouped(order, rows[order])
-    place = _place_in_row(owners, points.shape[0])
+    place = _place_in_row(owners, num_rows)
     kept = place < count
     order, owners, place = order[kept], owners[kept], place[kept]
-    ids = columns.new_full((points.shape[0], count), -1)
+    ids = columns.new_full((num_rows, count), -1)
     ids[owners, place] = columns[order]
-    values = points.new_full((points.shape[0], count), torch.inf)
+    values = distances.new_full((num_rows, count), torch.inf, dtype=torch.float32)
     values[owners, place] = distances[order].float()
     return Nearest(ids, values)
 

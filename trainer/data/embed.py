@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.comm import Comm
+from trainer.comm import Comm, agreed
 from trainer.data.decode import BadSample
 from trainer.data.embeddings import EmbeddingStore, Identity, StoreWriter
 from trainer.data.embeddings.shard_file import SUFFIX, encode, map_shard
@@ -47,6 +47,10 @@ class Teacher(Protocol):
         ...
 
     def encode(self, items: Sequence[Any]) -> Float32[Tensor, "items vectors dim"]: ...
+
+    def stand_by(self) -> None:
+        """Nothing more to encode on this rank: help the others, where they need it to."""
+        ...
 
 
 class Embedded(NamedTuple):
@@ -100,7 +104,7 @@ def embed(
             checked.append(_check_again(writer.path(names[row]), shards, row, teacher))
             report(f"{names[row]}: {len(ids)} samples")
 
-    agreed(comm, compute)
+    agreed(comm, lambda: _together(teacher, compute))
     agreed(comm, writer.finish if comm.is_main else _nothing)
     sums = comm.gather_json([sum(skipped), sum(checked)])
     return Embedded(len(names), len(todo), *(sum(column) for column in zip(*sums, strict=True)))
@@ -124,7 +128,7 @@ def verify(spec: str, out: Path | str, *, teacher: Teacher, comm: Comm) -> int:
             path = store.folder / f"{names[row]}{SUFFIX}"
             checked.append(_check_again(path, shards, row, teacher))
 
-    agreed(comm, check)
+    agreed(comm, lambda: _together(teacher, check))
     return sum(comm.gather_json(sum(checked)))
 
 
@@ -150,26 +154,22 @@ def read_items(
         yield ids, items
 
 
-def agreed(comm: Comm, action: Callable[[], object]) -> None:
-    """Run `action` on every rank; where it fails on one, DataError on all, with each reason.
-
-    Without this the others would wait for the rank that failed.
-    """
-    failure = None
-    try:
-        action()
-    except (TrainerError, OSError) as error:
-        failure = f"rank {comm.rank}: {error}" if comm.world_size > 1 else str(error)
-    if failures := [text for text in comm.gather_json(failure) if text]:
-        raise DataError("; ".join(failures))
-
-
 def _agreed_list(comm: Comm, action: Callable[[], list[int]]) -> list[int]:
     """What the main rank's `action` returns."""
     found: list[int] = []
     agreed(comm, lambda: found.extend(action()) if comm.is_main else None)
     result: list[int] = comm.broadcast_json(found)
     return result
+
+
+def _together(teacher: Teacher, compute: Callable[[], None]) -> None:
+    """`compute`; then, also if it failed, help the ranks that have not finished."""
+    try:
+        compute()
+    except (TrainerError, OSError):
+        teacher.stand_by()
+        raise
+    teacher.stand_by()
 
 
 def _nothing() -> None: ...
