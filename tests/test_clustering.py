@@ -7,6 +7,8 @@ import html
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +90,75 @@ def test_the_same_bytes_on_any_ranks(
 ) -> None:
     run_ranks(clustered, world_size, str(store), str(tmp_path / "out"))
     assert digests(tmp_path / "out") == whole
+
+
+GRIDDED = ClusterJob(
+    kmeans=KMeansConfig(clusters=30, iterations=4, spherical=True, row_block=64),
+    per_sample=4,
+    min_cosine=0.2,
+    duplicate_cosine=0.9999,
+)
+
+
+def gridded(comm: Comm, store: str, out: str, grid: int) -> list[str]:
+    """Two iterations' worth of states on one grid, then a run of the whole on another."""
+    said: list[str] = []
+    for size in (comm.world_size, grid):
+        kmeans = GRIDDED.kmeans.model_copy(update={"grid": size})
+        job = GRIDDED.model_copy(update={"kmeans": kmeans})
+        cluster_store(Path(store), Path(out), job, comm, say=said.append)
+        if comm.is_main and size != grid:
+            # as if it had been stopped after its last update
+            for name in ("centroids.safetensors", "clusters.json", "labels.npy", "ids.npy"):
+                (Path(out) / name).unlink()
+            shutil.rmtree(Path(out) / "labels")
+        comm.barrier()
+    return said
+
+
+@pytest.mark.parametrize(("world_size", "grid"), [(2, 1), (4, 2)])
+def test_the_same_bytes_on_any_grid_which_may_change_on_the_way(
+    world_size: int, grid: int, store: Path, tmp_path: Path
+) -> None:
+    alone = cluster_store(store, tmp_path / "alone", GRIDDED, Comm.solo(), say=silent)
+    out = tmp_path / "out"
+    said = run_ranks(gridded, world_size, str(store), str(out), grid)
+    assert "going on after iteration 4" in said[0]
+    assert digests(out) == digests(alone)
+
+
+# -- a disk that fails ------------------------------------------------------------------------
+
+
+def cut_while_running(comm: Comm, store: str, out: str, moment: str, grid: int) -> str:
+    """What each rank is told when the last shard, rank 0's, is cut short on the way."""
+    path = Path(store) / "train-000003.vectors"
+
+    def say(line: str) -> None:
+        if moment in line:
+            os.truncate(path, 5000)
+
+    kmeans = KMeansConfig(clusters=20, iterations=9, row_block=64, grid=grid)
+    try:
+        cluster_store(Path(store), Path(out), ClusterJob(kmeans=kmeans), comm, say=say)
+    except DataError as error:
+        return str(error)
+    return "it went on"
+
+
+@pytest.mark.parametrize("grid", [1, 2])
+@pytest.mark.parametrize("moment", ["iteration 1 of 9", "train-000001: clusters of"])
+def test_a_file_that_is_cut_under_a_run_stops_all_ranks_by_its_name(
+    grid: int, moment: str, tmp_path: Path
+) -> None:
+    rows = mixture(700, 12, components=25, spread=0.3, seed=1)
+    write_store(tmp_path / "store", rows, ids_of(700), sizes=[200, 50, 150, 300])
+    arguments = (str(tmp_path / "store"), str(tmp_path / "out"), moment, grid)
+    told = run_ranks(cut_while_running, 2, *arguments, timeout_seconds=50.0)
+    assert told[0] == told[1]
+    assert re.fullmatch(
+        r"rank \d: .*train-000003\.vectors should hold \d+ bytes, found 5000;.*", told[0]
+    )
 
 
 def killed(store: Path, out: Path, *, after_events: int | None, after_seconds: float) -> bool:

@@ -11,35 +11,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from safetensors.torch import save
 from torch import Tensor
 
 from trainer.checkpoint import Checkpointer
 from trainer.cluster.duplicates import without_duplicates
-from trainer.cluster.kmeans import KMeansResult, State, cluster
+from trainer.cluster.grid import Grid
+from trainer.cluster.kmeans import KMeansResult, State, cluster_on
+from trainer.cluster.layout import laid_out
 from trainer.cluster.points import Points
-from trainer.cluster.problem import Facts, KMeansConfig
+from trainer.cluster.problem import KMeansConfig
 from trainer.cluster.quality import balance, size_quantiles
 from trainer.cluster.search_loss import search_loss
 from trainer.cluster.sidecar import SIDECARS, lookup, merge_sidecars, write_sidecars
 from trainer.cluster.stored import StoredPoints
+from trainer.clustering_state import (
+    digest_of,
+    on_main,
+    read_centroids,
+    state_on,
+    warm_start,
+    write_centroids,
+    write_whole,
+)
 from trainer.comm import Comm, agreed
 from trainer.config import Frozen, PositiveInt
 from trainer.data.embeddings import EmbeddingStore
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import ConfigError, DataError
 from trainer.lock import sole_user
-from trainer.manifest import write_durably
-from trainer.restored import Restored
 
 JOB, CENTROIDS, FIGURES = "job.json", "centroids.safetensors", "clusters.json"
 Say = Callable[[str], None]
@@ -70,9 +75,10 @@ def cluster_store(folder: Path, out: Path, job: ClusterJob, comm: Comm, *, say: 
     with sole_user(out, comm):
         store = _opened(folder, comm)
         agreed(comm, lambda: _same_job(out, store, job) if comm.is_main else None)
-        points = StoredPoints(store, comm, which=job.which, unit_length=job.kmeans.spherical)
-        centroids, figures = _centroids(points, out, job, comm, say)
-        _label(points, centroids, out, job, comm, say)
+        points = _points(store, job, comm)
+        grid = laid_out(job.kmeans, points.dim, comm)
+        centroids, figures = _centroids(points, out, job, grid, comm, say)
+        _label(points, centroids, out, job, grid, comm, say)
         names = list(store.header.shards)
         agreed(comm, lambda: _finish(out, names, figures, comm, say))
     return out
@@ -83,15 +89,25 @@ def _opened(folder: Path, comm: Comm) -> EmbeddingStore:
     return EmbeddingStore.open(folder)
 
 
+def _points(store: EmbeddingStore, job: ClusterJob, comm: Comm) -> StoredPoints:
+    found: list[StoredPoints] = []
+    unit_length = job.kmeans.spherical
+    agreed(
+        comm,
+        lambda: found.append(StoredPoints(store, comm, which=job.which, unit_length=unit_length)),
+    )
+    return found[0]
+
+
 def _same_job(out: Path, store: EmbeddingStore, job: ClusterJob) -> None:
     """Write down what is asked for, or compare it with what was."""
     asked = {
         "store": hashlib.sha256(store.header.model_dump_json().encode()).hexdigest(),
-        **job.model_dump(mode="json"),
+        **job.model_dump(mode="json", exclude={"kmeans": {"grid", "centroid_gib"}}),
     }
     text = json.dumps(asked, indent=1)
     if not (out / JOB).exists():
-        _write_whole(out / JOB, text.encode())
+        write_whole(out / JOB, text.encode())
     elif (before := json.loads((out / JOB).read_text())) != asked:
         differing = [key for key in asked if before.get(key) != asked[key]]
         raise ConfigError(
@@ -104,33 +120,39 @@ def _same_job(out: Path, store: EmbeddingStore, job: ClusterJob) -> None:
 
 
 def _centroids(
-    points: StoredPoints, out: Path, job: ClusterJob, comm: Comm, say: Say
+    points: StoredPoints, out: Path, job: ClusterJob, grid: Grid, comm: Comm, say: Say
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The centroids and their figures: those on disk, or computed now."""
+    """The centroids that this rank holds, and the figures: those on disk, or computed now."""
     done = comm.broadcast_json((out / CENTROIDS).exists())
     if not done:
-        _cluster(points, out, job, comm, say)
-    return _read_centroids(out / CENTROIDS, comm)
+        _cluster(points, out, job, grid, comm, say)
+    return read_centroids(out / CENTROIDS, grid, comm)
 
 
-def _cluster(points: StoredPoints, out: Path, job: ClusterJob, comm: Comm, say: Say) -> None:
+def _cluster(
+    points: StoredPoints, out: Path, job: ClusterJob, grid: Grid, comm: Comm, say: Say
+) -> None:
     state = Checkpointer(out / "state", comm)
     restored = state.latest()
     if restored is not None:
         say(f"going on after iteration {restored.step}")
     used = _without_duplicates(points, job, comm, say)
-    result = cluster(
+    result = cluster_on(
+        grid,
         used,
         job.kmeans,
         comm,
-        initial=None if restored or not job.warm_start else _warm(job.warm_start),
-        resume=None if restored is None else _state(restored, comm),
-        observer=_Watch(job.kmeans, state, comm, say),
+        initial=None
+        if restored or not job.warm_start
+        else warm_start(job.warm_start, grid, points.dim),
+        resume=None if restored is None else state_on(restored, grid, comm),
+        observer=_Watch(job.kmeans, state, grid, say),
     )
     figures = {"clustered": int(result.counts.sum()), **_figures(result)}
     if job.kmeans.assignment == "two_level":
         figures |= search_loss(points, result.centroids, job.kmeans, comm)
-    agreed(comm, lambda: _write_centroids(out, result, figures) if comm.is_main else None)
+    whole = on_main(result.centroids, grid, comm)
+    agreed(comm, lambda: write_centroids(out / CENTROIDS, whole, result.counts, figures, comm))
 
 
 def _without_duplicates(points: StoredPoints, job: ClusterJob, comm: Comm, say: Say) -> Points:
@@ -157,8 +179,8 @@ def _figures(result: KMeansResult) -> dict[str, Any]:
 class _Watch:
     """Saves the state after every update and says how it goes, on rank 0."""
 
-    def __init__(self, config: KMeansConfig, state: Checkpointer, comm: Comm, say: Say) -> None:
-        self._config, self._state, self._comm, self._say = config, state, comm, say
+    def __init__(self, config: KMeansConfig, state: Checkpointer, grid: Grid, say: Say) -> None:
+        self._config, self._state, self._grid, self._say = config, state, grid, say
         self._began: float | None = None
         self._first = 0
 
@@ -179,8 +201,8 @@ class _Watch:
         )
 
     def updated(self, state: State) -> None:
-        first, last = self._comm.row_range(self._config.clusters)
-        own = {f"{first:012d}": state.centroids[first:last]} if last > first else {}
+        rows = state.centroids[self._grid.owned_here]
+        own = {f"{self._grid.owned.start:012d}": rows} if len(rows) else {}
         told = {
             "facts": list(state.facts),
             "objective": state.objective,
@@ -195,53 +217,24 @@ def _time_left(seconds: float) -> str:
     return f", {seconds / 60:.0f} min left at most"
 
 
-def _state(restored: Restored, comm: Comm) -> State:
-    told: Mapping[str, Any] = restored.state
-    parts = [value for _, value in sorted(restored.tensors("centroids"))]
-    return State(
-        Facts(*told["facts"]),
-        torch.cat(parts).to(comm.device),
-        list(told["objective"]),
-        int(told["repaired"]),
-    )
-
-
-def _warm(path: Path) -> Float[Tensor, "k d"]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            table: Tensor = file.get_tensor("centroids")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"can't start from {path}: {error}") from error
-    return table.float()
-
-
-def _write_centroids(out: Path, result: KMeansResult, figures: dict[str, Any]) -> None:
-    tensors = {"centroids": result.centroids.cpu(), "counts": result.counts.cpu()}
-    _write_whole(out / CENTROIDS, save(tensors, metadata={"figures": json.dumps(figures)}))
-
-
-def _read_centroids(path: Path, comm: Comm) -> tuple[Tensor, dict[str, Any]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            figures = json.loads(file.metadata()["figures"])
-            return file.get_tensor("centroids").to(comm.device), figures
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"can't read {path}: {error}; delete it and start again") from error
-
-
 # -- labels -----------------------------------------------------------------------------------
 
 
 def _label(
-    points: StoredPoints, centroids: Tensor, out: Path, job: ClusterJob, comm: Comm, say: Say
+    points: StoredPoints,
+    centroids: Tensor,
+    out: Path,
+    job: ClusterJob,
+    grid: Grid,
+    comm: Comm,
+    say: Say,
 ) -> None:
-    stamp = hashlib.sha256(centroids.cpu().numpy().tobytes()).hexdigest()
-    find = lookup(centroids, points, job.kmeans, comm, count=job.per_sample)
+    stamp = comm.broadcast_json(digest_of(out / CENTROIDS) if comm.is_main else None)
+    find = lookup(centroids, points, job.kmeans, comm, count=job.per_sample, grid=grid)
 
     def write() -> None:
         write_sidecars(
             points,
-            centroids,
             find,
             out / SIDECARS,
             stamp=stamp,
@@ -256,7 +249,7 @@ def _finish(out: Path, names: list[str], figures: dict[str, Any], comm: Comm, sa
     if comm.is_main:
         samples = merge_sidecars(out / SIDECARS, names, out)
         whole = {"samples": samples, **figures}
-        _write_whole(out / FIGURES, (json.dumps(whole, indent=1) + "\n").encode())
+        write_whole(out / FIGURES, (json.dumps(whole, indent=1) + "\n").encode())
         say(f"the clusters of {samples} samples are in {out}")
 
 
@@ -267,9 +260,3 @@ def read_figures(out: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{out} holds no finished clustering: {error}") from error
     return figures
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    write_durably(partial, data)
-    os.replace(partial, path)

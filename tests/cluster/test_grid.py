@@ -15,6 +15,7 @@ from trainer.cluster.assign import assign_block, prepare
 from trainer.cluster.grid import Grid
 from trainer.cluster.kmeans import KMeansConfig, kmeans
 from trainer.cluster.layout import laid_out, ranks_per_row
+from trainer.cluster.together import rounds
 from trainer.cluster.top import nearest
 from trainer.cluster.update import refilled, splits_of
 from trainer.comm import Comm
@@ -43,9 +44,7 @@ def clustered(comm: Comm, grid: int) -> dict[str, list[Any]]:
         rows = shares(len(points), comm.world_size)[comm.rank]
         precision = ["auto", "float32", "bfloat16"][comm.rank % 3]
         size = 32 + 45 * comm.world_size
-        asked = config.model_copy(
-            update={"row_block": size, "precision": precision, "grid": grid}
-        )
+        asked = config.model_copy(update={"row_block": size, "precision": precision, "grid": grid})
         found = kmeans(points[rows], ids[rows], asked, comm)
         results[name] = [
             dict(zip(rows.tolist(), found.labels.tolist(), strict=True)),
@@ -103,6 +102,21 @@ def test_slices_are_searched_like_the_whole_table() -> None:
     assert alone[1] == naive(points, centroids, 4).tolist()
     for found in run_ranks(searched, 4):
         assert found == alone
+
+
+def given_up(comm: Comm) -> list[int]:
+    """Rank 1 has two blocks more than rank 0, and gives up after the third."""
+    blocks = [(slice(i, i + 1), torch.full((1, 2), float(i))) for i in range(2 + 2 * comm.rank)]
+    seen = []
+    for step in rounds(iter(blocks), 2, comm):
+        seen.append(len(step.points))
+        if comm.rank == 1 and len(seen) == 3:
+            break
+    return seen
+
+
+def test_a_group_goes_on_until_its_last_block_and_ends_with_the_first_that_fails() -> None:
+    assert run_ranks(given_up, 2) == [[2, 2, 1], [2, 2, 1]]
 
 
 def places(comm: Comm) -> list[Any]:

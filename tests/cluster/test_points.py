@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trainer.cluster.points import Chosen, Points, Resident, UnitLength, stream
 from trainer.cluster.stored import StoredPoints, deal
 from trainer.comm import Comm
 from trainer.data.embeddings import EmbeddingStore
+from trainer.data.embeddings.shard_file import read_exactly
 from trainer.errors import ConfigError, DataError
 
 SIZES = [130, 0, 1, 250, 19, 200]
@@ -128,6 +130,19 @@ def test_a_poisoned_sample_is_named_and_a_cut_file_too(tmp_path: Path) -> None:
         EmbeddingStore.open(tmp_path)
     with pytest.raises(DataError, match=r"train-000000\.vectors should hold"):
         StoredPoints(store, Comm.solo())
+
+
+def test_a_read_that_fails_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(bytes(range(100)))
+    with path.open("rb") as file:
+        assert bytes(read_exactly(file.fileno(), path, 90, 10)) == bytes(range(90, 100))
+        with pytest.raises(DataError, match=r"short ends at byte 100, 5 bytes too early"):
+            read_exactly(file.fileno(), path, 90, 15)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(DataError, match=r"can't be read: Is a directory"):
+        read_exactly(descriptor, tmp_path, 0, 1)
+    os.close(descriptor)
 
 
 def test_more_clusters_than_points_on_disk(folder: Path) -> None:

@@ -32,9 +32,7 @@ def written(folder: Path, *, count: int = 4, min_cosine: float | None = None) ->
     centroids = mixture(9, 6, components=9, spread=0.1, seed=1)
     find = lookup(centroids, points, config, Comm.solo(), count=count)
     stamp = f"{count} {min_cosine}"
-    new = write_sidecars(
-        points, centroids, find, folder / "labels", stamp=stamp, min_cosine=min_cosine
-    )
+    new = write_sidecars(points, find, folder / "labels", stamp=stamp, min_cosine=min_cosine)
     return new, merge_sidecars(folder / "labels", NAMES, folder)
 
 
@@ -79,7 +77,7 @@ def test_an_id_given_twice_keeps_its_lowest_list(tmp_path: Path) -> None:
     points = StoredPoints(store, Comm.solo())
     centroids = mixture(6, 6, components=6, spread=0.1, seed=1)
     find = lookup(centroids, points, KMeansConfig(clusters=6), Comm.solo(), count=3)
-    write_sidecars(points, centroids, find, tmp_path / "labels", stamp="")
+    write_sidecars(points, find, tmp_path / "labels", stamp="")
     assert merge_sidecars(tmp_path / "labels", NAMES[:2], tmp_path) == 20
     lists = find.find(points.rows(0, 40)).ids
     expected = ClusterLabels(ids, lists)

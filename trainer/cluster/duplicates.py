@@ -8,8 +8,9 @@ from torch import Tensor
 
 from trainer.cluster.assign import ROW_BLOCK, assign_block, prepare
 from trainer.cluster.exchange import exchanged
-from trainer.cluster.points import Chosen, Points, stream, unit_rows
+from trainer.cluster.points import Chosen, Points, unit_rows
 from trainer.cluster.start import lexicographic, smallest_hashes
+from trainer.cluster.together import together
 from trainer.comm import Comm
 from trainer.hashing import key_of
 
@@ -63,6 +64,6 @@ def _cells(points: Points, comm: Comm, seed: int) -> tuple[Int64[Tensor, " n"], 
     centres = centres[lexicographic(torch.zeros(len(centres), device=comm.device), centres)]
     table = prepare(centres)
     cells = torch.empty(len(points), dtype=torch.int64)
-    for place, block in stream(points, ROW_BLOCK, comm.device):
-        cells[place] = assign_block(unit_rows(block), table).cpu()
+    for step in together(points, ROW_BLOCK, comm):
+        cells[step.place] = assign_block(unit_rows(step.points), table).cpu()
     return cells, len(centres)

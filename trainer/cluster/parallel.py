@@ -11,9 +11,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trainer.cluster.assign import assign_block, pair_distances, prepare
-from trainer.cluster.points import stream
 from trainer.cluster.problem import Problem, whole_number_scale
 from trainer.cluster.start import lexicographic, smallest_hashes, starting_points
+from trainer.cluster.together import together
 from trainer.errors import ConfigError
 from trainer.hashing import hash_bits, key_of, uniform, uniform_of
 
@@ -60,9 +60,9 @@ def parallel_start(problem: Problem, restart: int) -> Float[Tensor, "k d"]:
 def _lower_costs(problem: Problem, centres: Tensor, costs: Tensor) -> None:
     """Each local point's squared distance to its nearest centre, where that is nearer."""
     table = prepare(centres)
-    for place, block in stream(problem.points, problem.config.row_block, problem.comm.device):
-        near = pair_distances(block, centres[assign_block(block, table)])
-        costs[place] = torch.minimum(costs[place], near.cpu())
+    for step in together(problem.points, problem.config.row_block, problem.comm):
+        near = pair_distances(step.points, centres[assign_block(step.points, table)])
+        costs[step.place] = torch.minimum(costs[step.place], near.cpu())
 
 
 def _drawn(problem: Problem, costs: Float64[Tensor, " n"], key: int) -> Float[Tensor, "m d"]:
@@ -83,8 +83,8 @@ def _weights(problem: Problem, candidates: Tensor) -> Int64[Tensor, " m"]:
     """How many points, on all ranks, are nearest to each candidate."""
     table = prepare(candidates)
     counts = torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)
-    for _, block in stream(problem.points, problem.config.row_block, problem.comm.device):
-        nearest = assign_block(block, table)
+    for step in together(problem.points, problem.config.row_block, problem.comm):
+        nearest = assign_block(step.points, table)
         counts.index_add_(0, nearest, torch.ones_like(nearest))
     return problem.comm.sum(counts)
 

@@ -10,24 +10,29 @@ killed goes on with the next shard.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import safetensors
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.cluster.assign import ordered_sum, prepare
+from trainer.cluster.assign import prepare
+from trainer.cluster.exact import ordered_sum
+from trainer.cluster.grid import Grid
 from trainer.cluster.kmeans import coarse_cells
 from trainer.cluster.labels import IDS, LABELS
 from trainer.cluster.points import Points, stream
 from trainer.cluster.problem import KMeansConfig, scan_precision
 from trainer.cluster.stored import StoredPoints
+from trainer.cluster.together import rounds
 from trainer.cluster.top import Nearest, nearest, nearest_two_level
 from trainer.cluster.two_level import ROWS
 from trainer.comm import Comm
@@ -35,34 +40,49 @@ from trainer.errors import DataError
 from trainer.manifest import sync_folder, write_durably
 
 SIDECARS = "labels"
+_ROWS_AT_ONCE = 1 << 16
 
 
 class Lookup(NamedTuple):
     """How the clusters of a block of points are found."""
 
     rows: int
-    """Points to take at once."""
+    """Points of a rank to take at once."""
     find: Callable[[Tensor], Nearest]
+    """Called with the same points by all scorers."""
+    listed: int
+    """Clusters on a list."""
+    squares: Float64[Tensor, " k"]
+    """Squared lengths of all centroids."""
+    scorers: Comm
 
 
 def lookup(
-    centroids: Float[Tensor, "k d"], points: Points, config: KMeansConfig, comm: Comm, *, count: int
+    centroids: Float[Tensor, "held d"],
+    points: Points,
+    config: KMeansConfig,
+    comm: Comm,
+    *,
+    count: int,
+    grid: Grid | None = None,
 ) -> Lookup:
-    """The `count` nearest, exact or two-level as the clustering was. Every rank must call."""
+    """The `count` nearest, exact or two-level as the clustering was. Every rank must call, with the
+    centroids that it holds on the grid (None: all)."""
+    grid = grid or Grid(config.clusters, Comm.solo(comm.device), comm)
+    lengths = [ordered_sum(some.double().square()) for some in centroids.split(_ROWS_AT_ONCE)]
+    rest = (count, grid.whole(torch.cat(lengths)), grid.scorers)
     if config.assignment == "two_level":
         cells = coarse_cells(centroids, config, comm)
         rows = max(config.row_block, ROWS)
-        return Lookup(rows, lambda block: nearest_two_level(block, cells, count=count))
-    table = prepare(centroids, precision=scan_precision(points, config, comm))
-    width = config.column_block
-    return Lookup(
-        config.row_block, lambda block: nearest(block, table, count=count, column_block=width)
-    )
+        return Lookup(rows, lambda block: nearest_two_level(block, cells, count=count), *rest)
+    precision = scan_precision(points, config, comm, grid)
+    table = prepare(centroids, precision=precision, scorers=grid.scorers)
+    rows, width = -(-config.row_block // grid.scorers.world_size), config.column_block
+    return Lookup(rows, lambda block: nearest(block, table, count=count, column_block=width), *rest)
 
 
 def write_sidecars(
     points: StoredPoints,
-    centroids: Float[Tensor, "k d"],
     find: Lookup,
     folder: Path,
     *,
@@ -74,19 +94,26 @@ def write_sidecars(
 
     `stamp` says what the labels depend on: a file with another one is written again. With
     `min_cosine` a cluster stays on the list only if the cosine between the sample and its centroid
-    is at least that; the nearest always stays.
+    is at least that; the nearest always stays. The scorers write at the same pace; where one of
+    them fails, the others stop early and without an error: ask all ranks afterwards.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    spans = {
+        name: slice(int(points.starts[number]), int(points.starts[number + 1]))
+        for number, name in enumerate(points.shards)
+        if _stamp_of(folder / f"{name}.safetensors") != stamp
+    }
     written = 0
-    for number, name in enumerate(points.shards):
-        path = folder / f"{name}.safetensors"
-        if _stamp_of(path) == stamp:
-            continue
-        span = slice(int(points.starts[number]), int(points.starts[number + 1]))
-        found = _found(points, centroids, find, span, min_cosine)
-        _write(path, points.ids(span.start, span.stop), found, stamp)
-        written += 1
-        report(f"{name}: clusters of {span.stop - span.start} samples")
+    with closing(_lists(points, list(spans.values()), find, min_cosine)) as lists:
+        for name, span in spans.items():
+            found = _of_shard(lists, span, find)
+            if found is None:
+                return written
+            path = folder / f"{name}.safetensors"
+            _write(path, points.ids(span.start, span.stop), found, stamp)
+            written += 1
+            report(f"{name}: clusters of {span.stop - span.start} samples")
+        next(lists, None)  # goes on until the other scorers have no points left either
     return written
 
 
@@ -146,30 +173,37 @@ def _lower(merged: NDArray[np.int32], rows: NDArray[np.int64], lists: NDArray[np
             merged[row] = wanted
 
 
-def _found(
-    points: Points,
-    centroids: Tensor,
-    find: Lookup,
-    span: slice,
-    min_cosine: float | None,
-) -> Nearest:
-    parts = []
-    for _, block in stream(points, find.rows, centroids.device, within=span):
-        found = find.find(block)
-        if min_cosine is not None:
-            found = _above(found, block, centroids, min_cosine)
-        parts.append(Nearest(found.ids.cpu(), found.distances.cpu()))
-    if not parts:
-        empty = find.find(torch.zeros(1, points.dim, device=centroids.device))
-        parts = [Nearest(empty.ids[:0].cpu(), empty.distances[:0].cpu())]
+def _lists(
+    points: Points, spans: Sequence[slice], find: Lookup, min_cosine: float | None
+) -> Generator[Nearest, None, None]:
+    """Of each block of this rank's points, in order of the spans."""
+    device = find.squares.device
+    blocks = chain.from_iterable(stream(points, find.rows, device, within=span) for span in spans)
+    for step in rounds(blocks, points.dim, find.scorers):
+        found = find.find(step.points)
+        if step.place.stop > step.place.start:
+            own = Nearest(found.ids[step.mine], found.distances[step.mine])
+            if min_cosine is not None:
+                own = _above(own, step.points[step.mine], find.squares, min_cosine)
+            yield Nearest(own.ids.cpu(), own.distances.cpu())
+
+
+def _of_shard(lists: Iterator[Nearest], span: slice, find: Lookup) -> Nearest | None:
+    """The lists of a whole shard; None where another rank has failed before its end."""
+    parts = [Nearest(torch.empty(0, find.listed, dtype=torch.int64), torch.empty(0, find.listed))]
+    for _ in range(span.start, span.stop, find.rows):
+        part = next(lists, None)
+        if part is None:
+            return None
+        parts.append(part)
     return Nearest(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def _above(found: Nearest, block: Tensor, centroids: Tensor, min_cosine: float) -> Nearest:
-    """Lists cut where the cosine falls below; from |x - c|^2 and the lengths."""
+def _above(found: Nearest, block: Tensor, lengths: Tensor, min_cosine: float) -> Nearest:
+    """Lists cut where the cosine falls below; from |x - c|^2 and the squared lengths."""
     squares = ordered_sum(block.double().square())[:, None]
-    lengths = ordered_sum(centroids.double().square())[found.ids.clamp(min=0)]
-    cosine = (squares + lengths - found.distances.double()) / (2 * (squares * lengths).sqrt())
+    others = lengths[found.ids.clamp(min=0)]
+    cosine = (squares + others - found.distances.double()) / (2 * (squares * others).sqrt())
     out = ~(cosine >= min_cosine)
     out[:, 0] = False
     # lists stay without holes even where lengths differ

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.cluster.points import unit_rows
-from trainer.comm import Comm
+from trainer.comm import Comm, agreed
 from trainer.data.embeddings import Block, EmbeddingStore
-from trainer.data.embeddings.shard_file import SUFFIX, map_shard
+from trainer.data.embeddings.shard_file import SUFFIX, map_shard, read_part
 from trainer.errors import ConfigError
 
 
 class StoredPoints:
     """One vector of every sample in this rank's shards of a store.
 
-    Only the file being read is mapped, so memory does not grow with the store. Ids stay in memory:
-    8 bytes a sample of this rank.
+    Only what is asked for is read, so memory does not grow with the store. Ids stay in memory: 8
+    bytes a sample of this rank. DataError where a file is cut or can't be read: on this rank for
+    `rows` and on all ranks, which must all call it, for `take`.
     """
 
     resident = False
@@ -34,7 +37,8 @@ class StoredPoints:
             raise ConfigError(
                 f"{store.folder} has vectors 0 to {store.num_vectors - 1}, no {which}"
             )
-        self._store, self._which, self._unit_length = store, which, unit_length
+        self._store, self._comm = store, comm
+        self._which, self._unit_length = which, unit_length
         self.dim = store.dim
         sizes = [entry.rows or 0 for entry in store.header.shards.values()]
         owned = deal(sizes, comm.world_size)[comm.rank]
@@ -43,9 +47,8 @@ class StoredPoints:
         """Names of this rank's shards, in the order of its points."""
         self.starts = np.cumsum([0, *(sizes[shard] for shard in owned)])
         """First point of each shard, and the number of points."""
-        parts = [np.array(self._open(name).ids) for name in self.shards]
+        parts = [np.array(map_shard(self._path(name)).ids) for name in self.shards]
         self._ids = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
-        self._current: tuple[int, Block] | None = None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -60,34 +63,31 @@ class StoredPoints:
             begin, end = int(self.starts[shard]), int(self.starts[shard + 1])
             stop = min(end, last)
             if stop > first:
-                block = self._sequential(shard)
-                parts.append(self._read(block, slice(first - begin, stop - begin)))
+                part = read_part(self._path(self.shards[shard]), first - begin, stop - begin)
+                parts.append(self._chosen(part, slice(0, stop - first)))
             first, shard = stop, shard + 1
         return torch.cat(parts)
 
     def take(self, places: Int64[Tensor, " n"]) -> Float32[Tensor, "n d"]:
-        wanted = places.cpu().numpy()
-        result = torch.empty(len(wanted), self.dim)
+        result = torch.empty(len(places), self.dim)
+        agreed(self._comm, lambda: self._take(places.cpu().numpy(), result))
+        return result
+
+    def _take(self, wanted: NDArray[np.int64], result: Tensor) -> None:
         shards = np.searchsorted(self.starts, wanted, side="right") - 1
         for shard in np.unique(shards).tolist():
             here = shards == shard
-            rows = self._read(self._open(self.shards[shard]), wanted[here] - self.starts[shard])
+            block = map_shard(self._path(self.shards[shard]))
+            rows = self._chosen(block, wanted[here] - self.starts[shard])
             result[torch.from_numpy(here)] = rows
-        return result
 
-    def _read(self, block: Block, rows: slice | np.ndarray) -> Float32[Tensor, "n d"]:
+    def _chosen(self, block: Block, rows: slice | np.ndarray) -> Float32[Tensor, "n d"]:
         which = None if self._store.num_vectors == 1 else [self._which]
         found = block.read(rows, which)[:, 0]
         return unit_rows(found) if self._unit_length else found
 
-    def _sequential(self, shard: int) -> Block:
-        """The shard's block; the one before is unmapped."""
-        if self._current is None or self._current[0] != shard:
-            self._current = (shard, self._open(self.shards[shard], sequential=True))
-        return self._current[1]
-
-    def _open(self, name: str, *, sequential: bool = False) -> Block:
-        return map_shard(self._store.folder / f"{name}{SUFFIX}", sequential=sequential)
+    def _path(self, name: str) -> Path:
+        return self._store.folder / f"{name}{SUFFIX}"
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ then     [rows, vectors] float32 scales (int8 only), [rows] int64 sample ids
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,6 +172,51 @@ def map_shard(path: Path, *, sequential: bool = False) -> Block:
         scales = np.frombuffer(mapped, "<f4", rows * identity.vectors, place).reshape(shape[:2])
         place += scales.nbytes
     return Block(path.stem, np.frombuffer(mapped, "<i8", rows, place), values, scales)
+
+
+def read_part(path: Path, first: int, last: int) -> Block:
+    """Rows first to last - 1, in memory.
+
+    DataError where the file has become shorter or can't be read: touching a map of such a file
+    kills the process.
+    """
+    header, begin = read_shard_header(path)
+    vectors, dim, kind = header.identity.vectors, header.identity.dim, header.identity.dtype
+    count, row = last - first, vectors * dim * _KINDS[kind].itemsize
+    scales, end = None, begin + header.rows * row
+    with path.open("rb") as file:
+        values = read_exactly(file.fileno(), path, begin + first * row, count * row)
+        if kind == "int8":
+            start = end + first * vectors * 4
+            found = read_exactly(file.fileno(), path, start, count * vectors * 4)
+            scales = np.frombuffer(found, "<f4").reshape(count, vectors)
+            end += header.rows * vectors * 4
+        ids = read_exactly(file.fileno(), path, end + first * 8, count * 8)
+    shape = (count, vectors, dim)
+    return Block(
+        path.stem,
+        np.frombuffer(ids, "<i8"),
+        np.frombuffer(values, _KINDS[kind]).reshape(shape),
+        scales,
+    )
+
+
+def read_exactly(descriptor: int, path: Path, start: int, count: int) -> bytearray:
+    """So many bytes from a place in a file."""
+    result = bytearray(count)
+    rest = memoryview(result)
+    try:
+        while len(rest):
+            got = os.preadv(descriptor, [rest], start)
+            if got == 0:
+                raise DataError(
+                    f"{path} ends at byte {start}, {len(rest)} bytes too early: it was cut while"
+                    " it was read; compute it again"
+                )
+            rest, start = rest[got:], start + got
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}") from error
+    return result
 
 
 def check_shard(path: Path) -> None:
