@@ -5,8 +5,11 @@
   python tools/embed.py --teacher smollm2 --data ... --out ... fields='[txt, "long,txt"]'
   python tools/embed.py --teacher llm.yaml --plan
   python tools/embed.py --teacher smollm2 --data ... --out ... --verify
+  python tools/embed.py --teacher smollm2 --class-names RUN.yaml --out ...   (for zero_shot)
 
 Any launcher spreads the shards over its processes: torchrun --nproc-per-node 4 tools/embed.py ...
+A teacher larger than a card is dealt to the processes by `sharded=true`, or laid over the devices
+of one process by `spread=true`.
 A build that was killed goes on where it was, on any number of ranks, to the same bytes.
 """
 
@@ -23,13 +26,22 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.bench.table import format_rows
 from trainer.comm import Comm
 from trainer.command import run_command
+from trainer.config import load_run
 from trainer.data.embed import Embedded, Teacher, embed, verify
 from trainer.data.embeddings import EmbeddingStore
 from trainer.data.embeddings.plan import plan_rows
 from trainer.data.embeddings.stored import VectorFiles
 from trainer.data.teachers.pinned import DEFAULT_CACHE
 from trainer.data.teachers.spec import read_spec
-from trainer.embedding import fit_components, list_teachers, open_teacher, project_store, stored_as
+from trainer.data.texts import TextSet
+from trainer.embedding import (
+    class_prompts,
+    fit_components,
+    list_teachers,
+    open_teacher,
+    project_store,
+    stored_as,
+)
 from trainer.errors import ConfigError
 
 
@@ -46,10 +58,13 @@ def main() -> None:
     elif arguments.plan:
         rows = plan_rows(_teacher(arguments, comm).identity, component_dims=arguments.dims)
         _say(comm, format_rows(rows))
-    elif not (arguments.data and arguments.out):
+    elif arguments.class_names and (arguments.data or arguments.project or arguments.import_files):
+        raise ConfigError("--class-names stands alone: no --data, --project or --import-files")
+    elif not ((arguments.data or arguments.class_names) and arguments.out):
         raise ConfigError("give --data SHARDS and --out FOLDER (or --teachers, --plan)")
     elif arguments.verify:
-        count = verify(arguments.data, arguments.out, teacher=_teacher(arguments, comm), comm=comm)
+        teacher = _teacher(arguments, comm)
+        count = verify(_samples(arguments), arguments.out, teacher=teacher, comm=comm)
         _say(comm, f"{arguments.out}: whole, and {count} samples computed again agree")
     else:
         _report(_embed(arguments, comm), arguments.out, comm)
@@ -67,7 +82,13 @@ def _embed(arguments: argparse.Namespace, comm: Comm) -> Embedded:
             report=_line,
         )
     teacher = _teacher(arguments, comm)
-    return embed(arguments.data, arguments.out, teacher=teacher, comm=comm, report=_line)
+    return embed(_samples(arguments), arguments.out, teacher=teacher, comm=comm, report=_line)
+
+
+def _samples(arguments: argparse.Namespace) -> str | TextSet:
+    if arguments.class_names:
+        return class_prompts(load_run(arguments.class_names))
+    return str(arguments.data)
 
 
 def _teacher(arguments: argparse.Namespace, comm: Comm) -> Teacher:
@@ -116,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the teacher")
     parser.add_argument("--teacher", default="minilm", help="pinned name, folder, workdir or YAML")
     parser.add_argument("--data", help="shards: braces, globs and :: lists")
+    parser.add_argument(
+        "--class-names", type=Path, metavar="RUN.yaml", help="prompts of its zero_shot evaluations"
+    )
     parser.add_argument("--out", type=Path, help="folder of the store")
     parser.add_argument("--dtype", choices=["float16", "int8"], default="float16")
     parser.add_argument("--pca", type=Path, metavar="FILE", help="components to project on")

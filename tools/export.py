@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -12,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.comm import Comm
 from trainer.command import run_command
+from trainer.data.embeddings.header import HEADER, Identity, read_header
 from trainer.export import export_model
 from trainer.workdir import open_workdir
 
@@ -29,9 +31,17 @@ def main() -> None:
         trained.tokenizer,
         arguments.out or arguments.workdir / "export",
         data_licence=arguments.data_licence,
+        texts=_texts(trained.run.recipe),
     )
     reason = f" ({exported.why_not_clip})" if exported.why_not_clip else ""
     print(f"step {trained.restored.step} -> {exported.folder}: {exported.loads_as}{reason}")
+
+
+def _texts(recipe: Any) -> Identity | None:
+    """Which vectors the run learned from, where it did and they are still there."""
+    store = getattr(recipe, "store", None)
+    header = None if store is None else read_header(Path(store) / HEADER)
+    return None if header is None else header.identity
 
 
 if __name__ == "__main__":

@@ -175,10 +175,10 @@ class EvalConfig(Frozen):
     languages: tuple[str, ...] | None = None
     """Of cross_lingual; all that the samples have where None."""
     text_store: Path | None = None
-    """Vectors of the samples' texts, for a model that reads none (flame); for cross_lingual a
-    path with `{}` where the language goes."""
+    """Vectors of the texts, for a model that reads none (flame): of the samples' captions, for
+    cross_lingual with `{}` where the language goes, for zero_shot of the classes' prompts."""
     text_vectors: tuple[int, ...] | None = None
-    """Which vectors of a sample in `text_store` are averaged; all where None."""
+    """Which vectors of a text in `text_store` are averaged; all where None."""
 
 
 class RunConfig(Frozen):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.comm import Comm, agreed
+from trainer.config import RunConfig
 from trainer.data.embed import Embedded, Teacher, embed
 from trainer.data.embeddings import EmbeddingStore, Identity
 from trainer.data.embeddings.pca import FILE, Pca, ProjectedTeacher, fit_pca, load_pca
@@ -18,8 +19,10 @@ from trainer.data.embeddings.stored import StoredVectors
 from trainer.data.teachers.image import ImageTeacher, Pixels
 from trainer.data.teachers.pinned import DEFAULT_CACHE, PINNED, fetch_teacher, is_there
 from trainer.data.teachers.spec import TeacherSpec, load_teacher, refuse_placement
+from trainer.data.texts import TextSet
 from trainer.data.views import IMAGE_MEAN, IMAGE_STD
 from trainer.errors import ConfigError
+from trainer.evals.zero_shot import prompts_of
 from trainer.models.frozen import Shard
 from trainer.workdir import open_workdir
 
@@ -70,6 +73,14 @@ def project_store(
         fit_components(source, place, dim, comm)
     teacher = stored_as(StoredVectors(EmbeddingStore.open(source)), dtype=dtype, pca=place)
     return embed(spec, out, teacher=teacher, comm=comm, report=report)
+
+
+def class_prompts(run: RunConfig) -> TextSet:
+    """The prompts of the class names of a run's zero-shot evaluations."""
+    asked = [entry for entry in run.evals if entry.name == "zero_shot"]
+    if not asked:
+        raise ConfigError("the run has no zero_shot evaluation, so no class names to embed")
+    return TextSet(text for entry in asked for text in prompts_of(entry))
 
 
 def list_teachers(cache: Path) -> list[dict[str, Any]]:

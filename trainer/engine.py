@@ -264,6 +264,51 @@ class Engine:
             raise CheckpointError("the restored weights give outputs that are not finite")
 
 
+class FrozenEngine:
+    """A model that only runs, its weights dealt to the ranks: ZeRO-3 without an optimizer.
+
+    A pass gathers one block after another from all ranks, so all ranks take equally many. Before
+    each they tell who has something to run; those that have not run along.
+    """
+
+    def __init__(self, model: nn.Module, comm: Comm) -> None:
+        self.comm = comm
+        config = _frozen_config(next(model.parameters()).dtype)
+        _gather_whole_blocks(model)
+        # Dealt before DeepSpeed would move the model to a device where it does not fit as a whole.
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(comm.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, config=config, dist_init_required=False
+        )
+        self._engine.eval()
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.comm.any(True)
+        return self._engine(**inputs)
+
+    def stand_by(self, **spare: Any) -> None:
+        """Run along on `spare` until no rank has anything to run."""
+        while self.comm.any(False):
+            self._engine(**spare)
+
+
+def _frozen_config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": sys.maxsize,
+        # That is a Linear of its own, whose rounding differs.
+        "zero_optimization": {
+            "stage": 3,
+            "memory_efficient_linear": False,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+
+
 def _gather_whole_blocks(model: nn.Module) -> None:
     """Make each transformer block one unit of ZeRO-3's gathering.
 

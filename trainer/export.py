@@ -3,6 +3,7 @@
 folder/                config.json, model.safetensors: CLIPModel, where both towers are CLIP's
 folder/image, text     else the towers alone, each as a transformers model
 folder/                ditto, for an image tower alone: CLIPVisionModelWithProjection
+folder/image           ditto, where patches are compared with stored texts: CLIPVisionModel
 folder/                tokenizer (if there is a text tower), preprocessor_config.json, README.md
 folder/native/         model.safetensors by our own names, prototype heads included; model.json
 """
@@ -29,11 +30,12 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from trainer.config import RunConfig
+from trainer.config import Frozen, PositiveInt, RunConfig
+from trainer.data.embeddings import Identity
 from trainer.data.tokenize import load_tokenizer, save_tokenizer
 from trainer.data.views import IMAGE_MEAN, IMAGE_STD
 from trainer.errors import CheckpointError, ConfigError
-from trainer.models.card import image_card, model_card
+from trainer.models.card import image_card, model_card, patch_card
 from trainer.models.config import ModelConfig, TowerConfig
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
 from trainer.models.lora import has_lora, merge_lora
@@ -42,7 +44,8 @@ from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 
 Exportable = TwoTower | ImageTower
 Rebuilt = Exportable | PatchTower
-Section = TypeVar("Section", TwoTowerConfig, ImageTowerConfig)
+Section = TypeVar("Section", bound=ModelConfig)
+Form = TypeVar("Form", bound=Frozen)
 
 NATIVE = Path("native")
 PATCH_HEAD = "image.projection.0.weight"
@@ -69,19 +72,18 @@ def export_model(
     folder: Path | str,
     *,
     data_licence: str | None = None,
+    texts: Identity | None = None,
 ) -> Exported:
     """Write every form of a model; its weights must be whole (not sharded) and are kept as is.
 
     `data_licence` says in the model card what was trained on and under which terms. A tokenizer
-    is needed where there is a text tower.
+    is needed where there is a text tower. `texts` says which vectors a model without one is
+    compared with.
     """
-    if isinstance(model, PatchTower):
-        raise ConfigError(
-            "a model that is compared with stored texts has no form that transformers loads; its "
-            "weights are in the checkpoint, as safetensors by name"
-        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PatchTower):
+        return _export_patch_tower(model, folder, data_licence, texts)
     plain = _without_lora(model)
     if isinstance(plain, ImageTower):
         exported = _export_image_tower(plain, folder, data_licence)
@@ -89,7 +91,7 @@ def export_model(
         assert tokenizer is not None
         exported = _export_two_tower(plain, tokenizer, folder, data_licence)
     _image_processor(model.config.image_size).save_pretrained(folder)
-    _save_native(model, folder, is_clip=exported.is_clip)
+    _save_native(model, folder, _with_exported_paths(model.config, is_clip=exported.is_clip))
     return exported
 
 
@@ -132,6 +134,57 @@ def _export_image_tower(model: ImageTower, folder: Path, data_licence: str | Non
     (folder / "README.md").write_text(card)
     loads_as = "towers apart" if why_not_clip else "CLIPVisionModelWithProjection"
     return Exported(folder, not why_not_clip, why_not_clip, loads_as)
+
+
+class PatchForm(Frozen):
+    """native/model.json of a model whose patches are compared with stored texts."""
+
+    model: ImageTowerConfig
+    hidden: PositiveInt
+    """Width of the head between its two layers."""
+    logit_scale: float
+    """At the start of training; the weights hold the distance from it."""
+    scale_max: float
+    logit_bias: float | None
+    """At the start of training."""
+    texts: Identity | None
+    """The vectors that it was trained against."""
+
+
+def _export_patch_tower(
+    model: PatchTower, folder: Path, data_licence: str | None, texts: Identity | None
+) -> Exported:
+    tower = CLIPVisionModel(model.image.backbone.config)  # with the last norm that we leave out
+    tower.load_state_dict({**tower.state_dict(), **model.image.backbone.state_dict()})
+    tower.save_pretrained(folder / "image")
+    form = PatchForm(
+        model=_with_exported_paths(model.config, is_clip=False),
+        hidden=model.image.projection[0].out_features,
+        logit_scale=model.logit_scale.initial,
+        scale_max=model.logit_scale.largest,
+        logit_bias=None if model.logit_bias is None else model.logit_bias.start,
+        texts=texts,
+    )
+    _save_native(model, folder, form)
+    _image_processor(model.config.image_size).save_pretrained(folder)
+    card = patch_card(model.config, hidden=form.hidden, texts=texts, data_licence=data_licence)
+    (folder / "README.md").write_text(card)
+    return Exported(folder, False, "its head reads single patches", "towers apart")
+
+
+def load_exported_patch_tower(folder: Path | str) -> PatchTower:
+    """The model of a folder that was exported from a run against stored texts."""
+    folder = Path(folder)
+    form, weights = _native(folder, PatchForm)
+    model = build_patch_tower(
+        _with_paths_in(folder, form.model),
+        hidden=form.hidden,
+        logit_scale=form.logit_scale,
+        scale_max=form.scale_max,
+        logit_bias=form.logit_bias,
+    )
+    load_trained(model, weights)
+    return model.eval()
 
 
 def clip_vision_model(model: ImageTower) -> CLIPVisionModelWithProjection:
@@ -234,7 +287,7 @@ def load_trained(model: Rebuilt, weights: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the weights are of another model: {reason}") from error
 
 
-def _native(folder: Path, kind: type[Section]) -> tuple[Section, dict[str, Tensor]]:
+def _native(folder: Path, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
     try:
         values = kind.model_validate_json((folder / NATIVE / "model.json").read_text())
         return values, load_file(folder / NATIVE / "model.safetensors")
@@ -286,8 +339,9 @@ def _sections(config: ModelConfig) -> dict[str, TowerConfig]:
     return towers | ({"text": config.text} if isinstance(config, TwoTowerConfig) else {})
 
 
-def _save_native(model: Exportable, folder: Path, *, is_clip: bool) -> None:
-    """All weights but those of loaded and frozen backbones, which stand in their own folders."""
+def _save_native(model: Rebuilt, folder: Path, form: Frozen) -> None:
+    """All weights but those of loaded and frozen backbones, which stand in their own folders;
+    `form` is what the model is built from again."""
     (folder / NATIVE).mkdir(exist_ok=True)
     elsewhere = tuple(
         f"{name}.backbone."
@@ -300,11 +354,10 @@ def _save_native(model: Exportable, folder: Path, *, is_clip: bool) -> None:
         if not name.startswith(elsewhere)
     }
     save_file(weights, folder / NATIVE / "model.safetensors", metadata={"format": "pt"})
-    config = _with_exported_paths(model.config, is_clip=is_clip)
-    (folder / NATIVE / "model.json").write_text(config.model_dump_json(indent=2) + "\n")
+    (folder / NATIVE / "model.json").write_text(form.model_dump_json(indent=2) + "\n")
 
 
-def _with_exported_paths(config: ModelConfig, *, is_clip: bool) -> ModelConfig:
+def _with_exported_paths(config: Section, *, is_clip: bool) -> Section:
     """Towers that were loaded from somewhere are found in the exported folder from now on."""
     changes: dict[str, Any] = {"tokenizer": "."} if isinstance(config, TwoTowerConfig) else {}
     for name, section in _sections(config).items():

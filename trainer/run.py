@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
-from trainer.config import RunConfig
+from trainer.config import EvalConfig, RunConfig
+from trainer.data.embeddings import EmbeddingStore
 from trainer.data.stream import Stream
 from trainer.data.vocabulary import tokenizer_for
 from trainer.errors import ConfigError
@@ -32,15 +34,33 @@ def text_model_of(config: RunConfig) -> TwoTowerConfig | None:
 
 
 def refuse_text_evals(config: RunConfig) -> None:
-    """A ConfigError if an evaluation needs texts that the model can't read."""
-    without_vectors = [e for e in config.evals if e.name == "zero_shot" or e.text_store is None]
-    wrong = [entry for entry in without_vectors if entry.name in NEED_TEXTS]
+    """A ConfigError if an evaluation needs texts that the model can't read, or has other ones."""
+    wrong = [e for e in config.evals if e.name in NEED_TEXTS and e.text_store is None]
     if wrong and text_model_of(config) is None:
         raise ConfigError(
             f"evaluation {wrong[0].label}: {wrong[0].name} compares images with texts, and the "
             f"model of {config.recipe.name} reads none; use knn or linear_probe, "
-            "or retrieval with the vectors of the texts (text_store)"
+            "or give the vectors of the texts (text_store)"
         )
+    store = getattr(config.recipe, "store", None)
+    if isinstance(store, Path):
+        for entry in config.evals:
+            _refuse_other_space(entry, store)
+
+
+def _refuse_other_space(entry: EvalConfig, store: Path) -> None:
+    """A ConfigError where an evaluation's texts are of another model than those trained on."""
+    if entry.text_store is None or "{}" in str(entry.text_store):
+        return
+    trained_on = EmbeddingStore.open(store).identity
+    compared = EmbeddingStore.open(entry.text_store).identity
+    for key in ("model", "layer", "pooling", "projection", "dim"):
+        if getattr(trained_on, key) != getattr(compared, key):
+            raise ConfigError(
+                f"evaluation {entry.label}: {entry.text_store} holds vectors of "
+                f"{compared.teacher} and the run learns from {store} of {trained_on.teacher}, "
+                f"but their {key} differs; make both in one way"
+            )
 
 
 def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast | None:

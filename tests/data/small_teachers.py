@@ -1,5 +1,6 @@
 """Tiny random models with word tokenizers, saved as transformers saves them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,12 +13,22 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5Model,
+    ViTConfig,
+    ViTModel,
 )
 
 from tests.fixtures.emoji import read_pairs
 
 CAPTIONS = [record["name"] for record in read_pairs(60)]
 DIM = 32
+SMALL_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def save_tokenizer(path: Path, *, frame: str, words: list[str]) -> int:
@@ -84,4 +95,12 @@ def save_t5(path: Path) -> Path:
     torch.manual_seed(0)
     config = T5Config(vocab_size=size, d_model=DIM, d_kv=8, d_ff=64, num_layers=3, num_heads=4)
     T5Model(config).save_pretrained(path)
+    return path
+
+
+def save_vit(path: Path) -> Path:
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**SMALL_VIT, initializer_range=0.2)).save_pretrained(path)
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return path

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPModel, ViTModel
 
+from tests.data.small_teachers import SMALL_VIT as SMALL
+from tests.data.small_teachers import save_vit
 from tests.fixtures.emoji import write_shards
 from trainer.comm import Comm
 from trainer.data.embed import embed
@@ -18,15 +20,6 @@ from trainer.data.teachers.spec import TeacherSpec, load_teacher
 from trainer.errors import ConfigError
 from trainer.models.efficientnet import SIZES, EfficientNetLite
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> str:
@@ -35,12 +28,7 @@ def spec(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    ViTModel(ViTConfig(**SMALL, initializer_range=0.2)).save_pretrained(path)
-    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
-    (path / "preprocessor_config.json").write_text(json.dumps(settings))
-    return path
+    return save_vit(tmp_path_factory.mktemp("vit"))
 
 
 def load(folder: Path, **changes: object) -> ImageTeacher:

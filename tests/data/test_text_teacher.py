@@ -1,6 +1,7 @@
 """Text vectors: each depends on its own text alone and is what a plain forward pass gives."""
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -138,6 +139,26 @@ def test_facets_in_one_pass_are_what_separate_passes_give(folders, tmp_path):
             assert (vector.double() - state / state.norm()).abs().max() < 1e-5
     teacher.packs = False
     assert (teacher.encode(items) - found).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_facets_are_packed_unless_the_model_ignores_mask_or_positions(folders, precision):
+    """Rounding must not be taken for another attention, nor another attention for rounding."""
+    settings = {"prompts": "flame-long", "pooling": "last", "precision": precision}
+    teacher = load(folders["llama"], **settings)
+    assert teacher.packs
+    forward = teacher.states.model.forward
+
+    def without(name: str) -> Callable[..., object]:
+        def changed(input_ids=None, attention_mask=None, position_ids=None):
+            given = {"attention_mask": attention_mask, "position_ids": position_ids}
+            return forward(input_ids=input_ids, **{**given, name: None})
+
+        return changed
+
+    for ignored in ("attention_mask", "position_ids"):
+        teacher.states.model.forward = without(ignored)
+        assert not teacher._obeys_masks(), ignored
 
 
 def test_a_model_that_has_no_positions_to_set_gets_its_facets_one_by_one(folders, tmp_path):
@@ -297,7 +318,7 @@ def test_a_spec_is_read_from_names_folders_and_files(folders, tmp_path):
     with pytest.raises(ConfigError, match="can't read the teacher"):
         read_spec(str(tmp_path / "none.yaml"))
     assert load_prompts("flame").num_vectors == 11
-    with pytest.raises(ConfigError, match="there are flame, plain"):
+    with pytest.raises(ConfigError, match="there are flame, flame-long, plain"):
         load_prompts("nothing")
 
 

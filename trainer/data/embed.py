@@ -19,6 +19,7 @@ from trainer.data.embeddings.shard_file import SUFFIX, encode, map_shard
 from trainer.data.index import HEADER_BYTES, index_path, read_summary, shard_stem
 from trainer.data.remote import read_file
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
+from trainer.data.texts import TextSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import key_of, uniform
 
@@ -71,26 +72,23 @@ class Embedded(NamedTuple):
 
 
 def embed(
-    spec: str,
+    spec: str | TextSet,
     out: Path | str,
     *,
     teacher: Teacher,
     comm: Comm,
     report: Callable[[str], None] = lambda line: None,
 ) -> Embedded:
-    """Write the teacher's vectors of every sample of the shards into the store `out`.
+    """Write the teacher's vectors of every sample of the shards, or text, into the store `out`.
 
     The shards that the store lacks are dealt to the ranks in turn. What is computed together is
     decided within a shard, so the bytes depend neither on the number of ranks nor on where an
     earlier build was killed. A thousandth of the samples is computed again and must agree.
     DataError on all ranks if one fails.
     """
-    shards = ShardSet.open(spec)
+    shards = _opened(spec)
     names = _plain_names(shards)
-    sources = {
-        name: (_digest(shard), size)
-        for name, shard, size in zip(names, shards.shards, shards.sizes, strict=True)
-    }
+    sources = {name: (_digest(shards, row), shards.sizes[row]) for row, name in enumerate(names)}
     writer = StoreWriter.begin(Path(out), teacher.identity, sources)
     agreed(comm, writer.announce if comm.is_main else _nothing)
     todo = _agreed_list(comm, lambda: [row for row, n in enumerate(names) if not writer.has(n)])
@@ -110,19 +108,19 @@ def embed(
     return Embedded(len(names), len(todo), *(sum(column) for column in zip(*sums, strict=True)))
 
 
-def verify(spec: str, out: Path | str, *, teacher: Teacher, comm: Comm) -> int:
+def verify(spec: str | TextSet, out: Path | str, *, teacher: Teacher, comm: Comm) -> int:
     """Compare a finished store with its teacher: checksums of all, a thousandth computed again.
 
     The number of samples that were computed. DataError where something differs.
     """
-    store, shards = EmbeddingStore.open(out), ShardSet.open(spec)
+    store, shards = EmbeddingStore.open(out), _opened(spec)
     names = _plain_names(shards)
     checked = [0]
 
     def check() -> None:
         if comm.is_main:
             store.check()
-            sources = {n: (_digest(s), 0) for n, s in zip(names, shards.shards, strict=True)}
+            sources = {name: (_digest(shards, row), 0) for row, name in enumerate(names)}
             StoreWriter.begin(store.folder, teacher.identity, sources)  # refuses others
         for row in range(comm.rank, len(names), comm.world_size):
             path = store.folder / f"{names[row]}{SUFFIX}"
@@ -133,7 +131,7 @@ def verify(spec: str, out: Path | str, *, teacher: Teacher, comm: Comm) -> int:
 
 
 def read_items(
-    shards: ShardSet, shard: int, teacher: Teacher
+    shards: ShardSet | TextSet, shard: int, teacher: Teacher
 ) -> Iterator[tuple[list[int], list[Any]]]:
     """Ids and items of the samples of one shard that the teacher can read, in chunks."""
     first = sum(shards.sizes[:shard])
@@ -176,7 +174,7 @@ def _nothing() -> None: ...
 
 
 def _shard_vectors(
-    shards: ShardSet, shard: int, teacher: Teacher
+    shards: ShardSet | TextSet, shard: int, teacher: Teacher
 ) -> tuple[NDArray[np.int64], Tensor]:
     identity = teacher.identity
     ids: list[int] = []
@@ -187,7 +185,7 @@ def _shard_vectors(
     return np.array(ids, dtype=np.int64), torch.cat(parts)
 
 
-def _check_again(path: Path, shards: ShardSet, shard: int, teacher: Teacher) -> int:
+def _check_again(path: Path, shards: ShardSet | TextSet, shard: int, teacher: Teacher) -> int:
     """Compute some samples of a written shard alone; DataError where the file says otherwise."""
     block = map_shard(path)
     if not len(block):
@@ -218,7 +216,11 @@ def _distance(stored: Tensor, fresh: Tensor, identity: Identity) -> float:
     return float((difference / size).square().max() / 2)
 
 
-def _plain_names(shards: ShardSet) -> list[str]:
+def _opened(spec: str | TextSet) -> ShardSet | TextSet:
+    return ShardSet.open(spec) if isinstance(spec, str) else spec
+
+
+def _plain_names(shards: ShardSet | TextSet) -> list[str]:
     """The shards' names without folders, which are the names of their blocks."""
     names = [shard_stem(shard) for shard in shards.shards]
     for row, name in enumerate(names):
@@ -230,7 +232,9 @@ def _plain_names(shards: ShardSet) -> list[str]:
     return names
 
 
-def _digest(shard: str) -> str:
-    """Of the index: it changes with any byte of the shard."""
-    path = index_path(shard)
+def _digest(shards: ShardSet | TextSet, row: int) -> str:
+    """Of the index, which changes with any byte of the shard, or of the texts."""
+    if isinstance(shards, TextSet):
+        return shards.digest(row)
+    path = index_path(shards.shards[row])
     return read_summary(read_file(path)[:HEADER_BYTES], path=path).digest.hex()

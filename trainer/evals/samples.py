@@ -135,7 +135,7 @@ class _Reader:
             self._damage.append(str(error))
             return None
         try:
-            return self._pixels(raw), Record(raw.sample_id, _values(raw.fields))
+            return self._pixels(raw), Record(raw.sample_id, values_of(raw.fields))
         except BadSample as error:
             self._bad.append(f"{raw.shard} {raw.key}: {error.reason}")
             return None
@@ -149,7 +149,7 @@ class _Reader:
         )
 
 
-def _values(fields: dict[str, bytes]) -> dict[str, Any]:
+def values_of(fields: dict[str, bytes]) -> dict[str, Any]:
     try:
         values = json.loads(fields.get("json") or b"{}")
         texts = {name: fields[name].decode() for name in ("txt", "cls") if name in fields}

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import EvalConfig
-from trainer.errors import ConfigError
+from trainer.data.decode import BadSample
+from trainer.data.embeddings import EmbeddingStore
+from trainer.data.shards import DamagedSample, ShardSet
+from trainer.data.texts import text_id
+from trainer.errors import ConfigError, DataError
 from trainer.evals.context import EvalContext
 from trainer.evals.features import embed_images, embed_texts
 from trainer.evals.floors import LARGEST_BANK, chances, pixel_floor
-from trainer.evals.labels import answers, class_names, with_class
+from trainer.evals.labels import answers, class_names, class_of, with_class
+from trainer.evals.samples import Record, values_of
 from trainer.evals.scores import tally
 from trainer.evals.search import nearest
 from trainer.recipe import Encode
@@ -31,7 +38,11 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
     share = with_class(share, config.target, spec=config.data, comm=comm)
     names = class_names(share, config.target, comm)
     texts = prompts(names, config.templates)
-    vectors = embed_texts(texts, encode, context).view(len(names), len(config.templates), -1)
+    if config.text_store is None:
+        vectors = embed_texts(texts, encode, context)
+    else:
+        vectors = stored_prompts(texts, config).to(comm.device)
+    vectors = vectors.view(len(names), len(config.templates), -1)
     right = answers(share, config.target, names, comm)
     figures = tally(
         rank_classes(share.features, classifier(vectors)),
@@ -48,6 +59,34 @@ def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
         if "{}" not in template:
             raise ConfigError(f"template {template!r} has no {{}} for the class name")
     return [template.replace("{}", name) for name in names for template in templates]
+
+
+def prompts_of(config: EvalConfig) -> list[str]:
+    """The prompts of all classes of an evaluation's shards; no image is decoded."""
+    shards, names = ShardSet.open(config.data), set()
+    for index in range(len(shards)):
+        try:
+            raw = shards.read(index)
+            name = class_of(Record(raw.sample_id, values_of(raw.fields)), config.target)
+        except (BadSample, DamagedSample):
+            continue
+        names |= {name} - {None}
+    return prompts(sorted(map(str, names)), config.templates)
+
+
+def stored_prompts(texts: Sequence[str], config: EvalConfig) -> Float[Tensor, "n dim"]:
+    """Unit vectors of prompts from a store that was made of texts; DataError where one lacks."""
+    assert config.text_store is not None
+    store = EmbeddingStore.open(config.text_store)
+    ids = torch.tensor([text_id(text) for text in texts])
+    lacking = np.flatnonzero(~np.isin(ids.numpy(), store.ids))
+    if len(lacking):
+        raise DataError(
+            f"{store.folder} lacks {len(lacking)} of {len(texts)} prompts of evaluation "
+            f"{config.label}, as {texts[lacking[0]]!r}; make it anew with tools/embed.py "
+            "--class-names and this run's YAML"
+        )
+    return F.normalize(store.vectors(ids, config.text_vectors).mean(dim=1), dim=1)
 
 
 def classifier(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.data.embeddings import Identity
 from trainer.data.views import IMAGE_MEAN, IMAGE_STD
 from trainer.models.config import ImageTowerConfig, ModelConfig, TowerConfig, TwoTowerConfig
 
@@ -70,6 +71,79 @@ from trainer.export import load_exported_image_tower
 model = load_exported_image_tower(".")  # where this file is
 ```
 """
+
+
+_PATCH_USE = """\
+```python
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, CLIPVisionModel
+
+folder = "."  # where this file is
+tower = CLIPVisionModel.from_pretrained(f"{{folder}}/image").eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+head = torch.nn.Sequential(
+    torch.nn.Linear(tower.config.hidden_size, {hidden}), torch.nn.GELU(),
+    torch.nn.Linear({hidden}, {dim}), torch.nn.LayerNorm({dim}),
+)
+weights, ours = load_file(f"{{folder}}/native/model.safetensors"), "image.projection."
+head.load_state_dict({{n[len(ours):]: w for n, w in weights.items() if n.startswith(ours)}})
+
+pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    patches = tower(**pixels).last_hidden_state[:, 1:]
+    print(torch.nn.functional.normalize(head(patches).mean(dim=1), dim=-1))
+```
+
+What `tower` pools by itself is not trained. From a checkout of the trainer, the whole model:
+
+```text
+from trainer.export import load_exported_patch_tower
+```
+"""
+
+
+def patch_card(
+    config: ImageTowerConfig,
+    *,
+    hidden: int,
+    texts: Identity | None,
+    data_licence: str | None = None,
+) -> str:
+    """As `model_card`, of an image encoder that is compared with a language model's vectors."""
+    return f"""\
+# Image encoder for a frozen language model's vectors
+
+Maps images to unit vectors of {config.embed_dim} numbers, to be compared with those of texts.
+
+- Image tower: {_tower(config.image)}; the mean over patches of a head of {hidden} hidden numbers
+- Texts: {_texts(texts)}
+
+## Input
+
+{_image_input(config)}
+
+## Use
+
+{_PATCH_USE.format(hidden=hidden, dim=config.embed_dim)}
+`native/model.safetensors` has all weights under the trainer's own names, with the scale and bias of
+the logits; `native/model.json` the configuration and the identity of the texts' vectors.
+
+## Training data and its licence
+
+{data_licence or _UNKNOWN_LICENCE}
+"""
+
+
+def _texts(texts: Identity | None) -> str:
+    if texts is None:
+        return "not known at export; those of the store that the run's YAML names"
+    layer = "last layer" if texts.layer == -1 else f"layer {texts.layer}"
+    return (
+        f"{texts.teacher} (weights {texts.model[:12]}), {layer}, pooling {texts.pooling}, prompts "
+        f"{texts.prompts[:24]}"
+    )
 
 
 def image_card(

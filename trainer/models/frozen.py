@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import (  # type: ignore[import-untyped]
@@ -26,13 +27,27 @@ TORCH_DTYPES = {
 _TWO_TOWERS = ("clip", "siglip", "siglip2")
 
 
+class Sharded(Protocol):
+    """A model of which every rank holds a part, so that all ranks run it equally often."""
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+    def stand_by(self, **spare: Any) -> None:
+        """Run along on `spare` while another rank has something to run; then all return."""
+        ...
+
+
+Shard = Callable[[nn.Module], Sharded]
+
+
 class FrozenStates(nn.Module):
     """The states of all tokens after `layer` blocks of a model (-1: all blocks and final norm).
 
-    The blocks above are cut off: neither their memory nor their time is spent.
+    The blocks above are cut off: neither their memory nor their time is spent. `shard` deals the
+    weights of the others to the ranks.
     """
 
-    def __init__(self, model: nn.Module, *, layer: int = -1) -> None:
+    def __init__(self, model: nn.Module, *, layer: int = -1, shard: Shard | None = None) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.layer = layer
@@ -40,9 +55,20 @@ class FrozenStates(nn.Module):
         if layer != -1:
             last = cut_blocks(model, layer)
             last.register_forward_hook(self._keep)
+        self.sharded = None if shard is None else shard(model)
+
+    def run(self, **inputs: Any) -> Any:
+        """The model's own output."""
+        return self.model(**inputs) if self.sharded is None else self.sharded(**inputs)
+
+    def stand_by(self, **spare: Any) -> None:
+        """Nothing more to run here: help the other ranks, where weights are dealt to them."""
+        if self.sharded is not None:
+            self.sharded.stand_by(**spare)
+            self._states = None
 
     def forward(self, **inputs: Any) -> Float[Tensor, "batch length dim"]:
-        output = self.model(**inputs)
+        output = self.run(**inputs)
         if self.layer == -1:
             states: Tensor = output.last_hidden_state
             return states

@@ -24,6 +24,7 @@ class LearnedScale(nn.Module):
 
     def __init__(self, initial: float, *, largest: float) -> None:
         super().__init__()
+        self.initial, self.largest = initial, largest
         self.start = math.log(initial)
         self.top = math.log(largest)
         self.shift = nn.Parameter(torch.zeros(1))

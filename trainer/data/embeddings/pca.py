@@ -123,3 +123,6 @@ class ProjectedTeacher:
 
     def encode(self, items: Sequence[Any]) -> Float32[Tensor, "items vectors kept"]:
         return self.pca.project(self.teacher.encode(items))
+
+    def stand_by(self) -> None:
+        self.teacher.stand_by()

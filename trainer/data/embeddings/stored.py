@@ -41,6 +41,9 @@ class StoredVectors:
     def encode(self, items: Sequence[int]) -> Float32[Tensor, "items vectors dim"]:
         return self.store.vectors(torch.tensor(items, dtype=torch.int64))
 
+    def stand_by(self) -> None:
+        """No rank needs another."""
+
 
 class VectorFiles:
     """A folder of `<key>.pth`, each a saved tensor [vectors, dim], as FLAME's extraction writes.
@@ -86,6 +89,9 @@ class VectorFiles:
 
     def encode(self, items: Sequence[Tensor]) -> Float32[Tensor, "items vectors dim"]:
         return torch.stack(list(items))
+
+    def stand_by(self) -> None:
+        """No rank needs another."""
 
     def _path(self, sample: RawSample) -> Path:
         folders = (sample.key[:_PREFIX_CHARACTERS], shard_stem(sample.shard), "")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from accelerate.utils import find_executable_batch_size  # type: ignore[import-untyped]
+from accelerate.utils.memory import (  # type: ignore[import-untyped]
+    find_executable_batch_size,
+    should_reduce_batch_size,
+)
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -23,10 +26,14 @@ def length_batches(lengths: Sequence[int], *, max_tokens: int) -> Iterator[list[
 
 
 class Budget:
-    """Tokens of one forward pass; halved, for good, whenever the memory does not suffice."""
+    """Tokens of one forward pass; halved, for good, whenever the memory does not suffice.
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    Not where it is `shared`, a pass that all ranks take together: a rank that fell out of step
+    can't come back, so it ends its process with a sentence, and the launcher ends the others.
+    """
+
+    def __init__(self, tokens: int, *, shared: bool = False) -> None:
+        self.tokens, self.shared = tokens, shared
 
     def run(
         self, lengths: Sequence[int], compute: Callable[[list[int]], Float32[Tensor, ...]]
@@ -44,10 +51,17 @@ class Budget:
             return found
 
         try:
+            if self.shared:
+                return attempt(self.tokens)
             result: Tensor = find_executable_batch_size(
                 attempt, starting_batch_size=self.tokens, reduce_batch_size_fn=self._halve
             )()
         except RuntimeError as error:
+            if self.shared and should_reduce_batch_size(error):
+                raise SystemExit(
+                    f"error: {self.tokens} tokens or images do not fit in memory at once; the "
+                    f"model is sharded, so set batch_tokens or batch_images to {self.tokens // 2}"
+                ) from error
             if "No executable batch size" not in str(error):
                 raise
             raise DataError("the teacher does not fit in memory, not even with one text") from error

@@ -14,7 +14,7 @@ from trainer.data.decode import decode_image, find_image
 from trainer.data.embeddings import Identity
 from trainer.data.shards import RawSample
 from trainer.data.teachers.batches import Budget
-from trainer.models.frozen import FrozenStates, Precision
+from trainer.models.frozen import FrozenStates, Precision, Shard
 
 _MAX_PIXELS = 25_000_000
 _CHUNK = 256
@@ -83,7 +83,8 @@ class ImageTeacher:
         self.pixels, self.name, self.model_hash = pixels, name, model_hash
         self.pooling, self.layer, self.dim = pooling, layer, dim
         self.unit_norm, self.precision = unit_norm, precision
-        self.budget = Budget(batch_images)
+        shared = isinstance(model, VisionFeatures) and model.states.sharded is not None
+        self.budget = Budget(batch_images, shared=shared)
         self.device = next(model.parameters()).device
 
     @property
@@ -114,6 +115,11 @@ class ImageTeacher:
 
         return self.budget.run([1] * len(items), compute)
 
+    @torch.inference_mode()
+    def stand_by(self) -> None:
+        if isinstance(self.model, VisionFeatures):
+            self.model.stand_by(self.pixels.size, self.device)
+
 
 class VisionFeatures(nn.Module):
     """A transformers vision model and how its patches become one vector.
@@ -129,19 +135,25 @@ class VisionFeatures(nn.Module):
         how: Literal["cls", "mean", "projected"],
         layer: int = -1,
         projection: nn.Module | None = None,
+        shard: Shard | None = None,
     ) -> None:
         super().__init__()
         self.how = how
-        self.states = FrozenStates(model, layer=layer)
+        self.states = FrozenStates(model, layer=layer, shard=shard)
         self.projection = projection
 
     def forward(self, pixels: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch dim"]:
         kind = next(self.parameters()).dtype
         if self.how == "projected":
-            pooled: Tensor = self.states.model(pixel_values=pixels.to(kind)).pooler_output
+            pooled: Tensor = self.states.run(pixel_values=pixels.to(kind)).pooler_output
             if self.projection is not None:
                 pooled = self.projection(pooled)
             return pooled
         states = self.states(pixel_values=pixels.to(kind)).float()
         chosen: Tensor = states[:, 0] if self.how == "cls" else states.mean(1)
         return chosen
+
+    def stand_by(self, size: int, device: torch.device) -> None:
+        """Run along with the ranks that still have images."""
+        kind = next(self.parameters()).dtype
+        self.states.stand_by(pixel_values=torch.zeros(1, 3, size, size, dtype=kind, device=device))

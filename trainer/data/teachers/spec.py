@@ -33,7 +33,7 @@ from trainer.data.teachers.universal import load_universal
 from trainer.data.tokenize import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.models.efficientnet import FEATURES, SIZES, EfficientNetLite
-from trainer.models.frozen import Precision, load_frozen, spread
+from trainer.models.frozen import Precision, Shard, load_frozen, spread
 
 _LITE_MEAN, _LITE_DEVIATION = 127 / 255, 128 / 255
 
@@ -66,6 +66,9 @@ class TeacherSpec(Frozen):
     """Of one forward pass; halved when memory runs out."""
     spread: bool = False
     """Lay the blocks over all devices of the process, then the CPU, then the disk."""
+    sharded: bool = False
+    """Deal the weights to all ranks (ZeRO-3); a block is gathered when it runs. Every rank reads
+    the whole model into the CPU's memory once."""
     memory: dict[int | str, str] | None = None
     """How much of each may be used when spread, as {0: 70GiB, cpu: 100GiB}."""
     offload: Path | None = None
@@ -103,18 +106,35 @@ def read_spec(teacher: str, overrides: Sequence[str] = ()) -> TeacherSpec:
 
 
 def load_teacher(
-    spec: TeacherSpec, *, device: torch.device | str = "cpu", cache: Path = DEFAULT_CACHE
+    spec: TeacherSpec,
+    *,
+    device: torch.device | str = "cpu",
+    cache: Path = DEFAULT_CACHE,
+    shard: Shard | None = None,
 ) -> Teacher:
-    """The teacher that a spec describes; pinned ones are fetched into `cache`."""
+    """The teacher that a spec describes; pinned ones are fetched into `cache`.
+
+    `shard` deals a model to the ranks where the spec asks for it: all of them call this then.
+    """
+    if spec.sharded and (spec.spread or shard is None):
+        why = "spread is on too" if spec.spread else "only tools/embed.py shards teachers"
+        raise ConfigError(f"teacher {spec.model}: sharded is on, but {why}")
     folder = fetch_teacher(spec.model, cache) if spec.model in PINNED else Path(spec.model)
     name = spec.name or folder.name
     if spec.model in SIZES:
+        refuse_placement(spec, name)
         return _lite_teacher(spec, folder, name, device)
     if not (folder / "config.json").exists():
         raise ConfigError(f"no model at {folder}: it has no config.json")
     if spec.kind == "image":
-        return _vision_teacher(spec, folder, name, device)
-    return _text_teacher(spec, folder, name, device)
+        return _vision_teacher(spec, folder, name, device, shard)
+    return _text_teacher(spec, folder, name, device, shard)
+
+
+def refuse_placement(spec: TeacherSpec, name: str) -> None:
+    """ConfigError where a model that is loaded whole should be spread or sharded."""
+    if spec.spread or spec.sharded:
+        raise ConfigError(f"{name} is small and always held whole; leave out spread and sharded")
 
 
 def weights_hash(folder: Path) -> str:
@@ -127,12 +147,14 @@ def weights_hash(folder: Path) -> str:
 
 
 def _text_teacher(
-    spec: TeacherSpec, folder: Path, name: str, device: torch.device | str
+    spec: TeacherSpec, folder: Path, name: str, device: torch.device | str, shard: Shard | None
 ) -> TextTeacher:
     prompts = load_prompts(spec.prompts)
     universal = json.loads((folder / "config.json").read_text()).get("model_type") == UNIVERSAL
     if spec.pooling == "projected":
         raise ConfigError("pooling projected is for images; use mean, last or cls")
+    if universal:
+        refuse_placement(spec, name)
     return TextTeacher(
         load_universal(folder).to(device) if universal else _placed(spec, folder, device),
         load_tokenizer(str(folder)),
@@ -145,6 +167,7 @@ def _text_teacher(
         unit_norm=spec.unit_norm,
         precision=spec.precision,
         batch_tokens=spec.batch_tokens,
+        shard=shard,
     )
 
 
@@ -173,7 +196,7 @@ def _lite_teacher(
 
 
 def _vision_teacher(
-    spec: TeacherSpec, folder: Path, name: str, device: torch.device | str
+    spec: TeacherSpec, folder: Path, name: str, device: torch.device | str, shard: Shard | None
 ) -> ImageTeacher:
     if spec.pooling == "last":
         raise ConfigError("pooling last is for texts; use mean, cls or projected")
@@ -183,7 +206,9 @@ def _vision_teacher(
     dim = int(settings.hidden_size)
     if spec.pooling == "projected":
         projection, dim = _projection(folder, device, spec.precision)
-    features = VisionFeatures(model, how=spec.pooling, layer=spec.layer, projection=projection)
+    features = VisionFeatures(
+        model, how=spec.pooling, layer=spec.layer, projection=projection, shard=shard
+    )
     return ImageTeacher(
         features,
         _pixels(folder, spec, int(settings.image_size)),
@@ -202,7 +227,7 @@ def _placed(spec: TeacherSpec, folder: Path, device: torch.device | str) -> Any:
     model = load_frozen(folder, part=spec.kind, precision=spec.precision)
     if spec.spread:
         return spread(model, layer=spec.layer, memory=spec.memory, offload=spec.offload)
-    return model.to(device)
+    return model if spec.sharded else model.to(device)
 
 
 def _projection(
