@@ -312,6 +312,8 @@ def test_a_plan_needs_no_store() -> None:
     assert "6.14e+17 FLOP a pass" in done.stdout
     gib = float(done.stdout.split("GiB per rank: ")[1].split()[0])
     assert gib < 80
+    done = command(*options.replace("1000000", "10000000").split(), "--grid", 4)
+    assert "grid 2 x 4: " in done.stdout
 
 
 def test_the_page_shows_samples_and_figures(tmp_path: Path) -> None:

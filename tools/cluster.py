@@ -6,6 +6,7 @@
   python tools/cluster.py --plan --points 400000000 --dim 768 --ranks 8 --peak-tflops 989 \
       --clusters 1000000
 
+Centroids that are too many for --centroid-gib of a rank lie on a grid of ranks (--grid).
 On any number of ranks, to the same bytes. Run it again after it was killed: it goes on after its
 last whole iteration. `ClusterLabels.open(OUT)` serves the clusters by sample id.
 """
@@ -84,6 +85,8 @@ def _kmeans(arguments: argparse.Namespace) -> KMeansConfig:
         assignment="two_level" if arguments.two_level else "exact",
         cells=arguments.cells,
         probes=arguments.probes,
+        grid=arguments.grid,
+        centroid_gib=arguments.centroid_gib,
     )
 
 
@@ -124,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--probes", type=int, default=8, help="cells a sample looks into")
     how.add_argument(
         "--init", dest="start", choices=["sampled", "parallel", "hierarchical"], default="sampled"
+    )
+    how.add_argument(
+        "--grid", type=int, help="ranks that share one table of centroids; default what fits"
+    )
+    how.add_argument(
+        "--centroid-gib", type=float, default=16.0, help="of a rank, for centroids and their sums"
     )
     how.add_argument("--warm-start", type=Path, metavar="FILE", help="centroids.safetensors")
     how.add_argument("--backend", choices=["torch", "faiss"], default="torch")
