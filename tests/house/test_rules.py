@@ -17,7 +17,7 @@ SOURCES = sorted([*ROOT.glob("trainer/**/*.py"), *ROOT.glob("tools/*.py")])
 LAYERS = [
     {"errors", "types", "hashing", "comm", "config", "periods", "schedule", "records"},
     {"losses", "kernels", "cluster", "models", "data", "optim", "manifest", "stop", "terminal"},
-    {"checkpoint", "metrics", "accumulate", "parts", "recipe", "engine", "lock"},
+    {"restored", "checkpoint", "metrics", "accumulate", "parts", "recipe", "engine", "lock"},
     {"recipes", "evals", "diagnosis", "state", "export"},
 ]
 KEPT_TO = {
