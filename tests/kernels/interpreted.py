@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 from triton.runtime import interpreter
 
-from tests.kernels.naive import naive_logits, pulled_back, ragged_problem
+from tests.kernels.naive import Problem, naive_logits, pulled_back, ragged_problem
 from trainer.kernels import triton_logits
+from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.log_partition import log_partition
 from trainer.kernels.prototype_logits import prototype_logits
+from trainer.kernels.triton_logits import STORING, SUMMING
 
 
 class Case(NamedTuple):
@@ -30,6 +34,7 @@ class Case(NamedTuple):
     ceiling: float | None = None
     biased: bool = False
     extra: int = 0
+    sizes: KernelSizes = "fixed"
 
 
 CASES = (
@@ -42,7 +47,10 @@ CASES = (
     Case(129, 260, 24, 2, dtype="float16", scale=100.0, biased=True),
     Case(129, 260, 24, 2, dtype="bfloat16", scale=64.0),
     Case(4, 0, 8, 2, extra=3),
+    Case(70, 129, 64, 2, sizes="timed"),
 )
+SIZES_CASE = Case(130, 300, 72, 8, ceiling=0.2, biased=True, extra=5)
+"""Rows of which no tile is a divisor, and more than one block of queries."""
 
 
 def widen_bfloat16() -> None:
@@ -62,21 +70,21 @@ def _widened(handle):
     return interpreter.TensorHandle(values, interpreter.tl.float32)
 
 
-def errors(case: Case) -> dict[str, float]:
-    """Largest absolute error of the outputs, and of the gradients relative to their largest."""
+def problem_of(case: Case) -> Problem:
     problem = ragged_problem(case.queries, case.rows, case.dim, case.labels, extra=case.extra)
     problem = problem if case.biased else problem._replace(bias=None)
     for upstream in problem.upstream:
         upstream.mul_(1 / 3000)
     dtype = getattr(torch, case.dtype)
     # Rounding of the operands is the caller's choice; here it is what the kernels do with them.
-    problem = problem._replace(
+    return problem._replace(
         queries=problem.queries.to(dtype).double(), rows=problem.rows.to(dtype).double()
     )
-    exact = problem.queries.requires_grad_(), problem.rows.requires_grad_()
-    expected = naive_logits(problem, scale=case.scale, ceiling=case.ceiling)
-    wanted = pulled_back(expected, problem, exact)
-    leaves = tuple(leaf.detach().float().requires_grad_() for leaf in exact)
+
+
+def by_kernels(case: Case, problem: Problem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Outputs and gradients in float32."""
+    leaves = tuple(x.detach().float().requires_grad_() for x in (problem.queries, problem.rows))
     found = prototype_logits(
         *(*leaves, problem.positives),
         scale=case.scale,
@@ -84,9 +92,19 @@ def errors(case: Case) -> dict[str, float]:
         bias=None if problem.bias is None else problem.bias.float(),
         ceiling=case.ceiling,
         backend="triton",
-        operand_dtype=dtype,
+        operand_dtype=getattr(torch, case.dtype),
+        kernel_sizes=case.sizes,
     )
-    gradients = pulled_back(found, problem, leaves)
+    return found, pulled_back(found, problem, leaves)
+
+
+def errors(case: Case) -> dict[str, float]:
+    """Largest absolute error of the outputs, and of the gradients relative to their largest."""
+    problem = problem_of(case)
+    found, gradients = by_kernels(case, problem)
+    exact = problem.queries.requires_grad_(), problem.rows.requires_grad_()
+    expected = naive_logits(problem, scale=case.scale, ceiling=case.ceiling)
+    wanted = pulled_back(expected, problem, exact)
     same = torch.equal(found[0].isinf(), expected[0].isinf())
     difference = (found[0].double() - expected[0]).nan_to_num(posinf=0, neginf=0).abs()
     return {
@@ -155,6 +173,26 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.double() - theirs.nan_to_num()).abs().max() / largest).item()
 
 
+def errors_of_all_sizes() -> list[dict[str, Any]]:
+    """Of every size that some architecture may run; warps and stages mean nothing here."""
+    listed = [one for table in (SUMMING, STORING) for some in table.values() for one in some]
+    distinct = {(one.queries, one.rows, one.dim): one for one in listed}
+    rows = []
+    for launch in distinct.values():
+        with patch.dict(SUMMING, sm90=(launch,)), patch.dict(STORING, sm90=(launch,)):
+            rows.append({"case": {**SIZES_CASE._asdict(), "launch": launch}})
+            rows[-1]["errors"] = errors(SIZES_CASE)
+    return rows
+
+
+def repeats(case: Case) -> bool:
+    """Whether a second call has the same bits."""
+    problem = problem_of(case)
+    calls = [by_kernels(case, problem) for _ in range(2)]
+    tensors = [[*outputs, *gradients] for outputs, gradients in calls]
+    return all(torch.equal(one, other) for one, other in zip(*tensors, strict=True))
+
+
 def main() -> None:
     widen_bfloat16()
     # Several blocks of queries, the last one short, and several splits of the rows.
@@ -163,6 +201,9 @@ def main() -> None:
         print(json.dumps({"case": case._asdict(), "errors": errors(case)}), flush=True)
     for one in PARTITION_CASES:
         print(json.dumps({"case": one._asdict(), "errors": partition_errors(one)}), flush=True)
+    for row in errors_of_all_sizes():
+        print(json.dumps(row), flush=True)
+    print(json.dumps({"case": SIZES_CASE._asdict(), "repeats": repeats(SIZES_CASE)}), flush=True)
 
 
 if __name__ == "__main__":

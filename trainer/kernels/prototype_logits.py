@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.tiled import Pairs, Tile, fixed_reference, partition_sums, rows_gradient
 
 Backend = Literal["auto", "torch", "triton"]
@@ -35,6 +36,7 @@ def prototype_logits(
     tile: Tile | None = None,
     backend: Backend = "auto",
     operand_dtype: torch.dtype = torch.float16,
+    kernel_sizes: KernelSizes = "fixed",
 ) -> tuple[Float[Tensor, " queries"], Float[Tensor, "queries labels"]]:
     """log sum_j exp(scale * queries . rows_j + bias_j) over the negatives, and queries . positive.
 
@@ -48,7 +50,8 @@ def prototype_logits(
     FLOPs forward where a gradient is asked for, else 2, and 4 backward, and memory of one tile
     besides the results. On a GPU by a Triton kernel on `operand_dtype`, of which unit vectors use
     float16 best: 2 FLOPs forward, 6 backward, and a scratch of 2048 queries by rows in halves.
-    Positives are in the inputs' dtype everywhere.
+    Positives are in the inputs' dtype everywhere. Two runs have equal bits unless `kernel_sizes`
+    are timed.
     """
     num_negatives = rows.shape[0] if num_negatives is None else num_negatives
     pairs = Pairs(
@@ -58,7 +61,8 @@ def prototype_logits(
         reference=fixed_reference(scale),
     )
     use_triton = backend == "triton" or (backend == "auto" and queries.is_cuda)
-    how = _How(scale, num_negatives, pairs, tile, operand_dtype if use_triton else None)
+    operands = operand_dtype if use_triton else None
+    how = _How(scale, num_negatives, pairs, tile, operands, kernel_sizes)
     value: tuple[Tensor, Tensor] = _PrototypeLogits.apply(queries, rows, positives, how)
     return value
 
@@ -70,6 +74,7 @@ class _How(NamedTuple):
     tile: Tile | None
     operand_dtype: torch.dtype | None
     """None: plain torch, in the inputs' dtype."""
+    kernel_sizes: KernelSizes
 
 
 class _PrototypeLogits(torch.autograd.Function):
@@ -137,7 +142,10 @@ def _triton_log_negatives(queries: Tensor, negatives: Tensor, how: _How) -> Tens
 
     assert how.operand_dtype is not None
     halves = triton_logits.operands(queries, negatives, dtype=how.operand_dtype)
-    return triton_logits.log_negatives(*halves, scale=how.scale, pairs=how.pairs).to(queries.dtype)
+    total = triton_logits.log_negatives(
+        *halves, scale=how.scale, pairs=how.pairs, sizes=how.kernel_sizes
+    )
+    return total.to(queries.dtype)
 
 
 def _triton_gradients(
@@ -160,6 +168,7 @@ def _triton_gradients(
         pairs=how.pairs,
         of_queries=of_queries,
         of_rows=None if of_rows is None else of_rows[: how.num_negatives],
+        sizes=how.kernel_sizes,
     )
 
 
@@ -203,7 +212,16 @@ def add_pair_gradients(
             of_queries[some] += torch.einsum("ql,qld->qd", gradient[some], chosen)
         if of_rows is not None:
             pulled = gradient[some, :, None] * queries[some, None, :]
-            of_rows.index_add_(0, absorbing[some].flatten(), pulled.flatten(0, 1))
+            _add_at(of_rows, absorbing[some].flatten(), pulled.flatten(0, 1))
+
+
+def _add_at(rows: Tensor, positions: Tensor, values: Tensor) -> None:
+    """rows[positions] += values, a position as often as it occurs, and always in the same order:
+    each of torch's two ways has one on one kind of device."""
+    if rows.is_cuda:
+        rows.index_put_((positions,), values, accumulate=True)
+    else:
+        rows.index_add_(0, positions, values)
 
 
 def _pair_blocks(positions: Tensor, dim: int) -> list[slice]:

@@ -18,6 +18,7 @@ one load. Cosines have bounded logits, so that sums are taken relative to a cons
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trainer.kernels.autotune import KernelSizes, chosen, size_class
 from trainer.kernels.tiled import LOG2_E, Pairs
 
 SCRATCH_BYTES = 384 << 20
@@ -50,18 +52,22 @@ class Launch(NamedTuple):
 
 
 SUMMING = {
-    "sm80": Launch(),
-    "sm90": Launch(),
-    "sm100": Launch(),
-    "gfx942": Launch(dim=32, stages=2),
+    "sm80": (Launch(), Launch(rows=64, warps=4)),
+    "sm90": (Launch(), Launch(rows=256), Launch(warps=4)),
+    "sm100": (Launch(), Launch(rows=64, warps=4)),
+    "gfx942": (
+        Launch(dim=32, stages=2),
+        Launch(stages=2),
+        Launch(rows=64, dim=32, warps=4, stages=2),
+    ),
 }
-"""By architecture: what the compiled code's registers and shared memory allow. Not tuned at run
-time, since other sizes are another order of sums."""
+"""By architecture: what the compiled code's registers and shared memory allow. The first is the
+fixed one, the others are tried where sizes are timed."""
 STORING = {
-    "sm80": Launch(dim=32),
-    "sm90": Launch(stages=2),
-    "sm100": Launch(stages=2),
-    "gfx942": Launch(dim=32, stages=2),
+    "sm80": (Launch(dim=32), Launch(rows=64, warps=4)),
+    "sm90": (Launch(stages=2), Launch(rows=256), Launch(warps=4)),
+    "sm100": (Launch(stages=2), Launch(rows=64, warps=4)),
+    "gfx942": SUMMING["gfx942"],
 }
 """As `SUMMING`; the tile on its way out takes a stage's shared memory."""
 
@@ -183,12 +189,25 @@ def log_negatives(
     *,
     scale: float,
     pairs: Pairs,
+    sizes: KernelSizes = "fixed",
 ) -> Tensor:
     """log sum_j exp(scale * queries . rows_j + bias_j), float32, of half-precision operands."""
-    launch = SUMMING[architecture_of(queries.device)]
+    if not queries.shape[0] or not rows.shape[0]:
+        return queries.new_full((queries.shape[0],), -torch.inf, dtype=torch.float32)
+    launch = chosen(
+        SUMMING[architecture_of(queries.device)],
+        lambda one: _log_negatives(queries, rows, scale, pairs, one),
+        sizes=sizes,
+        problem=_problem("summing", queries, rows, pairs),
+        device=queries.device,
+    )
+    return _log_negatives(queries, rows, scale, pairs, launch)
+
+
+def _log_negatives(
+    queries: Tensor, rows: Tensor, scale: float, pairs: Pairs, launch: Launch
+) -> Tensor:
     count, num_tiles = queries.shape[0], triton.cdiv(rows.shape[0], launch.rows)
-    if not count or not rows.shape[0]:
-        return queries.new_full((count,), -torch.inf, dtype=torch.float32)
     query_tiles = triton.cdiv(count, launch.queries)
     splits = min(num_tiles, max(1, PROGRAMS // query_tiles))
     tiles_per_split = triton.cdiv(num_tiles, splits)
@@ -218,13 +237,13 @@ def write_gradients(
     pairs: Pairs,
     of_queries: Tensor | None,
     of_rows: Tensor | None,
+    sizes: KernelSizes = "fixed",
 ) -> None:
     """Writes sum_j w_ij rows_j and sum_i w_ij queries_i, w_ij = gradient_i p_ij, to the float32
     tensors given, which hold zeros. Half-precision products, one block of queries at a time.
     Operands may have more than `dim` columns, of zeros."""
     if not queries.shape[0] or not rows.shape[0]:
         return
-    launch = STORING[architecture_of(queries.device)]
     # float16 holds a probability times its query's share of the largest gradient.
     largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     unit = largest / HALF_RANGE if queries.dtype == torch.float16 else torch.ones_like(largest)
@@ -233,26 +252,42 @@ def write_gradients(
     scratch = queries.new_empty((count, stride))
     # A sum of nothing has no probabilities: 2^(logit - a large number) is zero.
     shift = torch.where(log_total == -torch.inf, 3e38, log_total * LOG2_E).float()
-    for first in range(0, queries.shape[0], count):
-        some = slice(first, min(first + count, queries.shape[0]))
-        weights = scratch[: some.stop - some.start, : rows.shape[0]]
+
+    def store(some: slice, launch: Launch) -> Tensor:
+        weights = scratch[: len(queries[some]), : rows.shape[0]]
         _launch(
-            (
-                triton.cdiv(weights.shape[0], launch.queries),
-                triton.cdiv(rows.shape[0], launch.rows),
-            ),
+            (triton.cdiv(len(weights), launch.queries), triton.cdiv(len(rows), launch.rows)),
             *(queries[some], rows, pairs.of_queries(some), scale, launch),
             shift=shift[some],
             weight=(gradient[some] / unit).float(),
             stored=weights,
             tiles_per_split=1,
         )
+        return weights
+
+    launch = chosen(
+        STORING[architecture_of(queries.device)],
+        lambda one: store(slice(0, count), one),
+        sizes=sizes,
+        problem=_problem("storing", queries[:count], rows, pairs),
+        device=queries.device,
+    )
+    for first in range(0, queries.shape[0], count):
+        some = slice(first, min(first + count, queries.shape[0]))
+        weights = store(some, launch)
         if of_queries is not None:
             torch.mul(_product(weights, rows[:, :dim]), unit, out=of_queries[some])
         if of_rows is not None:
             _add_product(of_rows, weights.T, queries[some, :dim])
     if of_rows is not None:
         of_rows.mul_(unit)
+
+
+def _problem(work: str, queries: Tensor, rows: Tensor, pairs: Pairs) -> Hashable:
+    """What decides which sizes are fastest."""
+    ways = (pairs.bias is None, pairs.ceiling is None, pairs.reference is None)
+    shape = size_class(queries.shape[0], *rows.shape)
+    return work, architecture_of(queries.device), queries.dtype, shape, ways
 
 
 def _block_queries(bytes_per_query: int) -> int:

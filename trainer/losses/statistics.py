@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from trainer.comm import Comm
 from trainer.errors import DataError
+from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.prototype_logits import Backend, pair_products, prototype_logits
 from trainer.kernels.tiled import Tile, finite, fixed_reference
 
@@ -65,6 +66,7 @@ def prototype_statistics(
     gather_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
     backend: Backend = "auto",
+    kernel_sizes: KernelSizes = "fixed",
 ) -> Statistics:
     """The statistics of the global batch, of which this rank brings some samples.
 
@@ -87,6 +89,7 @@ def prototype_statistics(
         present=None if present is None else comm.all_gather(present),
         tile=tile,
         backend=backend,
+        kernel_sizes=kernel_sizes,
     )
 
 
@@ -111,6 +114,7 @@ def statistics_of_gathered(
     present: Bool[Tensor, " batch"] | None = None,
     tile: Tile | None = None,
     backend: Backend = "auto",
+    kernel_sizes: KernelSizes = "fixed",
 ) -> Statistics:
     """As `prototype_statistics`, of unit features and labels that every rank already has."""
     positions = active.positions(labels)
@@ -124,6 +128,7 @@ def statistics_of_gathered(
         ceiling=ceiling,
         tile=tile,
         backend=backend,
+        kernel_sizes=kernel_sizes,
     )
     if present is None:
         present = torch.ones(len(labels), dtype=torch.bool, device=labels.device)

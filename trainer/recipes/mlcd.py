@@ -26,6 +26,7 @@ from trainer.data.classes import class_labels
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, key_of
+from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.one_pass import fits_one_pass
 from trainer.losses.margin import Margin, MarginKind, coordinate_subset
 from trainer.losses.multilabel import LossKind, MultilabelLoss, multilabel_loss
@@ -68,6 +69,9 @@ class Config(RecipeConfig):
     """Coordinates that a step compares, drawn anew for each; all where None."""
     drop_unlabelled: bool = False
     """Leave samples without a label out of `mlcd`'s negative term too."""
+    kernel_sizes: KernelSizes = "fixed"
+    """Of the programs on a GPU: `fixed` gives every run the same bits; `timed` tries a few in the
+    first step and keeps the fastest. Nothing to choose without a GPU."""
     figures_every: PositiveInt = 10
     """Steps between two readings of the negatives' mean cosine and the head's figures, which cost
     an exchange of the features; `log_every` shows them if it is a multiple."""
@@ -162,7 +166,10 @@ class Recipe(WithoutPhases):
         if rows.device.type == "cpu" and self._in_one_pass:
             return one_pass_multilabel_loss(rows, labels, active, comm, **options, **exchange)
         statistics = prototype_statistics(
-            rows, labels, active, comm, scale=config.scale, **exchange
+            *(rows, labels, active, comm),
+            scale=config.scale,
+            kernel_sizes=config.kernel_sizes,
+            **exchange,
         )
         return multilabel_loss(statistics, **options)
 
