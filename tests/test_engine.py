@@ -14,6 +14,7 @@ from trainer.accumulate import accumulate
 from trainer.comm import Comm
 from trainer.config import OptimConfig
 from trainer.data.tokenize import train_tokenizer
+from trainer.errors import ConfigError
 from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import HeadConfig, TowerConfig, TwoTowerConfig, build_two_tower
 from trainer.types import Batch, Features, Losses
@@ -190,6 +191,25 @@ def measure_bytes(comm: Comm) -> dict[str, int]:
     engine = new_engine(comm, "zero3")
     run_steps(engine, comm, range(1), 1)
     return engine.bytes_per_rank()
+
+
+@pytest.mark.parametrize(
+    "halves",
+    [
+        {"fp16": {"enabled": True}},
+        {"fp16": {"enabled": "auto"}},
+        {"amp": {"enabled": True}},
+        {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+    ],
+)
+def test_a_file_that_scales_losses_is_refused_with_the_way_out(tmp_path, halves):
+    from trainer.engine import Engine
+
+    path = tmp_path / "fp16.json"
+    path.write_text(json.dumps(halves))
+    comm = Comm.solo()
+    with pytest.raises(ConfigError, match=r"fp16.json turns on .* scales losses.*\"bf16\""):
+        Engine(small_model(comm), OPTIM, comm, deepspeed_config=path, micro_batch=1)
 
 
 def test_bfloat16_takes_steps_at_every_stage():

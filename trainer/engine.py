@@ -349,10 +349,29 @@ def _deepspeed_config(
         raise ConfigError(
             f"{path} sets {', '.join(twice)}, which the run's YAML decides; remove it"
         )
+    _refuse_scaled_losses(config, path)
     if config.get("bf16", {}).get("enabled") == "auto":
         config["bf16"]["enabled"] = comm.device.type == "cuda"
     config.setdefault("zero_optimization", {"stage": 0})
     return config | injected
+
+
+def _refuse_scaled_losses(config: Mapping[str, Any], path: Path) -> None:
+    """ConfigError where DeepSpeed would multiply the loss, as float16 gradients need it.
+
+    Heads and other parts outside of it have their gradients from the same backward pass, and
+    nobody would divide those again.
+    """
+    scaled = [name for name in ("fp16", "amp") if config.get(name, {}).get("enabled")]
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled") and str(autocast.get("dtype")) in {"fp16", "float16", "half"}:
+        scaled.append("torch_autocast in float16")
+    if scaled:
+        raise ConfigError(
+            f"{path} turns on {' and '.join(scaled)}, which scales losses: gradients outside of "
+            'DeepSpeed (prototype heads) would be wrong by that factor; use "bf16": '
+            '{"enabled": "auto"}, or nothing for float32'
+        )
 
 
 def _adamw(model: Model, optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
