@@ -161,6 +161,29 @@ def test_a6_2_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
         )
 
 
+def test_a6_33_one_label_of_mlcd_is_the_object_loss_of_rice() -> None:
+    """arXiv 2507.20025: log(1 + e^-s) + log(1 + sum over sampled negatives of e^s), with a margin
+    of 0.3 on the positive; written out, object by object, and its gradients."""
+    features, rows, labels = (leaf.clone() for leaf in a_table())
+    features.requires_grad_()
+    sampled = torch.arange(0, len(rows), 2)
+    total = torch.zeros((), dtype=torch.float64)
+    for feature, label in zip(normalize(features), labels[:, 0], strict=True):
+        cosines = normalize(rows) @ feature
+        negatives = cosines[sampled[sampled != label]]
+        total = total + (-20.0 * (cosines[label] - 0.3)).exp().log1p()
+        total = total + (20.0 * negatives).exp().sum().log1p()
+    others = torch.arange(1, len(rows), 2)
+    ids = torch.cat([sampled, others])
+    active = ActiveRows(rows[ids], ids, len(sampled))
+    statistics = prototype_statistics(features, labels[:, :1], active, Comm.solo(), scale=20.0)
+    ours = multilabel_loss(statistics, kind="mlcd", scale=20.0, margin=Margin("cosine", 0.3)).loss
+    torch.testing.assert_close(ours, total / len(features))
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, features), torch.autograd.grad(total / len(features), features)
+    )
+
+
 def test_a_single_label_loss_refuses_several() -> None:
     with pytest.raises(ConfigError, match="one label a sample, not 3"):
         multilabel_loss(drawn(0), kind="pfc_ce")

@@ -8,7 +8,12 @@ cosines c_ik with the positives, of which a margin makes s phi(c_ik).
     slots  mean_k [log(e^N_i + e^(s phi_ik)) - s phi_ik]       one cross-entropy for each label
 
 `slots` with one label is the cross-entropy of Partial FC (`pfc_ce`, which takes one label only),
-and so is `mlc`; `mlcd` with one label is RICE's object loss (arXiv 2507.20025).
+and so is `mlc`. `mlcd` with one label is RICE's object loss (arXiv 2507.20025): there is no other
+name for it here.
+
+All labels of a sample share one set of negatives, without any of its positives, so that `slots` is
+eight cross-entropies at the price of one. The published form draws negatives for each slot anew,
+and lets a sample's other positives in.
 """
 
 from __future__ import annotations
