@@ -77,6 +77,17 @@ def test_labels_do_not_depend_on_the_batch() -> None:
     assert torch.equal(pieces, whole)
 
 
+@pytest.mark.parametrize("clusters", [255, 256, 700, 1300])
+def test_wide_cells(clusters: int) -> None:
+    """Columns are compared in groups, and some are left over."""
+    generator = torch.Generator().manual_seed(clusters)
+    centroids = torch.randn(clusters, 6, generator=generator).round(decimals=1)
+    points = torch.cat([centroids, torch.randn(300, 6, generator=generator)])
+    points[-1] = 0.5 * (centroids[0] + centroids[-1])
+    one_cell = grouped(centroids, 1, probes=1)
+    assert torch.equal(assign_two_level(points, one_cell), distances(points, centroids).argmin(1))
+
+
 def looked_into(points: Tensor, cells: Cells) -> Tensor:
     """[points, cells] who looks where, from the pairs."""
     rows, members = probed(points - cells.table.origin, cells)

@@ -35,7 +35,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _growth(axis: Any, rows: Sequence[Row], name: str) -> None:
-    """CPU time over one of the sizes, a line for each side; the dashes grow in proportion."""
+    """CPU time over one of the sizes, a line for each side; the dots grow in proportion."""
+    from matplotlib.ticker import LogLocator
+
     for side in dict.fromkeys(row["name"] for row in rows):
         line = _sorted(rows, side, lambda row: row[name])
         sizes, seconds = [r[name] for r in line], [r["cpu_seconds"] for r in line]
@@ -46,6 +48,8 @@ def _growth(axis: Any, rows: Sequence[Row], name: str) -> None:
     axis.set_xticks(sorted({row[name] for row in rows}), labels=None)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 

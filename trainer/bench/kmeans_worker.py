@@ -46,9 +46,7 @@ class Case(Frozen):
     size: Size
     iterations: PositiveInt = 5
     probes: PositiveInt | None = None
-    """Of ours: two-level search with so many cells a point; exact where None."""
-    cells: PositiveInt | None = None
-    """About 1.4 sqrt(K) where None."""
+    """Of ours: two-level search with so many of about sqrt(K) cells a point; exact where None."""
 
 
 def make_points(size: Size) -> Tensor:
@@ -114,8 +112,7 @@ def _ours(case: Case, comm: Comm) -> Callable[[Tensor, Tensor], Tensor]:
     clusters = case.size.clusters
     config = KMeansConfig(clusters=clusters, iterations=case.iterations)
     if case.probes is not None:
-        cells = case.cells or int(1.4 * clusters**0.5)
-        two_level = {"assignment": "two_level", "cells": cells, "probes": case.probes}
+        two_level = {"assignment": "two_level", "probes": case.probes}
         config = config.model_copy(update=two_level)
     ids = torch.arange(*comm.row_range(case.size.points))
     return lambda points, start: kmeans(points, ids, config, comm, initial=start).centroids
