@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--spherical", action="store_true", help="samples, centroids of length one")
     how.add_argument("--two-level", action="store_true", help="search the nearest cells only")
     how.add_argument("--cells", type=int, help="of the two-level search; default sqrt(K)")
-    how.add_argument("--probes", type=int, default=8, help="cells a sample looks into")
+    how.add_argument("--probes", type=int, default=8, help="cells a sample looks into, on average")
     how.add_argument(
         "--init", dest="start", choices=["sampled", "parallel", "hierarchical"], default="sampled"
     )

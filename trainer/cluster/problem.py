@@ -45,9 +45,11 @@ class KMeansConfig(Frozen):
     """`two_level` looks for the nearest centroid in the nearest coarse cells only. Its labels, and
     so the objective, may be worse than the best; it pays from some thousand clusters on."""
     cells: PositiveInt | None = None
-    """Coarse cells of the two-level assignment; about sqrt(K) where None."""
+    """Coarse cells of the two-level assignment; about sqrt(K) where None. Where clusters are tight
+    and far apart, twice as many with twice the probes find more for the same time."""
     probes: PositiveInt = 8
-    """Cells a point looks into. More cost time and find better centroids."""
+    """Cells a point looks into, about, on average; points between cells look into up to four times
+    as many. More cost time and find better centroids."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the scan's products; `auto` times float32 and a half precision. float16 is for GPUs. The
     result does not depend on it."""
