@@ -42,9 +42,13 @@ def test_other_runs_are_read(name: str) -> None:
     assert load_run(RUNS / f"{name}.yaml").recipe.name == name.split("_")[0]
 
 
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def test_a_tiny_grid_with_teachers_trains_and_draws(tmp_path: Path) -> None:
-    """Two real cells: the cell with teachers has their terms in its metrics, and its groups are
-    kept in its workdir."""
+    """Two real cells of 100 steps: the cell with teachers has their terms in its metrics, its
+    groups are kept in its workdir, and not a byte of the teachers' vectors has changed."""
     spec = write_shards(tmp_path / "shards", count=24, per_shard=12)
     write_vectors(tmp_path / "store", spec, vectors=3)
     base = tmp_path / "base.yaml"
@@ -56,12 +60,13 @@ def test_a_tiny_grid_with_teachers_trains_and_draws(tmp_path: Path) -> None:
     grid = {
         "workdir": str(tmp_path / "grid"),
         "base": str(base),
-        "shared": ["steps=3", "recipe.warmup_episodes=0", "log_every=1 steps"],
+        "shared": ["steps=100", "recipe.warmup_episodes=0", "log_every=1 steps"],
         "variants": {"none": [], "teachers": [f"recipe.teachers=[{', '.join(entries)}]"]},
         "seeds": [0],
         "at_a_time": 2,
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    before = bytes_in(tmp_path / "store")
     table = run_comparison(load_comparison(tmp_path / "grid.yaml"))
     assert "| none | 1 |" in table
     assert "| teachers | 1 |" in table
@@ -69,6 +74,7 @@ def test_a_tiny_grid_with_teachers_trains_and_draws(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     terms = {f"{s}_from_{t}" for s in ("image", "text") for t in ("pooled", "facets-0", "facets-2")}
     assert terms <= lines[-1]["values"].keys()
+    assert bytes_in(tmp_path / "store") == before
     kept = {path.name for path in (workdir / "teachers").iterdir()}
     assert kept == {"pooled", "facets"}
     assert (tmp_path / "grid" / "table.png").read_bytes()[:4] == b"\x89PNG"

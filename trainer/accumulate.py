@@ -79,5 +79,4 @@ def _joined_batch(batches: Sequence[Batch]) -> Batch:
         present = [value for value in values if value is not None]
         return torch.cat(present) if present else None
 
-    images, tokens, masks, ids, epochs = zip(*batches, strict=True)
-    return Batch(joined(images), joined(tokens), joined(masks), torch.cat(ids), joined(epochs))
+    return Batch._make(joined(values) for values in zip(*batches, strict=True))

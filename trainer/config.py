@@ -43,6 +43,10 @@ class RecipeConfig(Frozen):
 
     name: str
 
+    def join(self, seed: int) -> Any:
+        """What data workers read beside the images (`trainer.data.feed.Join`), if anything."""
+        return None
+
 
 class Period(Frozen):
     """How often something is due: `1000 steps`, `2 epochs`, `30 min`, or `never`."""

@@ -95,6 +95,7 @@ def stream_of(
         global_batch=config.global_batch,
         micro_batch=micro_batch,
         workdir=config.workdir,
+        join=config.recipe.join(config.seed),
     )
 
 

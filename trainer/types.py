@@ -29,6 +29,8 @@ class Batch(NamedTuple):
     """63-bit ids; labels and teacher vectors are joined by them, never by position."""
     epoch: Int[Tensor, " batch"] | None = None
     """How often the run had been through the data when it came to the sample."""
+    texts: Float[Tensor, "batch drawn dim"] | None = None
+    """Vectors of texts that this visit of the sample draws, where a recipe asks for them."""
 
 
 class Features(NamedTuple):

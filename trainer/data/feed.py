@@ -6,13 +6,13 @@ A task names positions of the run, so what comes back does not depend on who wor
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
@@ -69,6 +69,7 @@ class RawBatch(NamedTuple):
     token_mask: Bool[Tensor, "batch length"] | None
     sample_id: Int64[Tensor, " batch"]
     epochs: Int64[Tensor, " batch"]
+    texts: Float32[Tensor, "batch n dim"] | None
     num_read: int
     rejected: tuple[Rejected, ...]
 
@@ -79,6 +80,9 @@ class Failure(NamedTuple):
     message: str
     rejected: tuple[Rejected, ...]
 
+
+Join = Callable[[Int64[Tensor, " batch"], Int64[Tensor, " batch"]], Float32[Tensor, "batch n dim"]]
+"""Vectors that belong to samples of these ids in these epochs, read where images are decoded."""
 
 Prepared = tuple[UInt8[Tensor, "3 size size"], str]
 """One sample's image and caption."""
@@ -95,8 +99,9 @@ class Prepare:
         image_size: int,
         text_length: int,
         seed: int,
+        join: Join | None = None,
     ) -> None:
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.config, self.tokenizer, self.seed, self.join = config, tokenizer, seed, join
         self.image_size, self.text_length = image_size, text_length
         self.kept = DecodedImages(config.cache_mib << 20) if config.cache_mib else None
 
@@ -134,12 +139,15 @@ class Prepare:
         if self.tokenizer is not None:
             captions = [caption for _, caption in samples]
             tokens, mask = tokenize(self.tokenizer, captions, length=self.text_length)
+        sample_id = torch.tensor(ids, dtype=torch.int64)
+        epoch = torch.tensor(epochs, dtype=torch.int64)
         return RawBatch(
             images=torch.stack([image for image, _ in samples]),
             tokens=tokens,
             token_mask=mask,
-            sample_id=torch.tensor(ids, dtype=torch.int64),
-            epochs=torch.tensor(epochs, dtype=torch.int64),
+            sample_id=sample_id,
+            epochs=epoch,
+            texts=None if self.join is None else self.join(sample_id, epoch),
             num_read=len(samples) + len(rejected),
             rejected=tuple(rejected),
         )

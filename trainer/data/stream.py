@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import DataConfig, micro_batches
-from trainer.data.feed import Failure, Feed, IndexedSamples, Plan, Prepare, RawBatch
+from trainer.data.feed import Failure, Feed, IndexedSamples, Join, Plan, Prepare, RawBatch
 from trainer.data.ledger import Ledger
 from trainer.data.order import Order, Share
 from trainer.data.shards import ShardSet
@@ -57,6 +57,7 @@ class Stream:
         global_batch: int,
         micro_batch: int,
         workdir: Path | None,
+        join: Join | None = None,
     ) -> None:
         self.config, self.comm, self.seed = config, comm, seed
         _, self.num_micro_batches = micro_batches(
@@ -71,6 +72,7 @@ class Stream:
             image_size=image_size,
             text_length=text_length,
             seed=seed,
+            join=join,
         )
         self.epoch_size, self._source = _open_source(config, comm, prepare)
         self.wait_seconds = 0.0
@@ -144,6 +146,7 @@ class Stream:
             else _filled(raw.token_mask.to(device), missing),
             sample_id=torch.cat([raw.sample_id, padding]).to(device),
             epoch=_filled(raw.epochs.to(device), missing),
+            texts=None if raw.texts is None else _filled(raw.texts.to(device), missing),
         )
 
 

@@ -41,7 +41,7 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
     if config.text_store is None:
         vectors = embed_texts(texts, encode, context)
     else:
-        vectors = stored_prompts(texts, config).to(comm.device)
+        vectors = stored_prompts(texts, config, dim=share.features.shape[1]).to(comm.device)
     vectors = vectors.view(len(names), len(config.templates), -1)
     right = answers(share, config.target, names, comm)
     figures = tally(
@@ -74,10 +74,17 @@ def prompts_of(config: EvalConfig) -> list[str]:
     return prompts(sorted(map(str, names)), config.templates)
 
 
-def stored_prompts(texts: Sequence[str], config: EvalConfig) -> Float[Tensor, "n dim"]:
+def stored_prompts(
+    texts: Sequence[str], config: EvalConfig, *, dim: int
+) -> Float[Tensor, "n {dim}"]:
     """Unit vectors of prompts from a store that was made of texts; DataError where one lacks."""
     assert config.text_store is not None
     store = EmbeddingStore.open(config.text_store)
+    if store.dim != dim:
+        raise ConfigError(
+            f"evaluation {config.label}: {store.folder} holds vectors of {store.dim} numbers, the "
+            f"model gives {dim}"
+        )
     ids = torch.tensor([text_id(text) for text in texts])
     lacking = np.flatnonzero(~np.isin(ids.numpy(), store.ids))
     if len(lacking):

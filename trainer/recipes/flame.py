@@ -2,7 +2,8 @@
 
 What the language model says of a caption (the caption as it is, and what stands behind prompts
 about its categories, action, mood) was computed once by `tools/embed.py`. A visit of an image
-draws some of these vectors; the language model itself is neither in memory nor in checkpoints.
+draws some of these vectors, which the data workers read; the language model itself is neither in
+memory nor in checkpoints.
 
 Beyond the original: facets are drawn by hash of seed, epoch and sample id; images travel between
 ranks instead of texts; no parameter is unused; the vectors' store is verified when a run goes on.
@@ -32,6 +33,30 @@ from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
+class DrawnTexts:
+    """Which vectors of a store a visit of a sample draws, and these vectors.
+
+    It travels to the data workers, which read while the model computes; each opens the store.
+    """
+
+    def __init__(self, folder: Path, count: int, seed: int) -> None:
+        self.folder, self.count, self.key = folder, count, key_of(seed, "facets")
+        self.store: EmbeddingStore | None = None
+
+    def __call__(
+        self, sample_id: Int64[Tensor, " batch"], epoch: Int64[Tensor, " batch"]
+    ) -> Float32[Tensor, "batch drawn dim"]:
+        """Unit vectors."""
+        self.store = self.store or EmbeddingStore.open(self.folder)
+        total = self.store.num_vectors
+        which = drawn_texts(sample_id, epoch, count=self.count, total=total, key=self.key)
+        # Half precision or int8 on disk: lengths are one only to that precision.
+        return normalize(self.store.vectors(sample_id, which), dim=-1)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "store": None}
+
+
 class Config(RecipeConfig):
     name: Literal["flame"] = "flame"
     model: ImageTowerConfig = ImageTowerConfig()
@@ -50,6 +75,9 @@ class Config(RecipeConfig):
     scale_max: float = Field(default=100.0, gt=1)
     """The scale is kept within [1, scale_max]."""
 
+    def join(self, seed: int) -> DrawnTexts:
+        return DrawnTexts(self.store, self.texts_per_visit, seed)
+
     @property
     def initial_logit_scale(self) -> float:
         return self.logit_scale_init or (10.0 if self.loss == "mp_sigmoid" else 1 / 0.07)
@@ -58,9 +86,8 @@ class Config(RecipeConfig):
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.comm = config, context.comm
-        self.key = key_of(context.seed, "facets")
-        self.store = EmbeddingStore.open(config.store)
-        _check(config, self.store)
+        store = EmbeddingStore.open(config.store)
+        _check(config, store)
         self.model = build_patch_tower(
             config.model,
             hidden=config.head_hidden,
@@ -69,13 +96,14 @@ class Recipe(WithoutPhases):
             logit_bias=config.logit_bias_init if config.loss == "mp_sigmoid" else None,
             seed=context.seed,
         )
-        digests = {"texts": store_digest(self.store)}
+        digests = {"texts": store_digest(store)}
         self.parts: Mapping[str, Part] = {"store": FrozenStores(digests, context.comm)}
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         assert features.image is not None
         assert features.logit_scale is not None
-        texts = self.texts(batch).to(features.image.device)
+        assert batch.texts is not None
+        texts = batch.texts
         if features.logit_bias is None:
             value = multi_positive_nce(features.image, texts, features.logit_scale, self.comm)
         else:
@@ -83,20 +111,6 @@ class Recipe(WithoutPhases):
                 features.image, texts, features.logit_scale, features.logit_bias, self.comm
             )
         return Losses({self.config.loss: (value, 1.0)})
-
-    def texts(self, batch: Batch) -> Float32[Tensor, "batch drawn dim"]:
-        """The vectors that this visit of the samples draws, as unit vectors, on the CPU."""
-        assert batch.epoch is not None
-        ids = batch.sample_id.cpu()
-        which = drawn_texts(
-            ids,
-            batch.epoch.cpu(),
-            count=self.config.texts_per_visit,
-            total=self.store.num_vectors,
-            key=self.key,
-        )
-        # Half precision or int8 on disk: lengths are one only to that precision.
-        return normalize(self.store.vectors(ids, which), dim=-1)
 
 
 def drawn_texts(
