@@ -9,7 +9,8 @@ from tests.ranks import run_ranks
 from trainer.bench import head_step, prototype_logits_worker
 from trainer.bench.head_step import HeadCase
 from trainer.bench.memory import peak_resident_bytes
-from trainer.bench.prototype_logits import LogitsCase, plot
+from trainer.bench.prototype_logits import LogitsCase
+from trainer.bench.prototype_logits_plot import plot
 from trainer.bench.prototype_logits_worker import Lap, measure, naive, ours, problem
 from trainer.comm import Comm
 

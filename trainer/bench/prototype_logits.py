@@ -70,6 +70,8 @@ def measure_options(options: Namespace) -> list[dict[str, Any]]:
         how = {"threads": threads, "rounds": options.rounds, "sides": options.sides}
         rows += run(sweep(*shapes, **how, most_logit_bytes=options.most_logits << 20))
     if options.plot:
+        from trainer.bench.prototype_logits_plot import plot
+
         plot(rows, options.plot)
     return rows
 
@@ -80,8 +82,9 @@ def run(cases: Sequence[LogitsCase]) -> list[dict[str, Any]]:
     seconds, cpu_seconds: least of the rounds; extra_bytes: peak memory above the inputs, and
     backward above the gradient of the rows; peak_share: of the machine's speed in a large product
     of float32 matrices, counting the products that nobody can avoid; bound_share: of the time of
-    these products alone, run the same way. On a CPU shares and ratios are of CPU time, which other
-    programs on the machine disturb less.
+    these products alone, run the same way, at the better of two ways to cut them; load: programs
+    that wanted a processor in the last minute, this one among them. On a CPU shares and ratios are
+    of CPU time, which other programs on the machine disturb less.
     """
     rows: list[dict[str, Any]] = []
     for case in cases:
@@ -103,29 +106,3 @@ def _compared(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, 
         ratios["speed_to_naive"] = round(naive[time] / row[time], 3)
         ratios["naive_memory_to_this"] = round(naive["extra_bytes"] / max(1, row["extra_bytes"]), 1)
     return {"bench": "prototype-logits", **row, **ratios}
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """CPU time and memory over the number of prototypes, a line for each side and shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    measured = [r for r in rows if r["seconds"] is not None and r["pass"] == "forward+backward"]
-    for name in dict.fromkeys(row["name"] for row in measured):
-        for batch, dim in sorted({(r["batch"], r["dim"]) for r in measured}):
-            line = [r for r in measured if (r["name"], r["batch"], r["dim"]) == (name, batch, dim)]
-            line.sort(key=lambda r: r["prototypes"])
-            counts, label = [r["prototypes"] for r in line], f"{name} {batch} x {dim}"
-            style = {"marker": "o", "linestyle": "-" if name == "ours" else "--", "label": label}
-            axes[0].loglog(counts, [r["cpu_seconds"] for r in line], **style)
-            memory = [max(r["extra_bytes"], 1 << 20) / 2**20 for r in line]
-            axes[1].loglog(counts, memory, **style)
-    for axis, title in zip(axes, ("CPU seconds", "extra MiB, at least 1"), strict=True):
-        axis.set(xlabel="prototypes", ylabel=title)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from torch.nn.functional import cross_entropy, normalize
 
 from trainer.bench.memory import peak_bytes, peak_resident_bytes
 from trainer.bench.prototype_logits import PASSES, LogitsCase, Pass
-from trainer.kernels.one_pass import gradients_in_one_pass
+from trainer.kernels.one_pass import fits_one_pass, gradients_in_one_pass
 from trainer.kernels.prototype_logits import prototype_logits
 
 SCALE = 64.0
-BOUND_ROWS = 1 << 15
-"""Rows of one bare product: large enough for full speed, small enough for memory."""
+WHOLE = 1 << 30
+BOUND_TILES = {"cpu": ((WHOLE, 1024), (128, 2048)), "cuda": ((WHOLE, 1 << 15),)}
+"""Queries and rows of one bare product, of which the faster counts: which is best in a processor's
+cache depends on the shape."""
 
 
 class Result(NamedTuple):
@@ -38,7 +41,9 @@ Side = Callable[[Tensor, Tensor, Tensor, bool], Result]
 
 
 def ours(features: Tensor, rows: Tensor, labels: Tensor, backward: bool) -> Result:
-    if backward and not features.is_cuda:
+    """As the recipes choose: one pass where its buffer is bounded, kernels on a GPU."""
+    fits = fits_one_pass(rows.shape[0], rows.shape[1], rows.element_size())
+    if backward and fits and not features.is_cuda:
         return _in_one_pass(features, rows, labels)
     return _differentiated(_streamed, features, rows, labels, backward)
 
@@ -113,18 +118,22 @@ def _differentiated(
     return Result(loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
-def bare_products(features: Tensor, rows: Tensor, backward: bool) -> None:
+def bare_products(features: Tensor, rows: Tensor, backward: bool, tile: tuple[int, int]) -> None:
     """The products that every implementation makes, and nothing else: one, or three."""
-    part = rows[:BOUND_ROWS]
-    logits = features.new_empty(len(features), len(part))
-    of_features, of_rows = torch.zeros_like(features), torch.empty_like(part)
-    for first in range(0, len(rows), BOUND_ROWS):
-        some = rows[first : first + BOUND_ROWS]
-        there = logits[:, : len(some)]
-        torch.mm(features, some.T, out=there)
-        if backward:
-            of_features.addmm_(there, some, beta=0.5)
-            torch.mm(there.T, features, out=of_rows[: len(some)])
+    of_features, of_rows = (
+        torch.zeros_like(features),
+        torch.empty_like(rows if backward else rows[:0]),
+    )
+    for first in range(0, len(features), tile[0]):
+        queries, pulled = features[first : first + tile[0]], of_features[first : first + tile[0]]
+        logits = features.new_empty(min(tile[1], len(rows)), len(queries))
+        for start in range(0, len(rows), tile[1]):
+            part = slice(start, start + tile[1])
+            there = logits[: len(rows[part])]
+            torch.mm(rows[part], queries.T, out=there)
+            if backward:
+                pulled.addmm_(there.T, rows[part], beta=0.5)
+                of_rows[part].addmm_(there, queries, beta=0.5 if first else 0.0)
 
 
 class Lap(NamedTuple):
@@ -167,7 +176,8 @@ def _of_pass(
 ) -> list[dict[str, Any]]:
     backward = which == "forward+backward"
     works: dict[str, Callable[[], object]] = {
-        "bound": lambda: bare_products(features, rows, backward)
+        f"bound {tile}": partial(bare_products, features, rows, backward, tile)
+        for tile in BOUND_TILES[features.device.type]
     }
     absent = {}
     for name, side in sides.items():
@@ -182,13 +192,15 @@ def _of_pass(
         work()  # what is compiled or found out at the first call
         extra[name] = _peak(work, features.device) - (rows.nbytes if backward else 0)
     laps = _laps(works, case.rounds, features.device)
+    column = 0 if features.is_cuda else 1
+    bound = min(lap[column] for name, lap in laps.items() if name.startswith("bound"))
     flops = (3 if backward else 1) * 2 * case.batch * case.prototypes * case.dim
     shared = {
         **case.model_dump(include={"batch", "prototypes", "dim", "threads"}),
         "pass": which,
         "device": features.device.type,
+        "load": round(os.getloadavg()[0], 1),
     }
-    column = 0 if features.is_cuda else 1
     result = []
     for name in sides:
         row: dict[str, Any] = {"name": name, **shared}
@@ -197,8 +209,7 @@ def _of_pass(
             continue
         lap = laps[name]
         row |= {"seconds": lap.clock, "cpu_seconds": lap.cpu, "extra_bytes": max(0, extra[name])}
-        row |= {"bound_seconds": laps["bound"][column]}
-        row |= {"bound_share": round(laps["bound"][column] / lap[column], 3)}
+        row |= {"bound_seconds": bound, "bound_share": round(bound / lap[column], 3)}
         row |= {"peak_share": round(flops / lap[column] * peak[column], 3)}
         result.append(row)
     return result
