@@ -23,7 +23,7 @@ from trainer.bench.kmeans_worker import Case, Size
 from trainer.bench.launch import launch
 from trainer.bench.options import number_list
 
-TWO_LEVEL = {"ours-two-level": 8, "ours-two-level-fast": 3}
+TWO_LEVEL = {"ours-two-level": 9, "ours-two-level-fast": 3}
 """Probes of the two-level sides."""
 SIDES = ("ours-exact", *TWO_LEVEL, "faiss", "sklearn", "superkmeans")
 STUDIES = ("peers", "curve", "growth", "ranks")

@@ -275,7 +275,8 @@ def _assigner(problem: Problem, centroids: Tensor) -> tuple[int, Callable[[Tenso
             assign_block, table=table, column_block=config.column_block
         )
     cells = coarse_cells(centroids, config, problem.comm)
-    return max(config.row_block, two_level.ROWS), partial(two_level.assign_two_level, cells=cells)
+    rows = max(config.row_block, two_level.rows_at_once(centroids.shape[1]))
+    return rows, partial(two_level.assign_two_level, cells=cells)
 
 
 def coarse_cells(centroids: Tensor, config: KMeansConfig, comm: Comm) -> two_level.Cells:

@@ -11,7 +11,7 @@ import torch
 from trainer.cluster.layout import ranks_per_row
 from trainer.cluster.problem import KMeansConfig
 from trainer.cluster.table import MEMBERS
-from trainer.cluster.two_level import ROWS
+from trainer.cluster.two_level import rows_at_once
 from trainer.errors import ConfigError
 
 _COARSE_UPDATES = 5
@@ -96,7 +96,7 @@ def plan(
     scores = cells + config.probes * clusters / cells if two_level else float(clusters)
     coarse = 2.0 * _COARSE_UPDATES * clusters * cells * dim
     flop = 2.0 * points * min(scores, cells + clusters) * dim + coarse
-    rows = config.row_block if not two_level else max(config.row_block, ROWS)
+    rows = config.row_block if not two_level else max(config.row_block, rows_at_once(dim))
     size = ranks_per_row(config, dim=dim, ranks=ranks)
     groups, held = ranks // size, -(-clusters // size)
     owned = -(-held // groups)

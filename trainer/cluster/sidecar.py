@@ -34,7 +34,7 @@ from trainer.cluster.problem import KMeansConfig, scan_precision
 from trainer.cluster.stored import StoredPoints
 from trainer.cluster.together import rounds
 from trainer.cluster.top import Nearest, nearest, nearest_two_level
-from trainer.cluster.two_level import ROWS
+from trainer.cluster.two_level import rows_at_once
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.manifest import sync_folder, write_durably
@@ -73,7 +73,7 @@ def lookup(
     rest = (count, grid.whole(torch.cat(lengths)), grid.scorers)
     if config.assignment == "two_level":
         cells = coarse_cells(centroids, config, comm)
-        rows = max(config.row_block, ROWS)
+        rows = max(config.row_block, rows_at_once(points.dim))
         return Lookup(rows, lambda block: nearest_two_level(block, cells, count=count), *rest)
     precision = scan_precision(points, config, comm, grid)
     table = prepare(centroids, precision=precision, scorers=grid.scorers)

@@ -23,7 +23,8 @@ from trainer.cluster.assign import (
     scores_of,
 )
 
-ROWS = 32768
+_ELEMENTS = 1 << 22
+_LEAST_ROWS, _MOST_ROWS = 1 << 12, 1 << 16
 _ROWS_AT_ONCE = 2048
 _SAMPLES = 2048
 _MOST = 4
@@ -98,10 +99,15 @@ def _reach(cells: Cells, probes: int) -> float:
     return float(behind.kthvalue(probes * some.shape[0]).values)
 
 
+def rows_at_once(dim: int) -> int:
+    """Points to take together: many, so that each cell has some, in 16 MiB."""
+    return min(max(_ELEMENTS // dim, _LEAST_ROWS), _MOST_ROWS)
+
+
 def assign_two_level(points: Float[Tensor, "n d"], cells: Cells) -> Int64[Tensor, " n"]:
     """The nearest centroid of every point among its nearest cells, ties to the lowest id.
 
-    Holds a byte for every point and cell: give it some 10 000 points at once.
+    Holds a byte for every point and cell: give it `rows_at_once`.
     """
     shifted = points.float() - cells.table.origin
     rows, members = probed(shifted, cells)
