@@ -82,8 +82,10 @@ def test_a_tiny_grid_with_teachers_trains_and_draws(tmp_path: Path) -> None:
 
 def test_a_comparison_is_drawn_whatever_is_missing(tmp_path: Path) -> None:
     plot_comparison(
-        {"a": [{"x": 1.0}, {"x": 2.0, "y": 3.0}], "b": [{"y": 1.0}]}, tmp_path / "p.png"
+        {"a": [{"x": 1.0}, {"x": 2.0, "y": 3.0}], "b": [{"y": 1.0}]},
+        tmp_path / "p.png",
+        {"chance": {"x": 0.5}, "pixels": {}},
     )
     assert (tmp_path / "p.png").stat().st_size > 1000
-    plot_comparison({}, tmp_path / "none.png")
+    plot_comparison({}, tmp_path / "none.png", {})
     assert not (tmp_path / "none.png").exists()

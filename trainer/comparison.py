@@ -106,7 +106,11 @@ def write_table(comparison: Comparison) -> str:
     table = format_comparison({name: runs for name, runs in rows.items() if any(runs)})
     (comparison.workdir / "table.md").write_text(table + "\n")
     (comparison.workdir / "table.json").write_text(json.dumps(found, indent=2) + "\n")
-    plot_comparison({name: runs for name, runs in found.items() if runs}, comparison.workdir / PLOT)
+    plot_comparison(
+        {name: runs for name, runs in found.items() if runs},
+        comparison.workdir / PLOT,
+        {name: runs[0] for name, runs in floors.items()},
+    )
     return table
 
 
