@@ -28,7 +28,7 @@ def problems() -> dict[str, tuple[Tensor, Tensor, KMeansConfig]]:
     found = {
         name: (points, torch.arange(len(points)), config)
         for name, (points, config) in data_sets().items()
-        if name not in ("faiss", "mixture")
+        if name not in ("faiss", "mixture", "early stop")
     }
     for start in ("parallel", "hierarchical"):
         config = KMeansConfig(clusters=19, iterations=3, start=start)

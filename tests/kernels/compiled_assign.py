@@ -28,7 +28,16 @@ from trainer.kernels.triton_assign import (
 )
 from trainer.kernels.triton_logits import Launch
 
-TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+MAXIMA = (
+    *(("fp16", width) for width in (64, 256, 768)),
+    *(("fp32", width) for width in (128, 768)),
+    ("bf16", 768),
+)
 
 
 class Build(NamedTuple):
@@ -37,6 +46,7 @@ class Build(NamedTuple):
     architecture: str
     kernel: str
     kind: str
+    """Of the operands."""
     width: int
 
     @property
@@ -47,9 +57,7 @@ class Build(NamedTuple):
 
 BUILDS = [
     Build(architecture, "maxima", kind, width)
-    for architecture, (kind, width) in product(
-        TARGETS, (("fp16", 64), ("fp16", 256), ("fp16", 768), ("bf16", 768), ("fp32", 768))
-    )
+    for architecture, (kind, width) in product(TARGETS, MAXIMA)
 ] + [Build(architecture, "scores", "fp16", 768) for architecture in TARGETS]
 
 
@@ -65,7 +73,6 @@ def _maxima(build: Build) -> Any:
         "DIM": launch.dim,
         "GROUP": GROUP,
         "RESIDENT": build.width <= launch.dim,
-        "PRECISION": "tf32",
     }
     pointers = {
         **dict.fromkeys(("points", "centroids"), f"*{build.kind}"),

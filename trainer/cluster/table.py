@@ -20,6 +20,7 @@ NEVER = 1e38
 _ELEMENTS_AT_ONCE = 1 << 26
 # of operands in float32 products on a GPU, by torch.get_float32_matmul_precision()
 _UNIT_ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-10, "medium": 2.0**-8}
+_TF32_CUT = 2.0**-10
 _CUT_SUMS = 4.0
 
 
@@ -168,8 +169,8 @@ def margin_of(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> Margin:
     lengths = shifted.norm(dim=1) * (1 + 2**-7)
     products = lengths * table.longest + 0.5 * table.longest * table.longest
     relative = (shifted.shape[1] + 16) * 2.0**-24 * (_CUT_SUMS if table.fused else 1.0)
-    if shifted.is_cuda and rounded.dtype == torch.float32:
-        relative += 2 * _UNIT_ROUNDOFF[torch.get_float32_matmul_precision()]
+    if rounded.dtype == torch.float32:
+        relative += 2 * _operand_roundoff(shifted, table)
     error = relative * products + lengths * table.rounding
     if rounded is not shifted:
         error += (shifted - rounded.float()).norm(dim=1) * (1 + 2**-7) * table.longest
@@ -178,6 +179,12 @@ def margin_of(shifted: Tensor, rounded: Tensor, table: CentroidTable) -> Margin:
     error = error.masked_fill(~(products < 2.0**100), torch.inf)
     share = 1.01 * torch.finfo(torch.float32 if table.fused else rounded.dtype).eps
     return Margin((2.0 + 2.0 * share) * error, share)
+
+
+def _operand_roundoff(points: Tensor, table: CentroidTable) -> float:
+    """Of float32 operands, in the Triton kernels or in the library's products."""
+    allowed = _UNIT_ROUNDOFF[torch.get_float32_matmul_precision()] if points.is_cuda else 0.0
+    return max(allowed, _TF32_CUT) if table.fused else allowed
 
 
 def repeated(centroids: Float[Tensor, "k d"], scorers: Comm) -> Bool[Tensor, " k"]:

@@ -46,6 +46,7 @@ def refilled(
 
 def splits_of(counts: Int64[Tensor, " k"]) -> list[tuple[int, int]]:
     """Each empty cluster and the one that gives it half of its points, in order."""
+    counts = counts.cpu()
     empty = (counts == 0).nonzero().flatten().tolist()
     # as many as there are empty ones can give; the others never come first
     largest = torch.sort(counts, descending=True, stable=True).indices[: len(empty)]

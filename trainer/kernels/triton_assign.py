@@ -62,7 +62,6 @@ def maxima_of_groups(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     GROUP: tl.constexpr,
     RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One tile of points against a range of column tiles."""
     point_tile = tl.program_id(0)
@@ -79,12 +78,12 @@ def maxima_of_groups(  # type: ignore[no-untyped-def]
         products = tl.zeros([POINTS, COLUMNS], dtype=tl.float32)
         if RESIDENT:
             some_columns = right.load([tile * COLUMNS, 0])
-            products = tl.dot(held, some_columns.T, products, input_precision=PRECISION)
+            products = tl.dot(held, some_columns.T, products, input_precision="tf32")
         else:
             for start in range(0, dim, DIM):
                 some_points = left.load([point_tile * POINTS, start])
                 some_columns = right.load([tile * COLUMNS, start])
-                products = tl.dot(some_points, some_columns.T, products, input_precision=PRECISION)
+                products = tl.dot(some_points, some_columns.T, products, input_precision="tf32")
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         scores = products + tl.load(offsets + column, mask=column < num_columns, other=0.0)[None, :]
         tops = tl.max(tl.reshape(scores, [POINTS, COLUMNS // GROUP, GROUP]), axis=2)
@@ -128,9 +127,9 @@ def group_maxima(
 ) -> Float[Tensor, "n groups"]:
     """max over each group of x.c + offset, float32, of half-precision or float32 operands.
 
-    Contiguous rows of whole 16 bytes. Half-precision products are summed in float32; those of
-    float32 are exact, or of TF32 where torch.set_float32_matmul_precision() allows it. A score
-    that is not a number may be lost.
+    Contiguous rows of whole 16 bytes. Products are summed in float32; float32 operands are cut to
+    TF32 whatever torch's setting is, since the scan's precision changes no label (and exact float32
+    products of such tiles spill). A score that is not a number may be lost.
     """
     launch = launch_for(points, architecture_of(points.device))
     num_groups = centroids.shape[0] // GROUP
@@ -149,7 +148,6 @@ def group_maxima(
         DIM=launch.dim,
         GROUP=GROUP,
         RESIDENT=points.shape[1] <= launch.dim,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
