@@ -44,7 +44,7 @@ from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 
 Exportable = TwoTower | ImageTower
 Rebuilt = Exportable | PatchTower
-Section = TypeVar("Section", bound=ModelConfig)
+Section = TypeVar("Section", TwoTowerConfig, ImageTowerConfig)
 Form = TypeVar("Form", bound=Frozen)
 
 NATIVE = Path("native")
@@ -157,8 +157,10 @@ def _export_patch_tower(
     tower = CLIPVisionModel(model.image.backbone.config)  # with the last norm that we leave out
     tower.load_state_dict({**tower.state_dict(), **model.image.backbone.state_dict()})
     tower.save_pretrained(folder / "image")
+    config = _with_exported_paths(model.config, is_clip=False)
+    assert isinstance(config, ImageTowerConfig)
     form = PatchForm(
-        model=_with_exported_paths(model.config, is_clip=False),
+        model=config,
         hidden=model.image.projection[0].out_features,
         logit_scale=model.logit_scale.initial,
         scale_max=model.logit_scale.largest,
@@ -357,7 +359,7 @@ def _save_native(model: Rebuilt, folder: Path, form: Frozen) -> None:
     (folder / NATIVE / "model.json").write_text(form.model_dump_json(indent=2) + "\n")
 
 
-def _with_exported_paths(config: Section, *, is_clip: bool) -> Section:
+def _with_exported_paths(config: ModelConfig, *, is_clip: bool) -> ModelConfig:
     """Towers that were loaded from somewhere are found in the exported folder from now on."""
     changes: dict[str, Any] = {"tokenizer": "."} if isinstance(config, TwoTowerConfig) else {}
     for name, section in _sections(config).items():
