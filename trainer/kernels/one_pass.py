@@ -16,8 +16,9 @@ from torch import Tensor
 from trainer.kernels.prototype_logits import add_pair_gradients, pair_products
 from trainer.kernels.tiled import LOG2_E, Pairs, fixed_reference, tile_logits
 
-BUFFER_BYTES = 50 << 20
-"""Exponentials of a block of queries against all rows: 128 queries with 100,000 rows."""
+BUFFER_BYTES = 64 << 20
+"""Exponentials of a block of queries against all rows: 160 queries with 100,000 rows. Every block
+reads the rows and adds to their gradient, so that larger ones are a little faster."""
 FEWEST_QUERIES = 64
 """With fewer in a block, the products run at a part of their speed..."""
 WHOLE_QUERIES = 32
