@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainer.kernels.autotune import KernelSizes
+from trainer.kernels.prototype_logits import prototype_logits
 
 pytest.importorskip("triton", reason="Triton's wheel is for Linux")
 
@@ -43,3 +49,22 @@ def test_a6_21_values_and_gradients_equal_float64_on_ragged_shapes() -> None:
         for name, error in row["errors"].items():
             assert error <= TOLERANCES[row["case"]["dtype"]][name], row
     assert {row["case"]["dtype"] for row in rows} == set(TOLERANCES)
+
+
+@pytest.mark.gpu
+def test_a6_25_on_a_gpu_two_runs_have_equal_bits_and_timed_sizes_agree() -> None:
+    """With prototypes that are positives of very many samples, whose gradients meet in one row."""
+    draw = torch.Generator().manual_seed(1)
+    queries, rows = (normalize(torch.randn(n, 96, generator=draw)).cuda() for n in (3000, 20_001))
+    positives = torch.randint(50, (3000, 4), generator=draw).cuda()
+
+    def run(sizes: KernelSizes) -> list[Tensor]:
+        leaves = queries.clone().requires_grad_(), rows.clone().requires_grad_()
+        total, cosines = prototype_logits(*leaves, positives, scale=64.0, kernel_sizes=sizes)
+        gradients = torch.autograd.grad(total.mean() - cosines.square().mean(), leaves)
+        return [total.detach(), cosines.detach(), *gradients]
+
+    first, again, timed = run("fixed"), run("fixed"), run("timed")
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    for one, other in zip(first, timed, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=float(one.abs().max()) * 2e-3)
