@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -27,7 +27,8 @@ from trainer.cluster.hierarchy import hierarchical_start
 from trainer.cluster.layout import laid_out
 from trainer.cluster.parallel import parallel_start
 from trainer.cluster.points import Points, Resident
-from trainer.cluster.problem import Facts, KMeansConfig, KMeansResult, Problem, pose
+from trainer.cluster.problem import KMeansConfig, KMeansResult, Problem, pose
+from trainer.cluster.progress import Observer, Silent, State
 from trainer.cluster.sliced_start import held_starting_points
 from trainer.cluster.start import starting_points
 from trainer.cluster.together import together
@@ -40,39 +41,6 @@ __all__ = ["KMeansConfig", "KMeansResult", "Observer", "State", "cluster", "clus
 
 _CENTROIDS_PER_CELL = 64
 """That the coarse k-means of the centroids looks at."""
-
-
-class State(NamedTuple):
-    """After an update: all that the rest of a run depends on."""
-
-    facts: Facts
-    centroids: Float[Tensor, "k d"]
-    """Those that this rank holds; all of them where ranks form no grid."""
-    objective: list[float]
-    """Mean squared distance per point before each update that was made."""
-    repaired: int
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Is told how a clustering goes; every rank calls its own, at the same moments."""
-
-    def scored(self, iteration: int, objective: float, moved: float | None) -> None:
-        """A pass is done: mean squared distance per point after `iteration` updates, and the
-        share of points that changed their cluster (None where that is not known)."""
-        ...
-
-    def updated(self, state: State) -> None:
-        """There are centroids to go on from: the first ones, or those that have moved."""
-        ...
-
-
-class Silent:
-    """Watches and says nothing."""
-
-    def scored(self, iteration: int, objective: float, moved: float | None) -> None: ...
-
-    def updated(self, state: State) -> None: ...
 
 
 class _Sums(NamedTuple):

@@ -64,7 +64,8 @@ class KMeansConfig(Frozen):
 
 
 class KMeansResult(NamedTuple):
-    """Centroids and counts are global and equal on all ranks; labels are this rank's."""
+    """Centroids and counts are global and equal on all ranks (of `cluster_on`, centroids are those
+    that the rank holds); labels are this rank's."""
 
     centroids: Float[Tensor, "k d"]
     labels: Int64[Tensor, " n"]
