@@ -9,10 +9,10 @@ from typing import Any
 Rows = list[dict[str, Any]]
 
 STYLES: dict[str, dict[str, Any]] = {
-    "ours": {"color": "tab:blue", "linewidth": 2.5, "zorder": 3},
-    "naive": {"color": "tab:red"},
-    "compile": {"color": "tab:orange", "linestyle": "--"},
-    "cce": {"color": "tab:green", "linestyle": ":"},
+    "ours": {"color": "tab:blue", "marker": "o", "linewidth": 2.5, "zorder": 3},
+    "naive": {"color": "tab:red", "marker": "s"},
+    "compile": {"color": "tab:orange", "marker": "^", "linestyle": "--"},
+    "cce": {"color": "tab:green", "marker": "x", "linestyle": ":"},
 }
 LEAST_MIB = 1.0
 
@@ -60,12 +60,12 @@ def _draw(time: Any, memory: Any, rows: Rows) -> None:
     for name in dict.fromkeys(row["name"] for row in rows):
         line = sorted((r for r in rows if r["name"] == name), key=lambda r: r["prototypes"])
         counts = [row["prototypes"] for row in line]
-        style = {"marker": "o", "markersize": 4, "label": name, **STYLES[name]}
+        style = {"markersize": 5, "label": name, **STYLES[name]}
         time.loglog(counts, [row["cpu_seconds"] for row in line], **style)
         extra = [max(row["extra_bytes"] / 2**20, LEAST_MIB) for row in line]
         memory.loglog(counts, extra, **style)
     bounds = sorted({(row["prototypes"], row["bound_seconds"]) for row in rows})
-    style = {"color": "black", "linewidth": 1, "linestyle": "-.", "label": "products alone"}
+    style = {"color": "black", "marker": "_", "linestyle": "-.", "label": "products alone"}
     time.loglog(*zip(*bounds, strict=True), **style)
     for axis in (time, memory):
         axis.grid(alpha=0.3, which="both")
