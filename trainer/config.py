@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from trainer.errors import ConfigError
+from trainer.recipe_files import recipe_config
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -216,8 +217,6 @@ class RunConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _recipe_reads_its_own_keys(cls, values: Any) -> Any:
-        from trainer.recipe import recipe_config
-
         if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
             return {**values, "recipe": recipe_config(values["recipe"])}
         return values

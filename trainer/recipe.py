@@ -5,21 +5,20 @@ The file's name is the key in YAML. Nothing is registered and recipes never impo
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
-from trainer.config import DataConfig, RecipeConfig
+from trainer.config import DataConfig
 from trainer.errors import ConfigError
 from trainer.manifest import NamedTensors
 from trainer.models.model import Model
+from trainer.recipe_files import recipe_module
 from trainer.types import Batch, Features, Losses, Progress, Tower
 
 Encode = Callable[[Batch], Features]
@@ -113,20 +112,6 @@ class Recipe(Protocol):
         ...
 
 
-def recipe_config(values: Mapping[str, Any]) -> RecipeConfig:
-    """Validate the `recipe:` section by the `Config` of the file that `name` names."""
-    name = values.get("name")
-    if not isinstance(name, str):
-        raise ConfigError("recipe.name is missing; it is the name of a file in trainer/recipes/")
-    config: RecipeConfig
-    try:
-        config = _module(name).Config.model_validate(dict(values))
-    except ValidationError as error:
-        lines = [f"recipe.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("; ".join(lines)) from error
-    return config
-
-
 class WithoutPhases:
     """The answers of a recipe that trains in one stretch, locks nothing and shows no groups."""
 
@@ -147,23 +132,10 @@ class WithoutPhases:
 
 def load_recipe(config: Any, context: Context) -> Recipe:
     """Build the recipe that `config.name` names."""
-    recipe: Recipe = _module(config.name).Recipe(config, context)
+    recipe: Recipe = recipe_module(config.name).Recipe(config, context)
     return recipe
 
 
 def every_nth(state: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
     """This rank's share of a state that all ranks know."""
     return {name: state[name] for name in sorted(state)[comm.rank :: comm.world_size]}
-
-
-def recipe_names() -> Sequence[str]:
-    folder = Path(__file__).parent / "recipes"
-    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-
-
-def _module(name: str) -> Any:
-    if name not in recipe_names():
-        raise ConfigError(
-            f"no recipe file trainer/recipes/{name}.py; there are: {', '.join(recipe_names())}"
-        )
-    return importlib.import_module(f"trainer.recipes.{name}")
