@@ -77,7 +77,7 @@ class ImageTeacher:
         layer: int = -1,
         unit_norm: bool = True,
         precision: Precision = "float32",
-        batch_images: int = 64,
+        batch_images: int = 16,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.pixels, self.name, self.model_hash = pixels, name, model_hash

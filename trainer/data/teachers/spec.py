@@ -62,8 +62,9 @@ class TeacherSpec(Frozen):
     precision: Precision = "float32"
     batch_tokens: PositiveInt = 8192
     """Of one forward pass, padding included; halved when memory runs out."""
-    batch_images: PositiveInt = 64
-    """Of one forward pass; halved when memory runs out."""
+    batch_images: PositiveInt = 16
+    """Of one forward pass; halved when memory runs out. On a CPU many at once are slow: maps of
+    more than some MiB get new memory from the system in every layer."""
     spread: bool = False
     """Lay the blocks over all devices of the process, then the CPU, then the disk."""
     sharded: bool = False
