@@ -7,8 +7,6 @@ The engine hides the ZeRO stage: `engine(batch)` runs the sharded model, `backwa
 from __future__ import annotations
 
 import functools
-import json
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -30,10 +28,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.comm import Comm
 from trainer.config import OptimConfig
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError
 from trainer.models.model import Model
 from trainer.optim import parameter_groups, set_learning_rate
 from trainer.types import Batch, Features, Tower
+from trainer.zero_file import completed, for_frozen
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,7 +63,7 @@ class Engine:
         micro_batch: int,
     ) -> None:
         self.comm = comm
-        self._config = _deepspeed_config(deepspeed_config, comm, optim, micro_batch)
+        self._config = completed(deepspeed_config, comm, optim, micro_batch)
         self._stage = int(self._config["zero_optimization"]["stage"])
         bf16 = bool(self._config.get("bf16", {}).get("enabled"))
         if bf16 and comm.device.type == "cpu":
@@ -273,7 +272,7 @@ class FrozenEngine:
 
     def __init__(self, model: nn.Module, comm: Comm) -> None:
         self.comm = comm
-        config = _frozen_config(next(model.parameters()).dtype)
+        config = for_frozen(next(model.parameters()).dtype)
         _gather_whole_blocks(model)
         # Dealt before DeepSpeed would move the model to a device where it does not fit as a whole.
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
@@ -294,21 +293,6 @@ class FrozenEngine:
             self._engine(**spare)
 
 
-def _frozen_config(dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "steps_per_print": sys.maxsize,
-        # That is a Linear of its own, whose rounding differs.
-        "zero_optimization": {
-            "stage": 3,
-            "memory_efficient_linear": False,
-            "stage3_param_persistence_threshold": 0,
-        },
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-    }
-
-
 def _gather_whole_blocks(model: nn.Module) -> None:
     """Make each transformer block one unit of ZeRO-3's gathering.
 
@@ -325,53 +309,6 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that belong to a module's state, such as running statistics."""
     state = module.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in module.named_buffers() if name in state}
-
-
-def _deepspeed_config(
-    path: Path, comm: Comm, optim: OptimConfig, micro_batch: int
-) -> dict[str, Any]:
-    """The ZeRO file, completed by what has its home in the run's configuration."""
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"can't read the DeepSpeed file {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the DeepSpeed file {path} is not JSON: {error}") from error
-    injected = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.clip_norm,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": sys.maxsize,
-    }
-    if twice := sorted(set(injected) & set(config) | set(config) & {"train_batch_size"}):
-        raise ConfigError(
-            f"{path} sets {', '.join(twice)}, which the run's YAML decides; remove it"
-        )
-    _refuse_scaled_losses(config, path)
-    if config.get("bf16", {}).get("enabled") == "auto":
-        config["bf16"]["enabled"] = comm.device.type == "cuda"
-    config.setdefault("zero_optimization", {"stage": 0})
-    return config | injected
-
-
-def _refuse_scaled_losses(config: Mapping[str, Any], path: Path) -> None:
-    """ConfigError where DeepSpeed would multiply the loss, as float16 gradients need it.
-
-    Heads and other parts outside of it have their gradients from the same backward pass, and
-    nobody would divide those again.
-    """
-    scaled = [name for name in ("fp16", "amp") if config.get(name, {}).get("enabled")]
-    autocast = config.get("torch_autocast", {})
-    if autocast.get("enabled") and str(autocast.get("dtype")) in {"fp16", "float16", "half"}:
-        scaled.append("torch_autocast in float16")
-    if scaled:
-        raise ConfigError(
-            f"{path} turns on {' and '.join(scaled)}, which scales losses: gradients outside of "
-            'DeepSpeed (prototype heads) would be wrong by that factor; use "bf16": '
-            '{"enabled": "auto"}, or nothing for float32'
-        )
 
 
 def _adamw(model: Model, optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:

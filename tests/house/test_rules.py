@@ -27,7 +27,17 @@ LAYERS = [
         "recipe_files",
     },
     {"losses", "kernels", "cluster", "models", "data", "optim", "manifest", "stop", "terminal"},
-    {"restored", "checkpoint", "metrics", "accumulate", "parts", "recipe", "engine", "lock"},
+    {
+        "zero_file",
+        "restored",
+        "checkpoint",
+        "metrics",
+        "accumulate",
+        "parts",
+        "recipe",
+        "engine",
+        "lock",
+    },
     {"recipes", "evals", "diagnosis", "state", "export"},
 ]
 KEPT_TO = {
