@@ -79,7 +79,7 @@ def open_stream(
 def same(first: list[Batch], second: list[Batch]) -> bool:
     """Equal in every bit."""
     return len(first) == len(second) and all(
-        torch.equal(a, b)
+        (a is None and b is None) or torch.equal(a, b)
         for x, y in zip(first, second, strict=True)
         for a, b in zip(x, y, strict=True)
     )
