@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.restored import Restored
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
-from trainer.restored import Restored
 
 NAMES = {
     "weights": [f"block.{k}.weight" for k in range(5)],

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from tests import checkpoint_cases as cases
 from tests.checkpoint_cases import save, solo, wrongs
 from tests.ranks import run_ranks
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.manifest import MANIFEST, SUM
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
-from trainer.manifest import MANIFEST, SUM
 
 COMM = Comm.solo()
 

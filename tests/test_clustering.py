@@ -26,12 +26,12 @@ from tests.cluster.test_kmeans import distances, mixture
 from tests.ranks import run_ranks
 from tests.test_loop import config_in
 from trainer.cluster.kmeans import KMeansConfig
-from trainer.cluster.labels import ClusterLabels
-from trainer.clustering import ClusterJob, cluster_store, read_figures
 from trainer.comm import Comm
-from trainer.data.embeddings import EmbeddingStore
+from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
+from trainer.programs.cluster import ClusterJob, cluster_store, read_figures
+from trainer.store import EmbeddingStore
 
 ROOT = Path(__file__).parents[1]
 KMEANS = KMeansConfig(

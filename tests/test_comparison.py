@@ -10,14 +10,14 @@ import yaml
 
 from tests.fixtures.emoji import write_shards
 from tests.test_launch import RUN
-from trainer.comparison import (
+from trainer.errors import ConfigError, TrainerError
+from trainer.programs.compare import (
     cells,
     format_comparison,
     load_comparison,
     run_comparison,
     write_table,
 )
-from trainer.errors import ConfigError, TrainerError
 
 
 def grid_in(folder: Path, **changes: object) -> Path:

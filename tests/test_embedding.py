@@ -10,13 +10,13 @@ from tests.fixtures.emoji import write_shards
 from tests.models.small import small_batch, word_tokenizer
 from tests.test_export import HEAD, moved_model, run_yaml
 from tools import embed as tool
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.data.decode import decode_image, find_image
-from trainer.data.embeddings import EmbeddingStore
 from trainer.data.shards import ShardSet
 from trainer.data.views import normalize
 from trainer.errors import ConfigError, DataError
+from trainer.store import EmbeddingStore
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from trainer.accumulate import accumulate
 from trainer.comm import Comm
 from trainer.config import OptimConfig
 from trainer.data.tokenize import train_tokenizer
+from trainer.engine.accumulate import accumulate
 from trainer.errors import ConfigError
 from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import HeadConfig, TowerConfig, TwoTowerConfig, build_two_tower
@@ -63,7 +63,7 @@ def reference(steps: int) -> tuple[dict[str, Tensor], list[float]]:
 
     Weights, and the gradient's norm before each step.
     """
-    from trainer.optim import parameter_groups
+    from trainer.engine.groups import parameter_groups
 
     comm = Comm.solo()
     model = small_model(comm)
@@ -86,7 +86,7 @@ def factor(step: int) -> float:
 
 
 def new_engine(comm: Comm, stage: str, weights: dict[str, Tensor] | None = None, bf16=False):
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
 
     model = small_model(comm)
     model.gradient_checkpointing(True)
@@ -144,7 +144,7 @@ def test_every_stage_rank_count_and_split_takes_the_same_steps(world_size):
 
 def poison_one_rank(comm: Comm, stages: list[str]) -> list[dict]:
     """A NaN pixel in one sample of rank 1: nothing may move anywhere, and rank 1 is named."""
-    from trainer.diagnosis import explain_skip, one_line
+    from trainer.log.skipped_step import explain_skip, one_line
 
     results = []
     for stage in stages:
@@ -203,7 +203,7 @@ def measure_bytes(comm: Comm) -> dict[str, int]:
     ],
 )
 def test_a_file_that_scales_losses_is_refused_with_the_way_out(tmp_path, halves):
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
 
     path = tmp_path / "fp16.json"
     path.write_text(json.dumps(halves))

@@ -24,13 +24,18 @@ from tests.models.small import (
     word_tokenizer,
 )
 from tools import export as tool
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import parse_run
 from trainer.data.decode import decode_image
 from trainer.data.views import normalize
 from trainer.errors import CheckpointError
-from trainer.export import export_model, load_exported, load_trained, rebuild_model
+from trainer.export.transformers_folder import (
+    export_model,
+    load_exported,
+    load_trained,
+    rebuild_model,
+)
 from trainer.models.two_tower import TwoTower, build_two_tower
 
 HEAD = {"hidden": 16, "dim": 8}

@@ -22,17 +22,17 @@ from tools import export as export_tool
 from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
 from trainer.data.decode import decode_image, find_image
-from trainer.data.embeddings import EmbeddingStore
 from trainer.data.shards import ShardSet
-from trainer.data.teachers.spec import TeacherSpec, load_teacher
 from trainer.data.texts import TextSet, text_id
 from trainer.data.views import normalize as normalize_pixels
 from trainer.errors import ConfigError, DataError
 from trainer.evals.zero_shot import stored_prompts
-from trainer.export import load_exported_patch_tower
+from trainer.export.transformers_folder import load_exported_patch_tower
+from trainer.programs.workdir import evaluate_workdir, logged_results, open_workdir
 from trainer.run import refuse_text_evals
+from trainer.store import EmbeddingStore
+from trainer.teachers.spec import TeacherSpec, load_teacher
 from trainer.types import Batch
-from trainer.workdir import evaluate_workdir, logged_results, open_workdir
 
 RUN = """
 workdir: {folder}/run

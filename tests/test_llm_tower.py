@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.models.small import LENGTH, save_llama, small_config, word_tokenizer
 from tests.ranks import run_ranks
 from tests.test_engine import CONFIGS, OPTIM, factor
-from trainer.accumulate import accumulate
 from trainer.comm import Comm
+from trainer.engine.accumulate import accumulate
 from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import TwoTower, build_two_tower
 from trainer.types import Batch, Features, Losses
@@ -63,7 +63,7 @@ def loss_of(comm: Comm):
 
 def reference(path: str, mode: str) -> dict[str, Tensor]:
     """One process, the whole batch, no DeepSpeed, no checkpointing."""
-    from trainer.optim import parameter_groups
+    from trainer.engine.groups import parameter_groups
 
     comm, model = Comm.solo(), model_of(path, mode)
     groups = parameter_groups(model.named_parameters(), OPTIM, model.parameter_depth)
@@ -81,7 +81,7 @@ def reference(path: str, mode: str) -> dict[str, Tensor]:
 
 
 def train_everywhere(comm: Comm, path: str, cases: list[Case]) -> list[dict[str, Tensor]]:
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
 
     results = []
     for case in cases:

@@ -16,7 +16,7 @@ import torch
 
 from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
 
@@ -178,8 +178,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, overrides, message)
 
 def hold_and_train(comm: Comm, config: RunConfig) -> str:
     """Try to train in a workdir that another run of this process holds."""
+    from trainer.checkpoint.lock import sole_user
     from trainer.errors import ConfigError
-    from trainer.lock import sole_user
     from trainer.loop import train
 
     with sole_user(config.workdir, comm):

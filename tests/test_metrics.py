@@ -27,9 +27,9 @@ from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.config import Period
 from trainer.errors import ConfigError
-from trainer.metrics import EVENTS, METRICS, MetricLog
-from trainer.records import JsonLines
-from trainer.terminal import Speedometer, duration, event_line
+from trainer.log.metrics import EVENTS, METRICS, MetricLog
+from trainer.log.records import JsonLines
+from trainer.log.terminal import Speedometer, duration, event_line
 from trainer.types import Progress
 
 BATCH = 64

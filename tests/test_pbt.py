@@ -11,9 +11,9 @@ import yaml
 from tests.fixtures.emoji import write_shards
 from tests.fixtures.vectors import write_vectors
 from tests.test_launch import RUN
-from trainer.comparison import cells, load_comparison, run_comparison
-from trainer.comparison_plot import plot_comparison
 from trainer.config import RunConfig, load_run
+from trainer.programs.compare import cells, load_comparison, run_comparison
+from trainer.programs.compare_plot import plot_comparison
 
 RUNS = Path(__file__).parent.parent / "launch" / "runs"
 GRID = RUNS / "compare_pbt.yaml"

@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.ranks import run_ranks
 from tests.test_loop import config_in
-from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
 from trainer.config import RunConfig
+from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
-from trainer.inspection import inspect_workdir
-from trainer.pictures import cluster_cards
+from trainer.pictures.run import cluster_cards
+from trainer.programs.workdir_pictures import inspect_workdir
 
 RETRIEVAL = 'evals=[{{name: retrieval, label: captions, data: "{spec}", every: 4 steps}}]'
 

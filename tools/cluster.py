@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer.bench.table import format_rows
 from trainer.cluster.plan import Plan, measured_peak, plan
 from trainer.cluster.problem import KMeansConfig
-from trainer.clustering import ClusterJob, cluster_store, read_figures
-from trainer.clustering_report import measure_quality, write_page
 from trainer.comm import Comm
 from trainer.command import run_command
-from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import ConfigError
+from trainer.programs.cluster import ClusterJob, cluster_store, read_figures
+from trainer.programs.cluster_report import measure_quality, write_page
+from trainer.store import EmbeddingStore
 
 
 def main() -> None:

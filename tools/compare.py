@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.command import run_command
-from trainer.comparison import load_comparison, run_comparison, write_table
+from trainer.programs.compare import load_comparison, run_comparison, write_table
 
 
 def main() -> None:

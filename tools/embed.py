@@ -27,14 +27,9 @@ from trainer.bench.table import format_rows
 from trainer.comm import Comm
 from trainer.command import run_command
 from trainer.config import load_run
-from trainer.data.embed import Embedded, Teacher, embed, verify
-from trainer.data.embeddings import EmbeddingStore
-from trainer.data.embeddings.plan import plan_rows
-from trainer.data.embeddings.stored import VectorFiles
-from trainer.data.teachers.pinned import DEFAULT_CACHE
-from trainer.data.teachers.spec import read_spec
 from trainer.data.texts import TextSet
-from trainer.embedding import (
+from trainer.errors import ConfigError
+from trainer.programs.embed import (
     class_prompts,
     fit_components,
     list_teachers,
@@ -42,7 +37,12 @@ from trainer.embedding import (
     project_store,
     stored_as,
 )
-from trainer.errors import ConfigError
+from trainer.store import EmbeddingStore
+from trainer.store.size import plan_rows
+from trainer.teachers.existing_vectors import VectorFiles
+from trainer.teachers.fill import Embedded, Teacher, embed, verify
+from trainer.teachers.pinned import DEFAULT_CACHE
+from trainer.teachers.spec import read_spec
 
 
 def main() -> None:

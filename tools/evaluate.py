@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer.comm import Comm
 from trainer.command import run_command
 from trainer.evals.table import format_table
-from trainer.workdir import evaluate_workdir, logged_results
+from trainer.programs.workdir import evaluate_workdir, logged_results
 
 
 def main() -> None:

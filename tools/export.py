@@ -13,9 +13,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.comm import Comm
 from trainer.command import run_command
-from trainer.data.embeddings.header import HEADER, Identity, read_header
-from trainer.export import export_model
-from trainer.workdir import open_workdir
+from trainer.export.transformers_folder import export_model
+from trainer.programs.workdir import open_workdir
+from trainer.store.header import HEADER, Identity, read_header
 
 
 def main() -> None:

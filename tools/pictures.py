@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.command import run_command
-from trainer.inspection import inspect_workdir
+from trainer.programs.workdir_pictures import inspect_workdir
 
 
 def main() -> None:

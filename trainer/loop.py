@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import NamedTuple
 
-from trainer.accumulate import accumulate
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.lock import sole_user
+from trainer.checkpoint.run_state import frozen_digest, load_rest, load_weights, save_state
 from trainer.comm import Comm
 from trainer.config import RunConfig, micro_batches
-from trainer.diagnosis import explain_skip, one_line, raise_if_stuck
-from trainer.engine import Engine
+from trainer.engine.accumulate import accumulate
+from trainer.engine.schedule import warmup_cosine
+from trainer.engine.zero import Engine
 from trainer.errors import CheckpointError
 from trainer.evals import evaluate_all
-from trainer.lock import sole_user
-from trainer.metrics import MetricLog
+from trainer.log.metrics import MetricLog
+from trainer.log.opening_lines import describe
+from trainer.log.skipped_step import explain_skip, one_line, raise_if_stuck
 from trainer.periods import Clock
-from trainer.pictures import training_pictures
-from trainer.plan import describe
+from trainer.pictures.run import training_pictures
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import context_of, eval_context, refuse_text_evals, stream_of, tokenizer_of
-from trainer.schedule import warmup_cosine
-from trainer.state import frozen_digest, load_rest, load_weights, save_state
 from trainer.stop import StopRequest
 from trainer.types import Batch, Features, Losses, Progress
 

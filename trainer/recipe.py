@@ -12,14 +12,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
 from trainer.config import DataConfig
+from trainer.data.labels import ClusterLabels
 from trainer.errors import ConfigError
-from trainer.manifest import NamedTensors
 from trainer.models.model import Model
 from trainer.recipe_files import recipe_module
-from trainer.types import Batch, Features, Losses, Progress, Tower
+from trainer.types import Batch, Features, Losses, NamedTensors, Progress, Tower
 
 Encode = Callable[[Batch], Features]
 """Forward without gradient, in evaluation mode. Every rank must call it equally often."""

@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import EvalConfig, RunConfig
-from trainer.data.embeddings import EmbeddingStore
 from trainer.data.stream import Stream
 from trainer.data.vocabulary import tokenizer_for
 from trainer.errors import ConfigError
 from trainer.evals import EvalContext
 from trainer.models.config import ModelConfig, TwoTowerConfig
 from trainer.recipe import Context
+from trainer.store import EmbeddingStore
 
 NEED_TEXTS = frozenset({"zero_shot", "retrieval", "cross_lingual"})
 """Evaluations that compare images with texts."""

@@ -5,7 +5,7 @@ NamedTuples, because ZeRO-3's hooks look for tensors in tuples and do not see in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,9 @@ from torch import Tensor
 
 Tower = Literal["image", "text", "other"]
 """The part of a model that a parameter belongs to."""
+
+NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+"""Tensors by name, or pairs that are made one by one (gathered from the ranks, say)."""
 
 
 class Batch(NamedTuple):

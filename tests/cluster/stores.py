@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.embeddings import EmbeddingStore, Identity, StoreWriter
+from trainer.store import EmbeddingStore, Identity, StoreWriter
 
 
 def identity(dim: int, vectors: int = 1, dtype: Literal["float16", "int8"] = "float16") -> Identity:

@@ -11,12 +11,12 @@ from torch import Tensor
 from tests.cluster.test_kmeans import data_sets, mixture, naive_labels, shares
 from tests.cluster.test_top import naive
 from tests.ranks import run_ranks
-from trainer.cluster.assign import assign_block, prepare
 from trainer.cluster.grid import Grid
 from trainer.cluster.kmeans import KMeansConfig, kmeans
 from trainer.cluster.layout import laid_out, ranks_per_row
-from trainer.cluster.together import rounds
-from trainer.cluster.top import nearest
+from trainer.cluster.ranks.together import rounds
+from trainer.cluster.search.assign import assign_block, prepare
+from trainer.cluster.search.top import nearest
 from trainer.cluster.update import refilled, splits_of
 from trainer.comm import Comm
 from trainer.errors import ConfigError

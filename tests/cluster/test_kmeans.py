@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from trainer.cluster.assign import assign, ordered_sum, pair_distances
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, kmeans
+from trainer.cluster.search.assign import assign, ordered_sum, pair_distances
 from trainer.comm import Comm
 from trainer.errors import ConfigError, DataError
 

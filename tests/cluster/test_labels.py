@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
 from trainer.cluster.kmeans import KMeansConfig, kmeans
-from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
+from trainer.data.labels import ClusterLabels
 from trainer.errors import DataError
 
 IDS = st.integers(0, 2**63 - 1) | st.integers(0, 20)

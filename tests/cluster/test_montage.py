@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.cluster.montage import RIGHT, Hit, Pixels, cluster_montage, fitted, retrieval_montage
-from trainer.cluster.page import ClusterCard, cluster_page, size_histogram
+from trainer.pictures.montage import RIGHT, Hit, Pixels, cluster_montage, fitted, retrieval_montage
+from trainer.pictures.page import ClusterCard, cluster_page, size_histogram
 
 
 def plain(colour: tuple[int, int, int], height: int = 40, width: int = 40) -> Pixels:

@@ -19,9 +19,9 @@ from trainer.cluster.kmeans import KMeansConfig, KMeansResult, cluster, kmeans
 from trainer.cluster.points import Chosen, Points, Resident, UnitLength, stream
 from trainer.cluster.stored import StoredPoints, deal
 from trainer.comm import Comm
-from trainer.data.embeddings import EmbeddingStore
-from trainer.data.embeddings.shard_file import read_exactly
 from trainer.errors import ConfigError, DataError
+from trainer.store import EmbeddingStore
+from trainer.store.shard_file import read_exactly
 
 SIZES = [130, 0, 1, 250, 19, 200]
 CONFIGS = {

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from trainer.cluster.labels import ClusterLabels
 from trainer.cluster.quality import (
     adjusted_rand_index,
     balance,
@@ -21,6 +20,7 @@ from trainer.cluster.quality import (
     repeated_agreement,
 )
 from trainer.comm import Comm
+from trainer.data.labels import ClusterLabels
 
 SOLO = Comm.solo()
 

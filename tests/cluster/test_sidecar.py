@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from tests.cluster.stores import write_store
 from tests.cluster.test_kmeans import distances, mixture
 from trainer.cluster.kmeans import KMeansConfig
-from trainer.cluster.labels import ClusterLabels
 from trainer.cluster.sidecar import lookup, merge_sidecars, write_sidecars
 from trainer.cluster.stored import StoredPoints
 from trainer.comm import Comm
-from trainer.data.embeddings import EmbeddingStore
+from trainer.data.labels import ClusterLabels
 from trainer.errors import DataError
+from trainer.store import EmbeddingStore
 
 NAMES = ["train-000000", "train-000001", "train-000002"]
 

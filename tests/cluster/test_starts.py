@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.cluster.test_kmeans import mixture, naive_labels, shares
 from tests.ranks import run_ranks
 from trainer.cluster.duplicates import repeats, without_duplicates
-from trainer.cluster.hierarchy import divided
 from trainer.cluster.kmeans import KMeansConfig, cluster, kmeans
-from trainer.cluster.parallel import spread_out
 from trainer.cluster.points import Resident
-from trainer.cluster.start import smallest_hashes
+from trainer.cluster.start.drawn import smallest_hashes
+from trainer.cluster.start.hierarchical import divided
+from trainer.cluster.start.kmeans_parallel import spread_out
 from trainer.comm import Comm
 from trainer.errors import ConfigError
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.cluster.test_kmeans import distances, mixture
 from tests.cluster.test_two_level import grouped
-from trainer.cluster.assign import assign, prepare
-from trainer.cluster.top import Nearest, nearest, nearest_two_level
-from trainer.cluster.two_level import assign_two_level
+from trainer.cluster.search.assign import assign, prepare
+from trainer.cluster.search.top import Nearest, nearest, nearest_two_level
+from trainer.cluster.search.two_level import assign_two_level
 
 
 def naive(points: Tensor, centroids: Tensor, count: int) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.cluster.test_kmeans import distances, mixture, shares
 from tests.ranks import run_ranks
-from trainer.cluster.assign import assign
 from trainer.cluster.kmeans import KMeansConfig, kmeans
-from trainer.cluster.two_level import Cells, assign_two_level, group_into_cells, probed
+from trainer.cluster.search.assign import assign
+from trainer.cluster.search.two_level import Cells, assign_two_level, group_into_cells, probed
 from trainer.comm import Comm
 
 

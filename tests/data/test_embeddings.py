@@ -22,11 +22,11 @@ from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.config import CaptionConfig
 from trainer.data.captions import choose_caption
-from trainer.data.embed import embed
-from trainer.data.embeddings import EmbeddingStore, Identity, StoreWriter
-from trainer.data.embeddings.header import BUILDING, HEADER
 from trainer.data.shards import RawSample, ShardSet
 from trainer.errors import DataError
+from trainer.store import EmbeddingStore, Identity, StoreWriter
+from trainer.store.header import BUILDING, HEADER
+from trainer.teachers.fill import embed
 
 _fork = multiprocessing.get_context("fork")  # a build starts in milliseconds
 DIM = 6

@@ -12,13 +12,13 @@ from tests.data.small_teachers import SMALL_VIT as SMALL
 from tests.data.small_teachers import save_vit
 from tests.fixtures.emoji import write_shards
 from trainer.comm import Comm
-from trainer.data.embed import embed
-from trainer.data.embeddings import EmbeddingStore
 from trainer.data.shards import ShardSet
-from trainer.data.teachers.image import ImageTeacher, Pixels
-from trainer.data.teachers.spec import TeacherSpec, load_teacher
 from trainer.errors import ConfigError
-from trainer.models.efficientnet import SIZES, EfficientNetLite
+from trainer.store import EmbeddingStore
+from trainer.teachers.efficientnet import SIZES, EfficientNetLite
+from trainer.teachers.fill import embed
+from trainer.teachers.image import ImageTeacher, Pixels
+from trainer.teachers.spec import TeacherSpec, load_teacher
 
 
 @pytest.fixture(scope="module")

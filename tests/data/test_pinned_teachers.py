@@ -8,24 +8,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainer.data.teachers import pinned as module
 from transformers import PreTrainedTokenizerFast
 
 from tests.fixtures.emoji import read_pairs
 from trainer.data.corpus.wheels import PINS, sha256_of
-from trainer.data.teachers import pinned as module
-from trainer.data.teachers.pinned import (
+from trainer.data.tokenize import pad_ids, token_ids
+from trainer.errors import ConfigError, DataError
+from trainer.programs.embed import list_teachers
+from trainer.teachers.efficientnet import SIZES, EfficientNetLite
+from trainer.teachers.pinned import (
     PINNED,
     PinnedTeacher,
     extract_folder,
     fetch_teacher,
     is_there,
 )
-from trainer.data.teachers.spec import load_teacher, read_spec
-from trainer.data.teachers.universal import load_universal
-from trainer.data.tokenize import pad_ids, token_ids
-from trainer.embedding import list_teachers
-from trainer.errors import ConfigError, DataError
-from trainer.models.efficientnet import SIZES, EfficientNetLite
+from trainer.teachers.spec import load_teacher, read_spec
+from trainer.teachers.universal import load_universal
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "teachers"
 

@@ -13,14 +13,14 @@ from tests.data.test_embeddings import HashTeacher, build, contents, identity
 from tests.fixtures.emoji import write_shards
 from tests.ranks import _free_port, run_ranks
 from trainer.comm import Comm
-from trainer.data.embed import embed, verify
-from trainer.data.embeddings import EmbeddingStore, StoreWriter
-from trainer.data.embeddings.pca import ProjectedTeacher, fit_pca, load_pca
-from trainer.data.embeddings.plan import plan_rows, store_bytes
-from trainer.data.embeddings.stored import VectorFiles
 from trainer.data.shards import ShardSet
-from trainer.embedding import project_store, stored_as
 from trainer.errors import ConfigError, DataError
+from trainer.programs.embed import project_store, stored_as
+from trainer.store import EmbeddingStore, StoreWriter
+from trainer.store.size import plan_rows, store_bytes
+from trainer.teachers.existing_vectors import VectorFiles
+from trainer.teachers.fill import embed, verify
+from trainer.teachers.pca import ProjectedTeacher, fit_pca, load_pca
 
 _fork = multiprocessing.get_context("fork")  # ranks that start in milliseconds
 DIM = 12

@@ -13,11 +13,11 @@ from tests.data.small_teachers import save_llama, save_vit
 from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
 from trainer.comm import Comm
-from trainer.data.embed import embed, verify
-from trainer.data.teachers.batches import Budget
-from trainer.data.teachers.spec import TeacherSpec, load_teacher
-from trainer.embedding import open_teacher
 from trainer.errors import ConfigError, DataError
+from trainer.programs.embed import open_teacher
+from trainer.teachers.batches import Budget
+from trainer.teachers.fill import embed, verify
+from trainer.teachers.spec import TeacherSpec, load_teacher
 
 TEXTS = {
     "facets": {"prompts": "flame", "pooling": "last", "layer": 3, "batch_tokens": 500},

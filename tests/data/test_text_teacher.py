@@ -16,13 +16,13 @@ from tests.data.small_teachers import CAPTIONS, DIM, save_bert, save_llama, save
 from tests.fixtures.emoji import read_pairs, write_shards
 from tests.ranks import run_ranks
 from trainer.comm import Comm
-from trainer.data.embed import embed
-from trainer.data.embeddings import EmbeddingStore
-from trainer.data.prompts import PromptSet, Reading, as_sentence, load_prompts
-from trainer.data.teachers.batches import Budget, length_batches
-from trainer.data.teachers.spec import TeacherSpec, load_teacher, read_spec
-from trainer.data.teachers.text import TextTeacher
 from trainer.errors import ConfigError, DataError
+from trainer.store import EmbeddingStore
+from trainer.teachers.batches import Budget, length_batches
+from trainer.teachers.fill import embed
+from trainer.teachers.prompts import PromptSet, Reading, as_sentence, load_prompts
+from trainer.teachers.spec import TeacherSpec, load_teacher, read_spec
+from trainer.teachers.text import TextTeacher
 
 FACETS = ("this image description means in just one word :", "the category of the main object :")
 

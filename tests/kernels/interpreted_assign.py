@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.cluster.test_kmeans import distances
 from tests.cluster.test_top import naive
 from tests.kernels.interpreted import widen_bfloat16
-from trainer.cluster.assign import assign, prepare, scan
-from trainer.cluster.top import nearest
+from trainer.cluster.search.assign import assign, prepare, scan
+from trainer.cluster.search.top import nearest
 from trainer.kernels import triton_assign
 
 

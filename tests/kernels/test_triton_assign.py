@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.cluster.test_kmeans import mixture
-from trainer.cluster.assign import assign, prepare
 from trainer.cluster.kmeans import KMeansConfig, kmeans
-from trainer.cluster.top import nearest
+from trainer.cluster.search.assign import assign, prepare
+from trainer.cluster.search.top import nearest
 from trainer.comm import Comm
 
 pytest.importorskip("triton", reason="Triton's wheel is for Linux")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
-from trainer.models.facets import (
+from trainer.teachers.facets import (
     PAD,
     Packed,
     facet_mask,

@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from trainer.errors import ConfigError
-from trainer.models.frozen import FrozenStates, spread
 from trainer.models.pooling import masked_mean, pooled
+from trainer.teachers.frozen import FrozenStates, spread
 
 CONFIG = LlamaConfig(
     vocab_size=50,

@@ -29,7 +29,7 @@ from tests.parts.head_cases import (
     whole_state,
 )
 from tests.ranks import run_ranks
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.losses.multilabel import multilabel_loss

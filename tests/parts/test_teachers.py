@@ -16,11 +16,11 @@ from tests.recipes.test_protoclip import built, config_in, encoder
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
 from trainer.config import RunConfig
-from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import CheckpointError, ConfigError
 from trainer.parts.frozen_store import FrozenStores
 from trainer.parts.teacher import TeacherConfig, Teachers, load_teachers
 from trainer.parts.teacher_points import teacher_points
+from trainer.store import EmbeddingStore
 from trainer.types import Batch, Features, Progress
 
 VECTORS, DIM = 3, 6

@@ -12,16 +12,16 @@ from torch.nn.functional import normalize
 from tests.fixtures.emoji import write_shards
 from tests.fixtures.vectors import write_vectors
 from tests.ranks import run_ranks
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
-from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import CheckpointError, ConfigError
+from trainer.programs.workdir import evaluate_workdir, logged_results, open_workdir
 from trainer.recipe import load_recipe
 from trainer.recipes.flame import drawn_texts
 from trainer.run import context_of, stream_of
+from trainer.store import EmbeddingStore
 from trainer.types import Batch
-from trainer.workdir import evaluate_workdir, logged_results, open_workdir
 
 VECTORS, DIM = 11, 8
 RUN = """

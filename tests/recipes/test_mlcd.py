@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy, normalize
 from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
 from tests.test_loop import final_state, logged, run_once
-from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
 from trainer.config import RunConfig, micro_batches, parse_run
 from trainer.data.index import write_index
+from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet, expand_shards
 from trainer.errors import ConfigError, DataError
 from trainer.losses.margin import coordinate_subset
@@ -285,7 +285,7 @@ def poison_a_prototype(recipe, batches: list[Batch], comm: Comm) -> None:
 
 def steps_of(comm: Comm, configs: list[RunConfig]) -> list[dict]:
     """Three steps of each run; in the first one poisoned steps, which must change nothing."""
-    from trainer.engine import Engine
+    from trainer.engine.zero import Engine
     from trainer.loop import train_step
 
     results = []
@@ -390,8 +390,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_evaluates_without_texts(tmp
 def exported_as_transformers_reads_it(config: RunConfig) -> None:
     from transformers import CLIPVisionModelWithProjection
 
-    from trainer.export import export_model
-    from trainer.workdir import open_workdir
+    from trainer.export.transformers_folder import export_model
+    from trainer.programs.workdir import open_workdir
 
     trained = open_workdir(config.workdir, Comm.solo())
     export_model(trained.model, trained.tokenizer, config.workdir / "export")

@@ -14,12 +14,12 @@ from torch import Tensor
 from trainer.bench.options import SHARDS
 from trainer.data.decode import BadSample
 from trainer.data.shards import ShardSet
-from trainer.data.teachers.batches import length_batches
-from trainer.data.teachers.spec import TeacherSpec, load_teacher, read_spec
-from trainer.data.teachers.text import TextTeacher
 from trainer.data.tokenize import token_ids
 from trainer.errors import ConfigError, DataError
 from trainer.models.pooling import pooled
+from trainer.teachers.batches import length_batches
+from trainer.teachers.spec import TeacherSpec, load_teacher, read_spec
+from trainer.teachers.text import TextTeacher
 
 
 class Timed(NamedTuple):

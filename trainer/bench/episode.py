@@ -23,7 +23,7 @@ from trainer.bench.options import SHARDS, add_model_options, model_of, number_li
 from trainer.comm import Comm
 from trainer.config import DataConfig, PositiveInt, RunConfig
 from trainer.data.stream import Stream
-from trainer.engine import Engine
+from trainer.engine.zero import Engine
 from trainer.loop import train_step
 from trainer.models.two_tower import TwoTowerConfig
 from trainer.recipe import Recipe, load_recipe

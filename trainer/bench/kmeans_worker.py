@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.cluster.assign import assign
 from trainer.cluster.kmeans import KMeansConfig, kmeans
 from trainer.cluster.quality import mean_squared_distance
+from trainer.cluster.search.assign import assign
 from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
 from trainer.hashing import key_of, permutation

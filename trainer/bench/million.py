@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig
-from trainer.cluster.labels import ClusterLabels
 from trainer.cluster.quality import adjusted_rand_index, normalized_mutual_information
-from trainer.clustering import ClusterJob, cluster_store, read_figures
 from trainer.comm import Comm
-from trainer.data.embeddings import EmbeddingStore, Identity, StoreWriter
+from trainer.data.labels import ClusterLabels
 from trainer.hashing import hash_bits, key_of
+from trainer.programs.cluster import ClusterJob, cluster_store, read_figures
+from trainer.store import EmbeddingStore, Identity, StoreWriter
 
 _SHARD_ROWS = 1 << 17
 _NOISE = 0.5

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from trainer.cluster.assign import ROW_BLOCK, assign_block, prepare
-from trainer.cluster.exchange import exchanged
 from trainer.cluster.points import Chosen, Points, unit_rows
-from trainer.cluster.start import lexicographic, smallest_hashes
-from trainer.cluster.together import together
+from trainer.cluster.ranks.exchange import exchanged
+from trainer.cluster.ranks.together import together
+from trainer.cluster.search.assign import ROW_BLOCK, assign_block, prepare
+from trainer.cluster.start.drawn import lexicographic, smallest_hashes
 from trainer.comm import Comm
 from trainer.hashing import key_of
 

@@ -19,19 +19,19 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from trainer.cluster import two_level
-from trainer.cluster.assign import ROW_BLOCK, assign, assign_block, ordered_sum, prepare
 from trainer.cluster.faiss_peer import faiss_centroids
 from trainer.cluster.grid import Grid
-from trainer.cluster.hierarchy import hierarchical_start
 from trainer.cluster.layout import laid_out
-from trainer.cluster.parallel import parallel_start
 from trainer.cluster.points import Points, Resident
 from trainer.cluster.problem import KMeansConfig, KMeansResult, Problem, pose
 from trainer.cluster.progress import Observer, Silent, State
-from trainer.cluster.sliced_start import held_starting_points
-from trainer.cluster.start import starting_points
-from trainer.cluster.together import together
+from trainer.cluster.ranks.together import together
+from trainer.cluster.search import two_level
+from trainer.cluster.search.assign import ROW_BLOCK, assign, assign_block, ordered_sum, prepare
+from trainer.cluster.start.drawn import starting_points
+from trainer.cluster.start.hierarchical import hierarchical_start
+from trainer.cluster.start.kmeans_parallel import parallel_start
+from trainer.cluster.start.sliced import held_starting_points
 from trainer.cluster.update import refilled, unit_or
 from trainer.comm import Comm
 from trainer.errors import ConfigError

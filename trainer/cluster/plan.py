@@ -10,8 +10,8 @@ import torch
 
 from trainer.cluster.layout import ranks_per_row
 from trainer.cluster.problem import KMeansConfig
-from trainer.cluster.table import MEMBERS
-from trainer.cluster.two_level import rows_at_once
+from trainer.cluster.search.table import MEMBERS
+from trainer.cluster.search.two_level import rows_at_once
 from trainer.errors import ConfigError
 
 _COARSE_UPDATES = 5

@@ -10,11 +10,11 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from trainer.cluster.assign import COLUMN_BLOCK, ROW_BLOCK, fastest_precision
 from trainer.cluster.exact import ordered_sum
 from trainer.cluster.grid import Grid
 from trainer.cluster.points import Points
-from trainer.cluster.together import together
+from trainer.cluster.ranks.together import together
+from trainer.cluster.search.assign import COLUMN_BLOCK, ROW_BLOCK, fastest_precision
 from trainer.comm import Comm, agreed
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError, DataError

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from trainer.cluster.assign import pair_distances
-from trainer.cluster.labels import ClusterLabels
+from trainer.cluster.search.assign import pair_distances
 from trainer.comm import Comm
+from trainer.data.labels import ClusterLabels
 
 
 class Contingency(NamedTuple):

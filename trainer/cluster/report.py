@@ -10,9 +10,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansResult
-from trainer.cluster.labels import ClusterLabels
 from trainer.cluster.quality import balance, normalized_mutual_information
 from trainer.comm import Comm
+from trainer.data.labels import ClusterLabels
 
 Space = Literal["image", "text"]
 

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.cluster.assign import assign, pair_distances
 from trainer.cluster.kmeans import coarse_cells
 from trainer.cluster.points import Points
 from trainer.cluster.problem import KMeansConfig
-from trainer.cluster.start import smallest_hashes
-from trainer.cluster.two_level import assign_two_level
+from trainer.cluster.search.assign import assign, pair_distances
+from trainer.cluster.search.two_level import assign_two_level
+from trainer.cluster.start.drawn import smallest_hashes
 from trainer.comm import Comm
 from trainer.hashing import key_of
 

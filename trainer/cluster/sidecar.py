@@ -24,20 +24,20 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from trainer.cluster.assign import prepare
+from trainer.checkpoint.manifest import sync_folder, write_durably
 from trainer.cluster.exact import ordered_sum
 from trainer.cluster.grid import Grid
 from trainer.cluster.kmeans import coarse_cells
-from trainer.cluster.labels import IDS, LABELS
 from trainer.cluster.points import Points, stream
 from trainer.cluster.problem import KMeansConfig, scan_precision
+from trainer.cluster.ranks.together import rounds
+from trainer.cluster.search.assign import prepare
+from trainer.cluster.search.top import Nearest, nearest, nearest_two_level
+from trainer.cluster.search.two_level import rows_at_once
 from trainer.cluster.stored import StoredPoints
-from trainer.cluster.together import rounds
-from trainer.cluster.top import Nearest, nearest, nearest_two_level
-from trainer.cluster.two_level import rows_at_once
 from trainer.comm import Comm
+from trainer.data.labels import IDS, LABELS
 from trainer.errors import DataError
-from trainer.manifest import sync_folder, write_durably
 
 SIDECARS = "labels"
 _ROWS_AT_ONCE = 1 << 16

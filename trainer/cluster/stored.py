@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trainer.cluster.points import unit_rows
 from trainer.comm import Comm, agreed
-from trainer.data.embeddings import Block, EmbeddingStore
-from trainer.data.embeddings.shard_file import SUFFIX, map_shard, read_part
 from trainer.errors import ConfigError
+from trainer.store import Block, EmbeddingStore
+from trainer.store.shard_file import SUFFIX, map_shard, read_part
 
 
 class StoredPoints:

@@ -6,8 +6,8 @@ import json
 
 import torch
 
-from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
+from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
 
 

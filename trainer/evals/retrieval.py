@@ -30,7 +30,6 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import EvalConfig
-from trainer.data.embeddings import EmbeddingStore
 from trainer.data.tokenize import token_ids
 from trainer.errors import DataError
 from trainer.evals.context import EvalContext
@@ -40,6 +39,7 @@ from trainer.evals.samples import Record
 from trainer.evals.scores import chance, percent
 from trainer.evals.search import nearest
 from trainer.recipe import Encode
+from trainer.store import EmbeddingStore
 
 CUTOFFS = (1, 5, 10)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import EvalConfig
 from trainer.data.decode import BadSample
-from trainer.data.embeddings import EmbeddingStore
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.data.texts import text_id
 from trainer.errors import ConfigError, DataError
@@ -29,6 +28,7 @@ from trainer.evals.samples import Record, values_of
 from trainer.evals.scores import tally
 from trainer.evals.search import nearest
 from trainer.recipe import Encode
+from trainer.store import EmbeddingStore
 
 
 def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, float]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
+from trainer.data.labels import ClusterLabels
 from trainer.losses.prototype import PrototypeTable
 from trainer.recipe import every_nth
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from trainer.comm import Comm
-from trainer.data.embeddings import EmbeddingStore
-from trainer.data.embeddings.shard_file import SUFFIX, read_shard_header
 from trainer.errors import CheckpointError
 from trainer.recipe import every_nth
+from trainer.store import EmbeddingStore
+from trainer.store.shard_file import SUFFIX, read_shard_header
 
 
 class FrozenStores:

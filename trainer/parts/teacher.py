@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, cluster
-from trainer.cluster.labels import ClusterLabels
 from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
-from trainer.data.embeddings import EmbeddingStore
+from trainer.data.labels import ClusterLabels
 from trainer.errors import CheckpointError, ConfigError
 from trainer.parts.frozen_store import store_digest
 from trainer.parts.teacher_points import teacher_points
+from trainer.store import EmbeddingStore
 
 Student = Literal["image", "text"]
 MOST_ON_DEVICE = 100_000_000

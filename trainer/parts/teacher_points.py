@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 
 from trainer.cluster.points import Points, Resident
 from trainer.comm import Comm
-from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import ConfigError
+from trainer.store import EmbeddingStore
 
 ROWS = 8192
 MOST_RESIDENT_BYTES = 1 << 30

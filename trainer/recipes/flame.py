@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.config import PositiveInt, RecipeConfig
-from trainer.data.embeddings import EmbeddingStore
 from trainer.errors import ConfigError
 from trainer.hashing import hash_bits, key_of
 from trainer.losses.multi_positive import multi_positive_nce, multi_positive_sigmoid
@@ -30,6 +29,7 @@ from trainer.models.config import ImageTowerConfig
 from trainer.models.patch_tower import build_patch_tower
 from trainer.parts.frozen_store import FrozenStores, store_digest
 from trainer.recipe import Context, Part, WithoutPhases
+from trainer.store import EmbeddingStore
 from trainer.types import Batch, Features, Losses
 
 

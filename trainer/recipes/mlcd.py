@@ -20,9 +20,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trainer.cluster.labels import ClusterLabels
 from trainer.config import PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
+from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, key_of

@@ -22,12 +22,12 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, kmeans
-from trainer.cluster.labels import ClusterLabels
 from trainer.cluster.quality import normalized_mutual_information
 from trainer.cluster.report import agreement, unknown_rate
 from trainer.cluster.translate import group_means
 from trainer.config import PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
+from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError
 from trainer.losses.contrastive import info_nce

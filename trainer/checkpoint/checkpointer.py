@@ -1,0 +1,275 @@
+"""Checkpoints that are either whole or not there, for any number of ranks.
+
+A save writes into a folder of its own, which gets its final name by one rename after every file is
+on disk; so a kill at any moment leaves the checkpoints before it as they were. Reading checks every
+byte against the manifest and falls back, loudly, to the checkpoint before. Tensors are safetensors
+and everything else is JSON or text: reading one can't run code.
+
+    workdir/checkpoints/step-00000120/manifest.json, manifest.sha256, state.json, run.yaml,
+                                      weights-00001-of-00004.safetensors, ...
+
+The folder must be one that all ranks see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trainer.checkpoint.manifest import (
+    STATE,
+    Manifest,
+    Share,
+    ShareWriter,
+    damage,
+    parse_manifest,
+    read_manifest_bytes,
+    sync_folder,
+    write_manifest,
+)
+from trainer.checkpoint.restored import Restored, open_checkpoint
+from trainer.comm import Comm
+from trainer.errors import CheckpointError
+from trainer.types import NamedTensors
+
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+class Checkpointer:
+    """Saves into and restores from one folder; every rank calls every method."""
+
+    def __init__(
+        self, folder: Path, comm: Comm, *, keep: int = 2, file_bytes: int = 512 << 20
+    ) -> None:
+        if keep < 2:
+            raise ValueError("keep at least two: the one before is the way back from damage")
+        self._folder = folder
+        self._comm = comm
+        self._keep = keep
+        self._file_bytes = file_bytes
+        self._refused: set[str] = set()
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, NamedTensors],
+        state: Mapping[str, Any],
+        texts: Mapping[str, str],
+    ) -> Path:
+        """Write a checkpoint and return its folder, once it is safe on disk.
+
+        `tensors` is this rank's share by group: each name is on one rank only (ValueError), the
+        groups come in the same order on all. `state` (JSON) and `texts` are written by rank 0.
+        CheckpointError on all ranks if one of them can't write; what was there before stays.
+        """
+        state_text = json.dumps(state, allow_nan=False)
+        temporary = self._begin(step)
+        writer = self._writer(temporary)
+        for group, values in tensors.items():
+            writer.group(group, values)
+        if self._comm.is_main:
+            for name, text in {STATE: state_text, **texts}.items():
+                writer.text(name, text)
+        shares = [
+            Share.model_validate(share)
+            for share in self._comm.gather_json(writer.share.model_dump(mode="json"))
+        ]
+        self._check(step, temporary, shares)
+        folder = self._commit(step, temporary, shares)
+        self._prune(folder)
+        self._comm.barrier()
+        return folder
+
+    def _writer(self, folder: Path) -> ShareWriter:
+        comm = self._comm
+        return ShareWriter(
+            folder, rank=comm.rank, world_size=comm.world_size, file_bytes=self._file_bytes
+        )
+
+    def _begin(self, step: int) -> Path:
+        """Clear what dead runs left behind and make the folder to write into."""
+        name, failure = f".saving-step-{step:08d}-{secrets.token_hex(4)}", ""
+        if self._comm.is_main:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for stale in [*self._folder.glob(".saving-*"), *self._folder.glob(".old-*")]:
+                    shutil.rmtree(stale, ignore_errors=True)
+                (self._folder / name).mkdir()
+            except OSError as error:
+                failure = str(error)
+        name, failure = self._agreed(name, failure)
+        if failure:
+            raise CheckpointError(f"can't save step {step}: {failure}")
+        return self._folder / name
+
+    def _agreed(self, name: str, failure: str) -> tuple[str, str]:
+        """What rank 0 says of a step that it took alone."""
+        name, failure = self._comm.broadcast_json([name, failure])
+        return name, failure
+
+    def _check(self, step: int, temporary: Path, shares: Sequence[Share]) -> None:
+        counts = Counter(
+            f"{entry.group}/{name}" for s in shares for entry in s.files for name in entry.tensors
+        )
+        doubled = [name for s in shares for name in s.doubled]
+        doubled += [name for name, count in counts.items() if count > 1]
+        failures = [f"rank {r}: {s.failure}" for r, s in enumerate(shares) if s.failure is not None]
+        if doubled or failures:
+            self._abandon(temporary)
+        if doubled:
+            raise ValueError(f"tensor {doubled[0]} was given to the checkpoint twice")
+        if failures:
+            self._give_up(step, failures, needed=sum(share.size for share in shares))
+
+    def _abandon(self, temporary: Path) -> None:
+        if self._comm.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._comm.barrier()
+
+    def _give_up(self, step: int, failures: Sequence[str], *, needed: int) -> NoReturn:
+        free = self._comm.broadcast_json(_free_bytes(self._folder))
+        raise CheckpointError(
+            f"can't save step {step}: {'; '.join(failures)}; it needs {_size(needed)} and "
+            f"{_size(free)} are free in {self._folder}; the checkpoints before it are untouched"
+        )
+
+    def _commit(self, step: int, temporary: Path, shares: Sequence[Share]) -> Path:
+        """Rank 0 writes the manifest and gives the folder its name: from here on it exists."""
+        files = tuple(entry for share in shares for entry in share.files)
+        manifest = Manifest(step=step, world_size=self._comm.world_size, files=files)
+        name = failure = ""
+        if self._comm.is_main:
+            try:
+                name = self._free_name(step)
+                write_manifest(temporary, manifest)
+                os.replace(temporary, self._folder / name)
+                sync_folder(self._folder)
+            except OSError as error:
+                failure = f"rank 0: {error}"
+        name, failure = self._agreed(name, failure)
+        if failure:
+            self._abandon(temporary)
+            self._give_up(step, [failure], needed=sum(share.size for share in shares))
+        return self._folder / name
+
+    def _free_name(self, step: int) -> str:
+        """`step-00000120`, or `step-00000120-1` where that exists (a damaged one, say)."""
+        taken = [attempt for other, attempt, _ in self._found() if other == step]
+        return f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else "")
+
+    def _prune(self, newest: Path) -> None:
+        """Rank 0 removes what is older than the `keep` newest, if `newest` reads back well.
+
+        Checkpoints of later steps belong to a future that this run has left (they were refused
+        when it started); they go as soon as there are `keep` others.
+        """
+        if not self._comm.is_main or not _is_listed_in_full(newest):
+            return
+        found = self._found()
+        last = next(entry for entry in found if entry[2] == newest)
+        sound = [e for e in found if e <= last and e[2].name not in self._refused]
+        kept = sound[-self._keep :]
+        if len(kept) == self._keep:
+            for entry in found:
+                if entry not in kept:
+                    self._discard(entry[2])
+
+    def _discard(self, folder: Path) -> None:
+        """Rename first, so that a half-removed checkpoint is never taken for one."""
+        old = self._folder / f".old-{folder.name}-{secrets.token_hex(4)}"
+        try:
+            os.replace(folder, old)
+        except OSError:
+            return  # it costs space and nothing else; the next save tries again
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _found(self) -> list[tuple[int, int, Path]]:
+        """(step, attempt, folder) of all checkpoints, oldest first."""
+        if not self._folder.is_dir():
+            return []
+        matches = [(_NAME.fullmatch(path.name), path) for path in self._folder.iterdir()]
+        return sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m is not None)
+
+    # -- restoring ------------------------------------------------------------------------------
+
+    def latest(self, *, warn: Callable[[str], None] = _to_stderr) -> Restored | None:
+        """The newest checkpoint that is undamaged; None where there has never been one.
+
+        The ranks share the hashing and agree. Each refused checkpoint is told to `warn` on rank 0;
+        CheckpointError if there are some and none can be used.
+        """
+        names = self._comm.broadcast_json([path.name for *_, path in self._found()])
+        reasons: list[str] = []
+        for name in reversed(names):
+            restored, reason = self._verified(self._folder / name)
+            if restored is not None:
+                return restored
+            self._refused.add(name)
+            reasons.append(f"{name}: {reason}")
+            if self._comm.is_main:
+                warn(f"checkpoint {self._folder / name} is damaged and not used: {reason}")
+        if reasons:
+            raise CheckpointError(
+                f"none of the {len(reasons)} checkpoints in {self._folder} can be used "
+                f"({'; '.join(reasons)}); restore a copy, or move the folder away to start anew"
+            )
+        return None
+
+    def _verified(self, folder: Path) -> tuple[Restored | None, str]:
+        """The checkpoint if every file is as its manifest says, else None and why."""
+        text, reason = None, ""
+        if self._comm.is_main:
+            try:
+                text = read_manifest_bytes(folder).decode()
+            except (OSError, ValueError) as error:
+                reason = str(error)
+        text, reason = self._comm.broadcast_json([text, reason])
+        if text is None:
+            return None, reason
+        try:
+            manifest = parse_manifest(text)
+            problems = self._damages(folder, manifest)
+            return (
+                (None, "; ".join(problems)) if problems else (open_checkpoint(folder, manifest), "")
+            )
+        except ValueError as error:
+            return None, str(error)
+
+    def _damages(self, folder: Path, manifest: Manifest) -> list[str]:
+        mine = manifest.files[self._comm.rank :: self._comm.world_size]
+        found = [problem for entry in mine if (problem := damage(folder, entry))]
+        return [problem for part in self._comm.gather_json(found) for problem in part]
+
+
+def _is_listed_in_full(folder: Path) -> bool:
+    """Read the manifest back and compare the sizes."""
+    try:
+        files = parse_manifest(read_manifest_bytes(folder)).files
+        return all((folder / entry.name).stat().st_size == entry.size for entry in files)
+    except (OSError, ValueError):
+        return False
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:  # the disk that failed may not answer this either
+        return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"

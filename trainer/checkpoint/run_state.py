@@ -1,0 +1,166 @@
+"""A run's whole state, out of its objects into a checkpoint and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.restored import Restored
+from trainer.config import RunConfig, dump_run, parse_run
+from trainer.engine.zero import Engine, persistent_buffers
+from trainer.errors import CheckpointError
+from trainer.recipe import Recipe
+from trainer.types import Batch, NamedTensors, Progress
+
+# What may change between two starts of the same run. Anything else would continue another run
+# under the old one's name.
+FREE_TO_CHANGE = frozenset(
+    {
+        "workdir",
+        "steps",
+        "micro_batch",
+        "deepspeed",
+        "gradient_checkpointing",
+        "evals",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "max_skipped_steps",
+        "comm_timeout_seconds",
+    }
+)
+FREE_DATA = frozenset({"workers", "cache_mib", "bad_sample_budget"})
+
+
+def save_state(
+    checkpoints: Checkpointer,
+    engine: Engine,
+    recipe: Recipe,
+    progress: Progress,
+    config: RunConfig,
+    *,
+    frozen: str,
+) -> None:
+    """Write weights, moments, parts and progress; every rank writes a share of each."""
+    comm = engine.comm
+    tensors: dict[str, NamedTensors] = {
+        "weights": engine.weights_share(),
+        "moments": engine.moments_share(),
+        "parts": _parts_share(recipe),
+        "random": {f"rank-{comm.rank}": torch.get_rng_state()},
+    }
+    state = {
+        "progress": asdict(progress),
+        "world_size": comm.world_size,
+        "frozen_weights": frozen,
+    }
+    checkpoints.save(progress.step, tensors, state, {"run.yaml": dump_run(config)})
+
+
+def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, frozen: str) -> None:
+    """Put a checkpoint's weights into a model that no engine has sharded yet."""
+    refuse_another_run(parse_run(restored.texts["run.yaml"], source="run.yaml"), config)
+    if restored.state["frozen_weights"] != frozen:
+        raise CheckpointError(
+            "the frozen weights are not those of the checkpoint; restore the model they came from "
+            "or start in another workdir"
+        )
+    weights = dict(restored.tensors("weights"))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    expected = trained | set(persistent_buffers(model))
+    if differing := sorted(expected ^ set(weights)):
+        raise CheckpointError(
+            f"{len(differing)} tensors stand on one side only, as {differing[0]}; "
+            "the checkpoint is of another model"
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+def load_rest(restored: Restored, engine: Engine, recipe: Recipe, batch: Batch) -> Progress:
+    """Moments, masters, parts and random state; returns how far the run had come."""
+    moments = dict(restored.tensors("moments"))
+    progress = Progress(**restored.state["progress"])
+    if moments:
+        engine.restore(dict(restored.tensors("weights")), moments, progress.step, batch)
+    _load_parts(restored, recipe)
+    if restored.state["world_size"] == engine.comm.world_size:
+        states = dict(restored.tensors("random"))
+        torch.set_rng_state(states[f"rank-{engine.comm.rank}"])
+    return progress
+
+
+def refuse_another_run(old: RunConfig, new: RunConfig) -> None:
+    """A CheckpointError that lists what differs, if it would make another run of this one."""
+    before, after = _comparable(old), _comparable(new)
+    differing = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    if differing:
+        lines = ", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in differing)
+        raise CheckpointError(
+            f"the checkpoint in {new.workdir} is of another run ({lines}); "
+            "set these back or choose another workdir"
+        )
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """SHA-256 over the frozen weights, which checkpoints do not hold; '' where all are trained.
+
+    To be called before an engine shards the model.
+    """
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    digest = hashlib.sha256()
+    for name, parameter in frozen:
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if frozen else ""
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+    values["data"] = {k: v for k, v in values["data"].items() if k not in FREE_DATA}
+    return _flat(values)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _parts_share(recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+    for part, owner in recipe.parts.items():
+        share = owner.state_share()
+        for name, value in share.items() if isinstance(share, Mapping) else share:
+            yield f"{part}/{name}", value
+
+
+def _load_parts(restored: Restored, recipe: Recipe) -> None:
+    stored = restored.lazily("parts")
+    for part, owner in recipe.parts.items():
+        owner.load_state_dict(Beneath(stored, f"{part}/"))
+
+
+class Beneath(Mapping[str, Tensor]):
+    """The tensors of a mapping whose names begin with a prefix, by what follows it."""
+
+    def __init__(self, whole: Mapping[str, Tensor], prefix: str) -> None:
+        self._whole = whole
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n.removeprefix(self._prefix) for n in self._whole if n.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,1 +1,0 @@
-"""Frozen teachers: models that give samples their vectors once, before training."""

@@ -1,0 +1,331 @@
+"""A model under DeepSpeed. The only file that imports deepspeed.
+
+The engine hides the ZeRO stage: `engine(batch)` runs the sharded model, `backward` accumulates,
+`step` applies, and weights, moments and buffers are read and written in full, by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+    set_z3_leaf_module,
+)
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trainer.comm import Comm
+from trainer.config import OptimConfig
+from trainer.engine.groups import parameter_groups, set_learning_rate
+from trainer.engine.zero_file import completed, for_frozen
+from trainer.errors import CheckpointError
+from trainer.models.model import Model
+from trainer.types import Batch, Features, Tower
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed, once a bucket.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+
+
+# Without a GPU DeepSpeed would compile an op at the first launch, for minutes, and a build that is
+# killed leaves a lock for which every later launch waits forever. Only inference uses that op.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Engine:
+    """DeepSpeed's engine with one door in (`engine(batch)`) and state by parameter name.
+
+    Gradients accumulate over any number of `backward` calls until `step`. Every loss is a mean
+    over this rank's samples; DeepSpeed averages gradients over ranks. Nothing is scaled by the
+    number of accumulated passes (`scale_wrt_gas=False`): whoever splits a loss divides it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optim: OptimConfig,
+        comm: Comm,
+        *,
+        deepspeed_config: Path,
+        micro_batch: int,
+    ) -> None:
+        self.comm = comm
+        self._config = completed(deepspeed_config, comm, optim, micro_batch)
+        self._stage = int(self._config["zero_optimization"]["stage"])
+        bf16 = bool(self._config.get("bf16", {}).get("enabled"))
+        if bf16 and comm.device.type == "cpu":
+            # The CPU's fused attention takes five times the plain products' time backward in bf16.
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        if clips_itself := self._stage == 0 and not bf16:
+            # DeepSpeed clips here too, but doesn't say what the norm was.
+            self._config["gradient_clipping"] = 0.0
+        self._optimizer = _adamw(model, optim, self._config)
+        if self._stage == 3:
+            # A block is gathered whole: one collective instead of one per Linear, and a fifth less
+            # time spent in hooks. What is live at a time is a block, as with checkpointing.
+            _gather_whole_blocks(model)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
+        )
+        self.gradient_norm: float | Tensor = 0.0
+        """Global norm before clipping, of the last step; NaN if it was not finite."""
+        if clips_itself:
+            self._optimizer.register_step_pre_hook(lambda *_: self._clip(optim.clip_norm))
+
+    # -- training -------------------------------------------------------------------------------
+
+    def __call__(self, batch: Batch) -> Features:
+        features: Features = self._engine(batch)
+        return features
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Features:
+        """Forward in evaluation mode, without gradient. Every rank must call it equally often."""
+        self._engine.eval()
+        features = self(batch)
+        self._engine.train()
+        return features
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate_factor: float, locked: Collection[Tower] = ()) -> bool:
+        """Apply the accumulated gradient and clear it.
+
+        False, with no parameter and no moment changed anywhere, if any rank's gradient is not
+        finite.
+        """
+        set_learning_rate(self._optimizer.param_groups, learning_rate_factor, locked)
+        if self._stage == 0 and self.comm.any(not _all_finite(self._engine.module)):
+            self._engine.module.zero_grad()
+            self.gradient_norm = float("nan")
+            return False
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        norm = self._engine.get_global_grad_norm()
+        if not applied:
+            self.gradient_norm = float("nan")
+        elif norm is not None:
+            self.gradient_norm = norm
+        return applied
+
+    # -- state by name --------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module, for names and configuration only: its parameters are shards."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def weights_share(self) -> dict[str, Tensor]:
+        """This rank's disjoint share of all trained weights and buffers, in full, on the CPU."""
+        share = dict(self._shared(self._weight))
+        return share | (self._buffers() if self.comm.is_main else {})
+
+    def moments_share(self) -> dict[str, Tensor]:
+        """This rank's disjoint share of Adam's moments, in full, on the CPU.
+
+        Keys are `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`. Empty before the first step.
+        """
+        if not any(MOMENTS[0] in state for state in self._optimizer.state.values()):
+            return {}
+        self._link_moments()
+        return {
+            f"{key}/{name}": value
+            for key in MOMENTS
+            for name, value in self._shared(functools.partial(self._moment, key))
+        }
+
+    def gathered_weights(self) -> dict[str, Tensor]:
+        """All weights and buffers, frozen ones too, in float32 on the CPU; empty off rank 0."""
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                full = parameter.detach().float()
+            full = self._weight(parameter) if parameter.requires_grad else full
+            if self.comm.is_main:
+                weights[name] = full.cpu().clone()
+        return weights | (self._buffers() if self.comm.is_main else {})
+
+    def restore(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int, batch: Batch
+    ) -> None:
+        """Continue Adam after `steps` updates; `weights` are in the module since before init.
+
+        DeepSpeed makes the moments in its first step, so one is taken on `batch` with a gradient
+        of zero and a learning rate of zero. The weights are set once more because the float32
+        masters of a bf16 model were made from rounded ones.
+        """
+        self._step_on_nothing(batch)
+        self._link_moments()
+        for name, parameter in self._trained():
+            self._set_weight(parameter, weights[name])
+            for key in MOMENTS:
+                self._set_moment(parameter, key, moments[f"{key}/{name}"])
+        for name, buffer in persistent_buffers(self.module).items():
+            buffer.copy_(weights[name])
+        for state in self._optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].fill_(steps)
+            elif "step" in state:
+                state["step"] = steps
+
+    def bytes_per_rank(self) -> dict[str, int]:
+        """Bytes of trained weights and of moments that this rank holds between steps."""
+        shards = [getattr(p, "ds_tensor", p) for _, p in self._trained()]
+        states = [s[key] for s in self._optimizer.state.values() for key in MOMENTS if key in s]
+        return {
+            "weights": sum(t.numel() * t.element_size() for t in shards),
+            "moments": sum(t.numel() * t.element_size() for t in states),
+        }
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _clip(self, clip_norm: float) -> None:
+        """Scale the averaged gradient, just before the optimizer reads it."""
+        parameters = self._engine.module.parameters()
+        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+
+    def _shared(self, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, full value) of every W-th parameter; reading is collective, so all ranks do it."""
+        for index, (name, parameter) in enumerate(self._trained()):
+            value = read(parameter)
+            if index % self.comm.world_size == self.comm.rank:
+                yield name, value.detach().float().cpu().clone()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {n: b.detach().cpu().clone() for n, b in persistent_buffers(self.module).items()}
+
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
+        full = safe_get_full_fp32_param(parameter)
+        value: Tensor = parameter if full is None else full
+        return value.detach().float()
+
+    def _moment(self, key: str, parameter: nn.Parameter) -> Tensor:
+        full = safe_get_full_optimizer_state(parameter, key)
+        value: Tensor = self._optimizer.state[parameter][key] if full is None else full
+        return value
+
+    def _set_weight(self, parameter: Any, value: Tensor) -> None:
+        if self._stage == 3:
+            safe_set_local_fp32_param(parameter, self._local(parameter, value))
+            parameter.ds_tensor.data.copy_(self._local(parameter, value))
+        elif hasattr(parameter, "_hp_mapping"):
+            safe_set_full_fp32_param(parameter, value)
+
+    def _set_moment(self, parameter: Any, key: str, value: Tensor) -> None:
+        if self._stage == 3:
+            safe_set_local_optimizer_state(parameter, self._local(parameter, value), key)
+        elif hasattr(parameter, "_hp_mapping"):
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            self._optimizer.state[parameter][key].copy_(value)
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed's ZeRO-1 and 2 find the moments of every parameter group.
+
+        0.19.8 links them once, after the first group of the first step, when the other groups
+        have none yet; linking again finds them all.
+        """
+        if self._stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _local(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's slice of a ZeRO-3 parameter's value, padded as DeepSpeed pads it."""
+        size: int = parameter.ds_tensor.numel()
+        flat = value.flatten()
+        padded = torch.nn.functional.pad(flat, (0, size * self.comm.world_size - flat.numel()))
+        return padded[self.comm.rank * size : (self.comm.rank + 1) * size]
+
+    def _step_on_nothing(self, batch: Batch) -> None:
+        outputs = [x.float().sum() for x in self(batch) if x is not None and x.requires_grad]
+        self.backward(torch.stack(outputs).sum() * 0.0)
+        if not self.step(0.0):
+            raise CheckpointError("the restored weights give outputs that are not finite")
+
+
+class FrozenEngine:
+    """A model that only runs, its weights dealt to the ranks: ZeRO-3 without an optimizer.
+
+    A pass gathers one block after another from all ranks, so all ranks take equally many. Before
+    each they tell who has something to run; those that have not run along.
+    """
+
+    def __init__(self, model: nn.Module, comm: Comm) -> None:
+        self.comm = comm
+        config = for_frozen(next(model.parameters()).dtype)
+        _gather_whole_blocks(model)
+        # Dealt before DeepSpeed would move the model to a device where it does not fit as a whole.
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(comm.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, config=config, dist_init_required=False
+        )
+        self._engine.eval()
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.comm.any(True)
+        return self._engine(**inputs)
+
+    def stand_by(self, **spare: Any) -> None:
+        """Run along on `spare` until no rank has anything to run."""
+        while self.comm.any(False):
+            self._engine(**spare)
+
+
+def _gather_whole_blocks(model: nn.Module) -> None:
+    """Make each transformer block one unit of ZeRO-3's gathering.
+
+    Not blocks of which a part is frozen (low-rank additions): in 0.19.8 their parameters are
+    released before the backward pass has used them.
+    """
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            uniform = len({parameter.requires_grad for parameter in block.parameters()}) == 1
+            set_z3_leaf_module(block, uniform)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state, such as running statistics."""
+    state = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}
+
+
+def _adamw(model: Model, optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
+    named = list(model.named_parameters())
+    groups = parameter_groups(named, optim, model.parameter_depth)
+    offloaded = "offload_optimizer" in config["zero_optimization"]
+    on_gpu = torch.cuda.is_available()
+    if offloaded and on_gpu:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, betas=optim.betas, eps=optim.epsilon, adamw_mode=True
+        )
+        return cpu_adam
+    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.epsilon, fused=on_gpu)
+
+
+def _all_finite(module: nn.Module) -> bool:
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))

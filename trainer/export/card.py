@@ -1,0 +1,232 @@
+"""The README of an exported model."""
+
+from __future__ import annotations
+
+from trainer.data.views import IMAGE_MEAN, IMAGE_STD
+from trainer.models.config import ImageTowerConfig, ModelConfig, TowerConfig, TwoTowerConfig
+from trainer.store import Identity
+
+_CLIP_USE = """\
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+folder = "."  # where this file is
+model = CLIPModel.from_pretrained(folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder)
+
+tokens = tokenizer(
+    ["a red apple", "a cat"], padding=True, truncation=True, max_length={text_length},
+    return_token_type_ids=False, return_tensors="pt",
+)
+pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    print(model(**tokens, **pixels).logits_per_image.softmax(dim=-1))
+```
+"""
+
+_TOWERS_USE = """\
+`CLIPModel` can't load it: {why_not_clip}. `image/` and `text/` hold the towers for
+`transformers.AutoModel`; pooling and projections are ours, so from a checkout of the trainer:
+
+```python
+from trainer.export.transformers_folder import load_exported
+
+model, tokenizer = load_exported(".")  # where this file is
+```
+"""
+
+_UNKNOWN_LICENCE = (
+    "Not stated at export. The weights may be bound by the terms of the images and texts they "
+    "were trained on; find these out before you pass the weights on."
+)
+
+_IMAGE_USE = """\
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+folder = "."  # where this file is
+model = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+
+pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    print(torch.nn.functional.normalize(model(**pixels).image_embeds, dim=-1))
+```
+
+`CLIPVisionModel.from_pretrained(folder)` loads the tower without its projection.
+"""
+
+_IMAGE_TOWER_USE = """\
+transformers' CLIP classes can't load it: {why_not_clip}. `image/` holds the tower for
+`transformers.AutoModel`; pooling and projection are ours, so from a checkout of the trainer:
+
+```python
+from trainer.export.transformers_folder import load_exported_image_tower
+
+model = load_exported_image_tower(".")  # where this file is
+```
+"""
+
+
+_PATCH_USE = """\
+```python
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, CLIPVisionModel
+
+folder = "."  # where this file is
+tower = CLIPVisionModel.from_pretrained(f"{{folder}}/image").eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+head = torch.nn.Sequential(
+    torch.nn.Linear(tower.config.hidden_size, {hidden}), torch.nn.GELU(),
+    torch.nn.Linear({hidden}, {dim}), torch.nn.LayerNorm({dim}),
+)
+weights, ours = load_file(f"{{folder}}/native/model.safetensors"), "image.projection."
+head.load_state_dict({{n[len(ours):]: w for n, w in weights.items() if n.startswith(ours)}})
+
+pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    patches = tower(**pixels).last_hidden_state[:, 1:]
+    print(torch.nn.functional.normalize(head(patches).mean(dim=1), dim=-1))
+```
+
+What `tower` pools by itself is not trained. From a checkout of the trainer, the whole model:
+
+```text
+from trainer.export.transformers_folder import load_exported_patch_tower
+```
+"""
+
+
+def patch_card(
+    config: ImageTowerConfig,
+    *,
+    hidden: int,
+    texts: Identity | None,
+    data_licence: str | None = None,
+) -> str:
+    """As `model_card`, of an image encoder that is compared with a language model's vectors."""
+    return f"""\
+# Image encoder for a frozen language model's vectors
+
+Maps images to unit vectors of {config.embed_dim} numbers, to be compared with those of texts.
+
+- Image tower: {_tower(config.image)}; the mean over patches of a head of {hidden} hidden numbers
+- Texts: {_texts(texts)}
+
+## Input
+
+{_image_input(config)}
+
+## Use
+
+{_PATCH_USE.format(hidden=hidden, dim=config.embed_dim)}
+`native/model.safetensors` has all weights under the trainer's own names, with the scale and bias of
+the logits; `native/model.json` the configuration and the identity of the texts' vectors.
+
+## Training data and its licence
+
+{data_licence or _UNKNOWN_LICENCE}
+"""
+
+
+def _texts(texts: Identity | None) -> str:
+    if texts is None:
+        return "not known at export; those of the store that the run's YAML names"
+    layer = "last layer" if texts.layer == -1 else f"layer {texts.layer}"
+    return (
+        f"{texts.teacher} (weights {texts.model[:12]}), {layer}, pooling {texts.pooling}, prompts "
+        f"{texts.prompts[:24]}"
+    )
+
+
+def image_card(
+    config: ImageTowerConfig, *, why_not_clip: str = "", data_licence: str | None = None
+) -> str:
+    """As `model_card`, of an image tower alone."""
+    use = _IMAGE_TOWER_USE if why_not_clip else _IMAGE_USE
+    return f"""\
+# Image encoder
+
+Maps images to unit vectors of {config.embed_dim} numbers; similar images have a high cosine.
+
+- Image tower: {_tower(config.image)}
+
+## Input
+
+{_image_input(config)}
+
+## Use
+
+{use.format(why_not_clip=why_not_clip)}
+`native/model.safetensors` has all weights under the trainer's own names and `native/model.json`
+the configuration. The prototypes it was trained against are not part of it.
+
+## Training data and its licence
+
+{data_licence or _UNKNOWN_LICENCE}
+"""
+
+
+def model_card(
+    config: TwoTowerConfig, *, why_not_clip: str = "", data_licence: str | None = None
+) -> str:
+    """Markdown: what the model is, what it must be fed, how to load it, and under which terms."""
+    use = _TOWERS_USE if why_not_clip else _CLIP_USE
+    return f"""\
+# Image and text encoder
+
+Maps images and texts to unit vectors of {config.embed_dim} numbers whose cosines say how well they
+match.
+
+- Image tower: {_tower(config.image)}
+- Text tower: {_tower(config.text)}; at most {config.text_length} tokens
+- Prototype heads: {_head(config)}
+
+## Input
+
+{_image_input(config)}
+- Texts: the tokenizer in this folder, which adds begin and end by itself.
+
+## Use
+
+{use.format(text_length=config.text_length, why_not_clip=why_not_clip)}
+`native/model.safetensors` has all weights under the trainer's own names, prototype heads included,
+and `native/model.json` the configuration.
+
+## Training data and its licence
+
+{data_licence or _UNKNOWN_LICENCE}
+"""
+
+
+def _image_input(config: ModelConfig) -> str:
+    mean, std = (", ".join(f"{value:.8f}" for value in row) for row in (IMAGE_MEAN, IMAGE_STD))
+    size = config.image_size
+    return f"""\
+- Images: {size} x {size} pixels, RGB. The shorter side is resized to
+  {size} (bicubic, antialiased), then the centre is cropped. Lay transparent images on
+  the background of the training run first (white by default): the processor drops transparency.
+- Normalisation: pixels in [0, 1], minus ({mean}), divided by ({std})."""
+
+
+def _tower(section: TowerConfig) -> str:
+    kind = (
+        f"loaded from `{section.path}`"
+        if section.path
+        else f"CLIP transformer, {section.layers} layers of width {section.width}, "
+        f"{section.heads} heads"
+    )
+    return kind if section.trained else f"{kind}, not trained"
+
+
+def _head(config: TwoTowerConfig) -> str:
+    if config.head is None:
+        return "none"
+    return f"{config.head.dim} numbers; only training uses them"

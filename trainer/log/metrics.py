@@ -1,0 +1,250 @@
+"""The numbers of a run: JSON lines, TensorBoard, and what a person sees.
+
+`metrics.jsonl` has one line per logged step: what the training is (equal for equal runs), then
+under `timing` what the machine did. `events.jsonl` has evaluations, episodes, checkpoints.
+Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64, UInt8
+from rich.console import Console
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.config import Period
+from trainer.errors import ConfigError
+from trainer.log.records import JsonLines, TensorBoard, plain
+from trainer.log.terminal import Display, Speed, Speedometer, display_for, event_line
+from trainer.periods import Clock
+from trainer.types import Progress
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+_EVERY_TEN_STEPS = Period.model_construct(count=10.0, unit="steps")
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers may still be on the device."""
+
+    progress: Progress
+    names: tuple[str, ...]
+    means: Float64[Tensor, " values"]
+    speed: Speed
+
+
+class MetricLog:
+    """Every rank makes one and calls `put` every step; use it as a context, or `close` it.
+
+    Nothing is written before `resume`, or the first `put` or `event`.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        comm: Comm,
+        *,
+        total_steps: int,
+        log_every: Period = _EVERY_TEN_STEPS,
+        epoch_size: int | None = None,
+        console: Console | None = None,
+    ) -> None:
+        if log_every.unit == "epochs" and epoch_size is None:
+            raise ConfigError(f"log_every {log_every}: the size of an epoch is not known here")
+        self._workdir = workdir
+        self._comm = comm
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._clock = Clock(comm, epoch_size=epoch_size or 1)
+        self._last: Progress | None = None
+        self._pending: _Pending | None = None
+        self._files: _Files | None = None
+        self._display: Display | None = None
+        if comm.is_main:
+            self._display = display_for(console or Console(), total_steps=total_steps)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from here: lines of later samples are cut, so that none is missing or doubled.
+
+        For none to be missing, call `flush` before each checkpoint is saved.
+        """
+        if self._last is not None:
+            raise RuntimeError("resume comes before the first put, event or image")
+        self._last = progress
+        self._saved_at = progress.samples
+        self._started = time.monotonic()
+        self._speedometer = Speedometer(progress, self._started)
+        if self._comm.is_main:
+            self._files = _Files(self._workdir, progress)
+
+    def put(
+        self,
+        progress: Progress,
+        values: Mapping[str, float | int | Tensor],
+        *,
+        wait_seconds: float = 0.0,
+    ) -> None:
+        """Take a step's numbers: scalars, each the mean over this rank's samples.
+
+        If logging is due (or this is the last step), they are averaged over the ranks; names and
+        order are equal on all. They are read from the device by the next call, when it has long
+        finished with them. `wait_seconds` is this rank's total wait for data since the start.
+        A line holds the numbers of its step, not a mean over the interval, which a resume in the
+        middle of one could not reproduce.
+        """
+        self._write_pending()
+        last = self._begun()
+        speed = self._speedometer.mark(progress, time.monotonic(), wait_seconds=wait_seconds)
+        if self._display is not None:
+            self._display.step(progress, speed)
+        is_due = self._clock.due("log", self._log_every, last, progress)
+        if is_due or last.step < progress.step == self._total_steps:
+            self._pending = self._reduced(progress, values, speed)
+        self._last = progress
+
+    def event(self, progress: Progress, name: str, /, **figures: Any) -> None:
+        """Something that happened at a step; what rank 0 passes is written and shown."""
+        self._begun()
+        if self._files is not None:
+            after_save = progress.samples == self._saved_at
+            self._files.event(progress, name, plain(figures), after_save=after_save)
+        self.say(event_line(progress, name, plain(figures)))
+
+    def image(
+        self, progress: Progress, name: str, pixels: UInt8[np.ndarray, "height width 3"]
+    ) -> None:
+        """A picture for TensorBoard; what rank 0 passes is written."""
+        self._begun()
+        if self._files is not None:
+            self._files.tensorboard.image(progress.step, name, pixels)
+
+    def say(self, text: str) -> None:
+        """Show a line; what rank 0 passes is shown."""
+        if self._display is not None:
+            self._display.line(text)
+
+    def flush(self) -> None:
+        """Everything put so far is in the files and on the disk; call it before each save.
+
+        Events after this call and before the next step will happen again if the run goes on from
+        that checkpoint, so their lines say `after_save`, and `resume` cuts them.
+        """
+        self._write_pending()
+        self._saved_at = self._begun().samples
+        if self._files is not None:
+            self._files.flush()
+
+    def close(self) -> None:
+        self._write_pending()
+        if self._files is not None:
+            self._files.close()
+        if self._display is not None:
+            self._display.close()
+        self._files = self._display = None
+
+    def _begun(self) -> Progress:
+        if self._last is None:
+            self.resume(Progress())
+        return self._last or Progress()
+
+    def _reduced(
+        self, progress: Progress, values: Mapping[str, float | int | Tensor], speed: Speed
+    ) -> _Pending:
+        """One collective for all values; nothing waits for the device."""
+        numbers = [*values.values(), speed.data_wait]
+        stacked = torch.stack([_scalar(number, self._comm.device) for number in numbers])
+        means = self._comm.sum(stacked) / self._comm.world_size
+        return _Pending(progress, tuple(values), means, speed)
+
+    def _write_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None or self._files is None or self._display is None:
+            return
+        *means, data_wait = pending.means.tolist()
+        values = dict(zip(pending.names, means, strict=True))
+        speed = pending.speed._replace(data_wait=data_wait)
+        self._files.step(pending.progress, values, speed, time.monotonic() - self._started)
+        loss = values.get("loss", next(iter(values.values()), None))
+        self._display.figures(pending.progress, loss, speed)
+
+
+class _Files:
+    """All files that rank 0 writes."""
+
+    def __init__(self, workdir: Path, resumed: Progress) -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+
+        def is_past(record: dict[str, Any]) -> bool:
+            return (record["samples"], record.get("after_save", False)) <= (resumed.samples, False)
+
+        self._metrics = JsonLines(workdir / METRICS, keep=is_past)
+        self._events = JsonLines(workdir / EVENTS, keep=is_past)
+        self.tensorboard = TensorBoard(workdir / "tensorboard", first_step=resumed.step + 1)
+
+    def step(
+        self, progress: Progress, values: Mapping[str, float], speed: Speed, seconds: float
+    ) -> None:
+        timing = {
+            "samples_per_second": speed.samples_per_second,
+            "data_wait": speed.data_wait,
+            "seconds": seconds,
+            "time": time.time(),
+        }
+        self._metrics.append({**_place(progress), "values": values, "timing": timing})
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        scalars["speed/samples_per_second"] = speed.samples_per_second
+        scalars["speed/data_wait"] = speed.data_wait
+        self.tensorboard.scalars(progress.step, scalars)
+
+    def event(
+        self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
+    ) -> None:
+        place = {**_place(progress), "after_save": after_save, "event": name}
+        # `samples` is the run's cursor, by which a resume cuts; an evaluation counts its own.
+        named = {"num_samples" if key == "samples" else key: v for key, v in figures.items()}
+        self._events.append({**place, **named, "timing": {"time": time.time()}})
+        scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
+        if scalars:
+            # After a save it belongs to the step to come, with which a resume takes it back.
+            self.tensorboard.scalars(progress.step + int(after_save), scalars)
+
+    def flush(self) -> None:
+        for file in (self._metrics, self._events, self.tensorboard):
+            file.flush()
+
+    def close(self) -> None:
+        for file in (self._metrics, self._events, self.tensorboard):
+            file.close()
+
+
+def _place(progress: Progress) -> dict[str, int]:
+    return {"step": progress.step, "samples": progress.samples, "skipped": progress.skipped}
+
+
+def _scalar(value: float | int | Tensor, device: torch.device) -> Float64[Tensor, ""]:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,64 @@
+"""Why a step was not applied: which rank, which samples, which term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trainer.engine.zero import Engine
+from trainer.errors import NonFiniteLoss
+from trainer.types import Batch, Losses
+
+MOST_IDS = 5
+
+
+def explain_skip(engine: Engine, batches: Sequence[Batch], losses: Losses) -> list[dict[str, Any]]:
+    """What each rank finds when it looks again; the same list on every rank.
+
+    Costs a forward pass without gradient, and happens only after a step that was not applied.
+    `inputs` and `features` are sample ids whose pixels or features are not finite.
+    """
+    inputs: list[int] = []
+    features: list[int] = []
+    for batch in batches:
+        inputs += _not_finite(batch.sample_id, [batch.images])
+        rows = [value for value in engine.encode(batch) if value is not None and value.dim() > 1]
+        features += _not_finite(batch.sample_id, rows)
+    terms = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
+    mine = {"rank": engine.comm.rank, "inputs": inputs, "features": features, "terms": terms}
+    return engine.comm.gather_json(mine)
+
+
+def one_line(found: Sequence[dict[str, Any]]) -> str:
+    """The finding as a sentence that names the rank."""
+    guilty = [entry for entry in found if entry["features"] or entry["inputs"]]
+    terms = sorted({term for entry in found for term in entry["terms"]}) or ["the gradient"]
+    if not guilty:
+        return f"{', '.join(terms)} not finite on finite features; no rank is to blame alone"
+    causes = []
+    for entry in guilty:
+        what = "pixels" if entry["inputs"] else "features"
+        ids = entry["inputs"] or entry["features"]
+        causes.append(f"rank {entry['rank']} ({what} of samples {', '.join(map(str, ids))})")
+    return f"{', '.join(terms)} not finite because of {'; '.join(causes)}"
+
+
+def raise_if_stuck(in_a_row: int, *, limit: int, why: str) -> None:
+    """NonFiniteLoss when more than `limit` steps in a row could not be applied."""
+    if in_a_row > limit:
+        raise NonFiniteLoss(
+            f"{in_a_row} steps in a row had a gradient that is not finite, more than "
+            f"max_skipped_steps={limit}; last: {why}; lower the learning rate or look at these "
+            "samples"
+        )
+
+
+def _not_finite(ids: torch.Tensor, rows: Sequence[torch.Tensor | None]) -> list[int]:
+    bad = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for value in rows:
+        if value is not None:
+            bad |= ~torch.isfinite(value.flatten(1)).all(1)
+    found: list[int] = ids[bad][:MOST_IDS].tolist()
+    return found

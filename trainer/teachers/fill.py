@@ -1,0 +1,240 @@
+"""Fill an embedding store with a frozen teacher's vectors of the samples of a shard list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.comm import Comm, agreed
+from trainer.data.decode import BadSample
+from trainer.data.index import HEADER_BYTES, index_path, read_summary, shard_stem
+from trainer.data.remote import read_file
+from trainer.data.shards import DamagedSample, RawSample, ShardSet
+from trainer.data.texts import TextSet
+from trainer.errors import DataError, TrainerError
+from trainer.hashing import key_of, uniform
+from trainer.store import EmbeddingStore, Identity, StoreWriter
+from trainer.store.shard_file import SUFFIX, encode, map_shard
+
+CHECKED_SHARE = 1e-3
+"""Of the samples that are computed a second time, alone, and compared."""
+_TOLERANCE = {"float32": 1e-4, "float16": 1e-4, "bfloat16": 1e-3}
+"""Of one minus the cosine between a stored vector and the one computed again."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Gives every sample a few vectors, each a function of that sample alone."""
+
+    @property
+    def identity(self) -> Identity:
+        """What its vectors are."""
+        ...
+
+    @property
+    def chunk(self) -> int | None:
+        """Samples of a shard that are held and encoded together; all of them where None."""
+        ...
+
+    def read(self, sample: RawSample) -> Any:
+        """What `encode` needs of a sample; BadSample where the sample lacks it."""
+        ...
+
+    def encode(self, items: Sequence[Any]) -> Float32[Tensor, "items vectors dim"]: ...
+
+    def stand_by(self) -> None:
+        """Nothing more to encode on this rank: help the others, where they need it to."""
+        ...
+
+
+class Embedded(NamedTuple):
+    """What a call of `embed` has done, over all ranks."""
+
+    shards: int
+    """Shards of the data."""
+    computed: int
+    """Shards that were not in the store before."""
+    skipped: int
+    """Samples of the computed shards that the teacher can't read, hence without a vector."""
+    checked: int
+    """Samples that were computed a second time and agreed."""
+
+    @property
+    def already_done(self) -> bool:
+        return self.computed == 0
+
+
+def embed(
+    spec: str | TextSet,
+    out: Path | str,
+    *,
+    teacher: Teacher,
+    comm: Comm,
+    report: Callable[[str], None] = lambda line: None,
+) -> Embedded:
+    """Write the teacher's vectors of every sample of the shards, or text, into the store `out`.
+
+    The shards that the store lacks are dealt to the ranks in turn. What is computed together is
+    decided within a shard, so the bytes depend neither on the number of ranks nor on where an
+    earlier build was killed. A thousandth of the samples is computed again and must agree.
+    DataError on all ranks if one fails.
+    """
+    shards = _opened(spec)
+    names = _plain_names(shards)
+    sources = {name: (_digest(shards, row), shards.sizes[row]) for row, name in enumerate(names)}
+    writer = StoreWriter.begin(Path(out), teacher.identity, sources)
+    agreed(comm, writer.announce if comm.is_main else _nothing)
+    todo = _agreed_list(comm, lambda: [row for row, n in enumerate(names) if not writer.has(n)])
+    skipped, checked = [0], [0]
+
+    def compute() -> None:
+        for row in todo[comm.rank :: comm.world_size]:
+            ids, vectors = _shard_vectors(shards, row, teacher)
+            writer.write(names[row], ids, vectors)
+            skipped.append(shards.sizes[row] - len(ids))
+            checked.append(_check_again(writer.path(names[row]), shards, row, teacher))
+            report(f"{names[row]}: {len(ids)} samples")
+
+    agreed(comm, lambda: _together(teacher, compute))
+    agreed(comm, writer.finish if comm.is_main else _nothing)
+    sums = comm.gather_json([sum(skipped), sum(checked)])
+    return Embedded(len(names), len(todo), *(sum(column) for column in zip(*sums, strict=True)))
+
+
+def verify(spec: str | TextSet, out: Path | str, *, teacher: Teacher, comm: Comm) -> int:
+    """Compare a finished store with its teacher: checksums of all, a thousandth computed again.
+
+    The number of samples that were computed. DataError where something differs.
+    """
+    store, shards = EmbeddingStore.open(out), _opened(spec)
+    names = _plain_names(shards)
+    checked = [0]
+
+    def check() -> None:
+        if comm.is_main:
+            store.check()
+            sources = {name: (_digest(shards, row), 0) for row, name in enumerate(names)}
+            StoreWriter.begin(store.folder, teacher.identity, sources)  # refuses others
+        for row in range(comm.rank, len(names), comm.world_size):
+            path = store.folder / f"{names[row]}{SUFFIX}"
+            checked.append(_check_again(path, shards, row, teacher))
+
+    agreed(comm, lambda: _together(teacher, check))
+    return sum(comm.gather_json(sum(checked)))
+
+
+def read_items(
+    shards: ShardSet | TextSet, shard: int, teacher: Teacher
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Ids and items of the samples of one shard that the teacher can read, in chunks."""
+    first = sum(shards.sizes[:shard])
+    ids: list[int] = []
+    items: list[Any] = []
+    for index in range(first, first + shards.sizes[shard]):
+        try:
+            sample = shards.read(index)
+            item = teacher.read(sample)
+        except (BadSample, DamagedSample):
+            continue
+        ids.append(sample.sample_id)
+        items.append(item)
+        if len(ids) == teacher.chunk:
+            yield ids, items
+            ids, items = [], []
+    if ids:
+        yield ids, items
+
+
+def _agreed_list(comm: Comm, action: Callable[[], list[int]]) -> list[int]:
+    """What the main rank's `action` returns."""
+    found: list[int] = []
+    agreed(comm, lambda: found.extend(action()) if comm.is_main else None)
+    result: list[int] = comm.broadcast_json(found)
+    return result
+
+
+def _together(teacher: Teacher, compute: Callable[[], None]) -> None:
+    """`compute`; then, also if it failed, help the ranks that have not finished."""
+    try:
+        compute()
+    except (TrainerError, OSError):
+        teacher.stand_by()
+        raise
+    teacher.stand_by()
+
+
+def _nothing() -> None: ...
+
+
+def _shard_vectors(
+    shards: ShardSet | TextSet, shard: int, teacher: Teacher
+) -> tuple[NDArray[np.int64], Tensor]:
+    identity = teacher.identity
+    ids: list[int] = []
+    parts = [torch.empty(0, identity.vectors, identity.dim)]
+    for chunk, items in read_items(shards, shard, teacher):
+        ids += chunk
+        parts.append(teacher.encode(items))
+    return np.array(ids, dtype=np.int64), torch.cat(parts)
+
+
+def _check_again(path: Path, shards: ShardSet | TextSet, shard: int, teacher: Teacher) -> int:
+    """Compute some samples of a written shard alone; DataError where the file says otherwise."""
+    block = map_shard(path)
+    if not len(block):
+        return 0
+    draws = uniform(torch.from_numpy(block.ids.copy()), key_of("checked again")).numpy()
+    rows = np.flatnonzero((draws < CHECKED_SHARE) | (draws == draws.min()))
+    first = sum(shards.sizes[:shard])
+    index = {shards.name_of(row)[2]: row for row in range(first, first + shards.sizes[shard])}
+    for row in rows.tolist():
+        item = teacher.read(shards.read(index[int(block.ids[row])]))
+        found = _distance(block.read(slice(row, row + 1)), teacher.encode([item]), teacher.identity)
+        if not found <= _TOLERANCE[teacher.identity.compute]:
+            raise DataError(
+                f"{path}: the vectors of sample {block.ids[row]} (row {row}) are not those that "
+                f"its teacher gives now (1 - cosine = {found:.2g}); delete the file"
+            )
+    return len(rows)
+
+
+def _distance(stored: Tensor, fresh: Tensor, identity: Identity) -> float:
+    """The largest of 1 - cosine over the vectors, both as they are stored."""
+    values, scales = encode(fresh, identity.dtype)
+    again = torch.from_numpy(values.astype(np.float32))
+    if identity.dtype == "int8":
+        again = again * torch.from_numpy(scales)[..., None]
+    difference = (stored.double() - again.double()).norm(dim=-1)
+    size = again.double().norm(dim=-1).clamp(min=1e-12)
+    return float((difference / size).square().max() / 2)
+
+
+def _opened(spec: str | TextSet) -> ShardSet | TextSet:
+    return ShardSet.open(spec) if isinstance(spec, str) else spec
+
+
+def _plain_names(shards: ShardSet | TextSet) -> list[str]:
+    """The shards' names without folders, which are the names of their blocks."""
+    names = [shard_stem(shard) for shard in shards.shards]
+    for row, name in enumerate(names):
+        if name in names[:row]:
+            raise DataError(
+                f"{shards.shards[names.index(name)]} and {shards.shards[row]} have one name; a "
+                "store keeps a block by name, so give each folder a store of its own"
+            )
+    return names
+
+
+def _digest(shards: ShardSet | TextSet, row: int) -> str:
+    """Of the index, which changes with any byte of the shard, or of the texts."""
+    if isinstance(shards, TextSet):
+        return shards.digest(row)
+    path = index_path(shards.shards[row])
+    return read_summary(read_file(path)[:HEADER_BYTES], path=path).digest.hex()
