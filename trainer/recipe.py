@@ -18,7 +18,7 @@ from trainer.data.labels import ClusterLabels
 from trainer.errors import ConfigError
 from trainer.models.model import Model
 from trainer.recipe_files import recipe_module
-from trainer.types import Batch, Features, Losses, NamedTensors, Progress, Tower
+from trainer.types import Batch, Features, Losses, NamedTensors, Progress, TowerName
 
 Encode = Callable[[Batch], Features]
 """Forward without gradient, in evaluation mode. Every rank must call it equally often."""
@@ -94,7 +94,7 @@ class Recipe(Protocol):
         """Loss terms of this rank's rows; each is the mean over them."""
         ...
 
-    def locked_towers(self, progress: Progress) -> Collection[Tower]:
+    def locked_towers(self, progress: Progress) -> Collection[TowerName]:
         """Towers that the next step must not move."""
         ...
 
@@ -114,7 +114,7 @@ class Recipe(Protocol):
 class WithoutPhases:
     """The answers of a recipe that trains in one stretch, locks nothing and shows no groups."""
 
-    def locked_towers(self, progress: Progress) -> Collection[Tower]:
+    def locked_towers(self, progress: Progress) -> Collection[TowerName]:
         return ()
 
     def phase_due(self, progress: Progress) -> bool:

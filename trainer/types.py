@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Tower = Literal["image", "text", "other"]
+TowerName = Literal["image", "text", "other"]
 """The part of a model that a parameter belongs to."""
 
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]

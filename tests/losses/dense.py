@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot, softmax, softplus
 
 from trainer.comm import Comm
-from trainer.losses.prototype import PrototypeTable, prototype_table
+from trainer.losses.constant_prototypes import PrototypeTable, prototype_table
 
 
 class Problem(NamedTuple):

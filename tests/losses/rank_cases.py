@@ -22,13 +22,13 @@ from trainer.cluster import translate
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.losses.contrastive import info_nce
-from trainer.losses.prototype import (
+from trainer.losses.constant_prototypes import (
     PrototypeTable,
     prototype_cross_entropy,
     prototype_table,
     target_figures,
 )
+from trainer.losses.contrastive import info_nce
 from trainer.losses.sigmoid import sigmoid_loss
 
 Arrays = Mapping[str, np.ndarray]

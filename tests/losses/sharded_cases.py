@@ -18,16 +18,16 @@ from tests.losses.rank_cases import Arrays, golden, golden_names, leaf
 from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.kernels import one_pass
-from trainer.losses.margin import Margin, MarginKind
-from trainer.losses.multilabel import MultilabelLoss, multilabel_loss
-from trainer.losses.one_pass import one_pass_multilabel_loss
-from trainer.losses.statistics import (
+from trainer.losses.learned_prototypes import (
     ActiveRows,
     Statistics,
     negative_figures,
     prototype_statistics,
     statistics_of_gathered,
 )
+from trainer.losses.margin import Margin, MarginKind
+from trainer.losses.multilabel import MultilabelLoss, multilabel_loss
+from trainer.losses.one_pass import one_pass_multilabel_loss
 
 PARTIAL_FC = golden_names("partial_fc/*.npz")
 MULTILABEL = golden_names("mlcd/mlc*.npz")

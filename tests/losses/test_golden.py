@@ -10,7 +10,7 @@ import torch
 
 from tests.losses.rank_cases import golden, golden_names, results, world_size_of
 from trainer.comm import Comm
-from trainer.losses.prototype import prototype_cross_entropy, prototype_table
+from trainer.losses.constant_prototypes import prototype_cross_entropy, prototype_table
 
 CLIP = golden_names("open_clip/clip_infonce_*.npz")
 SIGLIP = golden_names("open_clip/siglip_*.npz")

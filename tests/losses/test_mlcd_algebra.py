@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, normalize
 from tests.losses.sharded_cases import active_rows
 from trainer.comm import Comm
 from trainer.errors import ConfigError, DataError
+from trainer.losses.learned_prototypes import ActiveRows, Statistics, prototype_statistics, unit
 from trainer.losses.margin import NO_MARGIN, Margin, coordinate_subset
 from trainer.losses.multilabel import multilabel_loss
-from trainer.losses.statistics import ActiveRows, Statistics, prototype_statistics, unit
 
 SCALES = st.sampled_from([1.0, 10.0, 64.0])
 SEEDS = st.integers(0, 999)

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.memory import peak_bytes
 from trainer.comm import Comm
+from trainer.losses.learned_prototypes import ActiveRows, prototype_statistics
 from trainer.losses.multilabel import multilabel_loss
-from trainer.losses.statistics import ActiveRows, prototype_statistics
 
 GLOBAL_BATCH, DIM, LABELS, RANKS = 32768, 512, 8, 64
 GIB, MIB = 1 << 30, 1 << 20

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 
 from tests.ranks import run_ranks
 from trainer.comm import Comm
+from trainer.losses.learned_prototypes import prototype_statistics
 from trainer.losses.multilabel import multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
-from trainer.losses.statistics import prototype_statistics
 from trainer.parts.initial_rows import normal_rows
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.parts.sampling import sampled_ids

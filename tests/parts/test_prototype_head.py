@@ -32,8 +32,8 @@ from tests.ranks import run_ranks
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.losses.learned_prototypes import prototype_statistics
 from trainer.losses.multilabel import multilabel_loss
-from trainer.losses.statistics import prototype_statistics
 from trainer.parts import row_ranges
 from trainer.parts.sampling import sampled_ids
 

@@ -17,8 +17,8 @@ from trainer.cluster.translate import group_means
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.parts.frozen_store import FrozenStores
 from trainer.parts.teacher import TeacherConfig, Teachers, load_teachers
+from trainer.parts.teacher_digests import TeacherDigests
 from trainer.parts.teacher_points import teacher_points
 from trainer.store import EmbeddingStore
 from trainer.types import Batch, Features, Progress
@@ -128,9 +128,9 @@ def test_a_checkpoint_with_another_teacher_is_refused(tmp_path: Path) -> None:
     state = recipe.parts["teachers"].state_share()
     recipe.parts["teachers"].load_state_dict(state)
     with pytest.raises(CheckpointError, match="the vectors of teacher t are not those"):
-        FrozenStores({"t": "ab" * 32}, Comm.solo()).load_state_dict(state)
+        TeacherDigests({"t": "ab" * 32}, Comm.solo()).load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"teacher u are not those .*none then"):
-        FrozenStores(
+        TeacherDigests(
             recipe.parts["teachers"].digests | {"u": "cd" * 32}, Comm.solo()
         ).load_state_dict(state)
     assert "teachers" not in built(config, Comm.solo())[0].parts

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.engine.test_zero import GLOBAL_BATCH, OPTIM, STAGES, batch_of, new_engine, small_model
 from tests.ranks import run_ranks
-from tests.test_engine import GLOBAL_BATCH, OPTIM, STAGES, batch_of, new_engine, small_model
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.losses.contrastive import info_nce
+from trainer.losses.learned_prototypes import prototype_statistics
 from trainer.losses.multilabel import multilabel_loss
-from trainer.losses.statistics import prototype_statistics
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.recipe import Part, WithoutPhases
 from trainer.types import Batch, Features, Losses, Progress

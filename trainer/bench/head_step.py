@@ -23,9 +23,9 @@ from trainer.bench.options import number_list
 from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError
+from trainer.losses.learned_prototypes import ActiveRows, prototype_statistics
 from trainer.losses.multilabel import multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
-from trainer.losses.statistics import ActiveRows, prototype_statistics
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 
 SIDES = {"row-sparse": False, "dense": True}

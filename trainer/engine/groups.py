@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from trainer.config import OptimConfig
-from trainer.types import Tower
+from trainer.types import TowerName
 
 
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
-    depth_of: Callable[[str], tuple[Tower, int]],
+    depth_of: Callable[[str], tuple[TowerName, int]],
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: per tower and depth, with and without weight decay.
 
@@ -38,7 +38,7 @@ def parameter_groups(
 
 
 def set_learning_rate(
-    groups: Iterable[dict[str, Any]], factor: float, locked: Collection[Tower] = ()
+    groups: Iterable[dict[str, Any]], factor: float, locked: Collection[TowerName] = ()
 ) -> None:
     """Every group's learning rate becomes its base rate times the schedule's factor.
 

@@ -32,7 +32,7 @@ from trainer.engine.groups import parameter_groups, set_learning_rate
 from trainer.engine.zero_file import completed, for_frozen
 from trainer.errors import CheckpointError
 from trainer.models.model import Model
-from trainer.types import Batch, Features, Tower
+from trainer.types import Batch, Features, TowerName
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -104,7 +104,7 @@ class Engine:
         """Accumulate the gradient of `loss`."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate_factor: float, locked: Collection[Tower] = ()) -> bool:
+    def step(self, learning_rate_factor: float, locked: Collection[TowerName] = ()) -> bool:
         """Apply the accumulated gradient and clear it.
 
         False, with no parameter and no moment changed anywhere, if any rank's gradient is not

@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trainer.errors import ConfigError
+from trainer.losses.learned_prototypes import Statistics
 from trainer.losses.margin import Margin
-from trainer.losses.statistics import Statistics
 
 LossKind = Literal["mlcd", "mlc", "slots", "pfc_ce"]
 DEFAULT_MARGIN = Margin("cosine", 0.3)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.kernels.one_pass import gradients_in_one_pass, queries_per_block
-from trainer.losses.margin import Margin
-from trainer.losses.multilabel import DEFAULT_MARGIN, LossKind, MultilabelLoss, multilabel_loss
-from trainer.losses.statistics import (
+from trainer.losses.learned_prototypes import (
     ActiveRows,
     Statistics,
     gathered_units,
     summed_over_ranks,
     unit,
 )
+from trainer.losses.margin import Margin
+from trainer.losses.multilabel import DEFAULT_MARGIN, LossKind, MultilabelLoss, multilabel_loss
 
 
 def one_pass_multilabel_loss(

@@ -10,8 +10,7 @@ from trainer.models.load import image_tower
 from trainer.models.model import Model
 from trainer.models.tower import Tower
 from trainer.models.two_tower import projection_head, seeded, unit
-from trainer.types import Batch, Features
-from trainer.types import Tower as TowerName
+from trainer.types import Batch, Features, TowerName
 
 __all__ = ["ImageTower", "ImageTowerConfig", "build_image_tower"]
 

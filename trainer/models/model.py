@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import nn
 
-from trainer.types import Tower
+from trainer.types import TowerName
 
 
 class Model(nn.Module, ABC):
@@ -29,5 +29,5 @@ class Model(nn.Module, ABC):
         return {**counts, "total": sum(counts.values()), "trained": trained}
 
     @abstractmethod
-    def parameter_depth(self, name: str) -> tuple[Tower, int]:
+    def parameter_depth(self, name: str) -> tuple[TowerName, int]:
         """The tower of a parameter and the number of blocks above it."""

@@ -14,8 +14,7 @@ from trainer.models.model import Model
 from trainer.models.scales import LearnedBias, LearnedScale
 from trainer.models.tower import Tower
 from trainer.models.two_tower import seeded, unit
-from trainer.types import Batch, Features
-from trainer.types import Tower as TowerName
+from trainer.types import Batch, Features, TowerName
 
 SMALLEST_HIDDEN = 4096
 """FLAME's hidden width is that of the teacher, but no less than this."""

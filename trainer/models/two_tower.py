@@ -19,8 +19,7 @@ from trainer.models.load import image_tower, text_tower
 from trainer.models.model import Model
 from trainer.models.scales import LearnedBias, LearnedScale
 from trainer.models.tower import Tower
-from trainer.types import Batch, Features
-from trainer.types import Tower as TowerName
+from trainer.types import Batch, Features, TowerName
 
 __all__ = ["HeadConfig", "TowerConfig", "TwoTower", "TwoTowerConfig", "build_two_tower"]
 

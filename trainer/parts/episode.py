@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.data.labels import ClusterLabels
-from trainer.losses.prototype import PrototypeTable
+from trainer.losses.constant_prototypes import PrototypeTable
 from trainer.recipe import every_nth
 
 

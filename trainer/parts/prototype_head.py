@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.losses.statistics import ActiveRows
+from trainer.losses.learned_prototypes import ActiveRows
 from trainer.parts.initial_rows import normal_rows, stored_rows
 from trainer.parts.row_optimizer import Places, RowOptimizer, RowOptimizerConfig
 from trainer.parts.row_ranges import fill_rows, row_pieces

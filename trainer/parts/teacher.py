@@ -23,7 +23,7 @@ from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
 from trainer.data.labels import ClusterLabels
 from trainer.errors import CheckpointError, ConfigError
-from trainer.parts.frozen_store import store_digest
+from trainer.parts.teacher_digests import store_digest
 from trainer.parts.teacher_points import teacher_points
 from trainer.store import EmbeddingStore
 

@@ -27,7 +27,7 @@ from trainer.hashing import hash_bits, key_of
 from trainer.losses.multi_positive import multi_positive_nce, multi_positive_sigmoid
 from trainer.models.config import ImageTowerConfig
 from trainer.models.patch_tower import build_patch_tower
-from trainer.parts.frozen_store import FrozenStores, store_digest
+from trainer.parts.teacher_digests import TeacherDigests, store_digest
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.store import EmbeddingStore
 from trainer.types import Batch, Features, Losses
@@ -97,7 +97,7 @@ class Recipe(WithoutPhases):
             seed=context.seed,
         )
         digests = {"texts": store_digest(store)}
-        self.parts: Mapping[str, Part] = {"store": FrozenStores(digests, context.comm)}
+        self.parts: Mapping[str, Part] = {"store": TeacherDigests(digests, context.comm)}
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         assert features.image is not None

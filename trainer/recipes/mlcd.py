@@ -28,10 +28,10 @@ from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, key_of
 from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.one_pass import fits_one_pass
+from trainer.losses.learned_prototypes import ActiveRows, negative_figures, prototype_statistics
 from trainer.losses.margin import Margin, MarginKind, coordinate_subset
 from trainer.losses.multilabel import LossKind, MultilabelLoss, multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
-from trainer.losses.statistics import ActiveRows, negative_figures, prototype_statistics
 from trainer.models.image_tower import ImageTowerConfig, build_image_tower
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.recipe import Context, Part, WithoutPhases

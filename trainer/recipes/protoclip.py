@@ -30,20 +30,20 @@ from trainer.data.classes import class_labels
 from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError
-from trainer.losses.contrastive import info_nce
-from trainer.losses.prototype import (
+from trainer.losses.constant_prototypes import (
     PrototypeTable,
     prototype_cross_entropy,
     prototype_table,
     target_figures,
     unit_rows,
 )
+from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import TwoTowerConfig, build_two_tower
 from trainer.parts.episode import EpisodeTables
-from trainer.parts.frozen_store import FrozenStores
 from trainer.parts.teacher import TeacherConfig, load_teachers
+from trainer.parts.teacher_digests import TeacherDigests
 from trainer.recipe import Context, Encode, Part, Samples
-from trainer.types import Batch, Features, Losses, Progress, Tower
+from trainer.types import Batch, Features, Losses, Progress, TowerName
 
 Modality = Literal["image", "text"]
 OTHER: Mapping[Modality, Modality] = {"image": "text", "text": "image"}
@@ -110,7 +110,7 @@ class Recipe:
             config.teachers, context.comm, workdir=context.workdir, corpus=_corpus(config, context)
         )
         if digests:
-            self.parts["teachers"] = FrozenStores(digests, context.comm)
+            self.parts["teachers"] = TeacherDigests(digests, context.comm)
         self.classes = (
             class_labels(context.data.train, config.classes, context.comm)
             if config.classes
@@ -156,8 +156,8 @@ class Recipe:
     def phase_due(self, progress: Progress) -> bool:
         return progress.samples % self.episode_samples == 0
 
-    def locked_towers(self, progress: Progress) -> Collection[Tower]:
-        tail: tuple[Tower, ...] = ("image",)
+    def locked_towers(self, progress: Progress) -> Collection[TowerName]:
+        tail: tuple[TowerName, ...] = ("image",)
         return tail if self._in_tail(progress) else ()
 
     def begin_phase(

@@ -21,7 +21,7 @@ from trainer.types import Batch, Features, Losses
 
 GLOBAL_BATCH = 12
 OPTIM = OptimConfig(learning_rate=3e-3, weight_decay=0.1, clip_norm=0.5, layer_decay=0.9)
-CONFIGS = Path(__file__).parent.parent / "ds_configs"
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
 def small_model(comm: Comm):

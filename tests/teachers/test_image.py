@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, ViTModel
 
-from tests.data.small_teachers import SMALL_VIT as SMALL
-from tests.data.small_teachers import save_vit
 from tests.fixtures.emoji import write_shards
+from tests.teachers.small_teachers import SMALL_VIT as SMALL
+from tests.teachers.small_teachers import save_vit
 from trainer.comm import Comm
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.test_embeddings import HashTeacher, build, contents, identity
 from tests.fixtures.emoji import write_shards
 from tests.ranks import _free_port, run_ranks
+from tests.store.test_store import HashTeacher, build, contents, identity
 from trainer.comm import Comm
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError

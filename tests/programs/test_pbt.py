@@ -15,7 +15,7 @@ from trainer.config import RunConfig, load_run
 from trainer.programs.compare import cells, load_comparison, run_comparison
 from trainer.programs.compare_plot import plot_comparison
 
-RUNS = Path(__file__).parent.parent / "launch" / "runs"
+RUNS = Path(__file__).parents[2] / "launch" / "runs"
 GRID = RUNS / "compare_pbt.yaml"
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer.data.teachers import pinned as module
 from transformers import PreTrainedTokenizerFast
 
 from tests.fixtures.emoji import read_pairs
@@ -16,6 +15,7 @@ from trainer.data.corpus.wheels import PINS, sha256_of
 from trainer.data.tokenize import pad_ids, token_ids
 from trainer.errors import ConfigError, DataError
 from trainer.programs.embed import list_teachers
+from trainer.teachers import pinned as module
 from trainer.teachers.efficientnet import SIZES, EfficientNetLite
 from trainer.teachers.pinned import (
     PINNED,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.data.small_teachers import save_llama, save_vit
 from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
+from tests.teachers.small_teachers import save_llama, save_vit
 from trainer.comm import Comm
 from trainer.errors import ConfigError, DataError
 from trainer.programs.embed import open_teacher

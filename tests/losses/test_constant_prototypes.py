@@ -25,7 +25,7 @@ from tests.losses.dense import (
 )
 from tests.losses.rank_cases import NUM_PROTOTYPES, TEMPERATURES, global_problem, results
 from trainer.comm import Comm
-from trainer.losses.prototype import (
+from trainer.losses.constant_prototypes import (
     PrototypeTable,
     prototype_cross_entropy,
     prototype_losses,

@@ -15,7 +15,7 @@ from trainer.store import EmbeddingStore
 from trainer.store.shard_file import SUFFIX, read_shard_header
 
 
-class FrozenStores:
+class TeacherDigests:
     """A Part without parameters: a digest of every store, compared when a run goes on."""
 
     def __init__(self, digests: Mapping[str, str], comm: Comm) -> None:

@@ -33,7 +33,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.programs.cluster import ClusterJob, cluster_store, read_figures
 from trainer.store import EmbeddingStore
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KMEANS = KMeansConfig(
     clusters=30,
     iterations=6,

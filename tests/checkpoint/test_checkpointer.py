@@ -18,8 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import checkpoint_cases as cases
-from tests.checkpoint_cases import save, solo, wrongs
+from tests.checkpoint import cases as cases
+from tests.checkpoint.cases import save, solo, wrongs
 from tests.ranks import run_ranks
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import MANIFEST, SUM

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tests.engine.test_zero import CONFIGS, OPTIM, factor
 from tests.models.small import LENGTH, save_llama, small_config, word_tokenizer
 from tests.ranks import run_ranks
-from tests.test_engine import CONFIGS, OPTIM, factor
 from trainer.comm import Comm
 from trainer.engine.accumulate import accumulate
 from trainer.losses.contrastive import info_nce

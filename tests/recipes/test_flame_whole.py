@@ -14,9 +14,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPVisionModel
 
-from tests.data.small_teachers import DIM, save_llama
 from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
+from tests.teachers.small_teachers import DIM, save_llama
 from tools import embed as embed_tool
 from tools import export as export_tool
 from trainer.comm import Comm

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from tests.data.small_teachers import save_llama
+from tests.export.test_transformers_folder import HEAD, moved_model, run_yaml
 from tests.fixtures.emoji import write_shards
 from tests.models.small import small_batch, word_tokenizer
-from tests.test_export import HEAD, moved_model, run_yaml
+from tests.teachers.small_teachers import save_llama
 from tools import embed as tool
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from tests.data.small_teachers import CAPTIONS, DIM, save_bert, save_llama, save_t5
 from tests.fixtures.emoji import read_pairs, write_shards
 from tests.ranks import run_ranks
+from tests.teachers.small_teachers import CAPTIONS, DIM, save_bert, save_llama, save_t5
 from trainer.comm import Comm
 from trainer.errors import ConfigError, DataError
 from trainer.store import EmbeddingStore
