@@ -50,6 +50,29 @@ class Features(NamedTuple):
     logit_bias: Float[Tensor, ""] | None = None
     prototype_scale: Float[Tensor, ""] | None = None
     """Multiplier of prototype logits, already clamped (not its log)."""
+    more: dict[str, Tensor] | None = None
+    """What a method's own model says beside these, by name: a row for each sample of the
+    micro-batch, or a scalar."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Features:
+        """Features that say `tensors`; names that no field has go into `more`."""
+        own = {name: value for name, value in tensors.items() if name in cls._fields}
+        more = {name: value for name, value in tensors.items() if name not in cls._fields}
+        return cls(**own, more=more or None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was said, by name, in the order of the fields and then of `more`."""
+        *own, _ = zip(self._fields, self, strict=True)
+        said = {name: value for name, value in own if isinstance(value, Tensor)}
+        return said | (self.more or {})
+
+    def tensor(self, name: str) -> Tensor:
+        """What must have been said; a KeyError that lists what was where it was not."""
+        said = self.tensors()
+        if name not in said:
+            raise KeyError(f"the model says no {name!r}, only {', '.join(said) or 'nothing'}")
+        return said[name]
 
 
 class Losses(Mapping[str, Tensor]):

@@ -53,23 +53,22 @@ def accumulate(
 def _joined(passes: Sequence[Features]) -> Features:
     """Rows of all passes below each other, scalars once, as leaves that collect a gradient."""
 
-    def leaf(values: Sequence[Tensor | None]) -> Tensor | None:
-        present = [value for value in values if value is not None]
-        if not present:
-            return None
-        value = torch.cat(present) if present[0].dim() else present[0]
-        return value.detach().requires_grad_()
+    def leaf(values: Sequence[Tensor]) -> Tensor:
+        value = torch.cat(tuple(values)) if values[0].dim() else values[0]
+        return value.detach().requires_grad_(value.is_floating_point())
 
-    return Features(*(leaf(values) for values in zip(*passes, strict=True)))
+    said = [features.tensors() for features in passes]
+    return Features.of({name: leaf([each[name] for each in said]) for name in said[0]})
 
 
 def _carried(again: Features, leaves: Features, index: int, count: int) -> Tensor:
     """A scalar whose gradient is this micro-batch's share of the cached gradient."""
-    terms = []
-    for value, leaf in zip(again, leaves, strict=True):
-        if value is None or leaf is None or leaf.grad is None:
+    terms, cached = [], leaves.tensors()
+    for name, value in again.tensors().items():
+        gradient = cached[name].grad
+        if gradient is None:
             continue
-        share = leaf.grad.chunk(count)[index] if leaf.dim() else leaf.grad / count
+        share = gradient.chunk(count)[index] if value.dim() else gradient / count
         terms.append((value * share).sum())
     return torch.stack(terms).sum()
 

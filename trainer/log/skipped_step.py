@@ -24,7 +24,7 @@ def explain_skip(engine: Engine, batches: Sequence[Batch], losses: Losses) -> li
     features: list[int] = []
     for batch in batches:
         inputs += _not_finite(batch.sample_id, [batch.images])
-        rows = [value for value in engine.encode(batch) if value is not None and value.dim() > 1]
+        rows = [value for value in engine.encode(batch).tensors().values() if value.dim() > 1]
         features += _not_finite(batch.sample_id, rows)
     terms = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
     mine = {"rank": engine.comm.rank, "inputs": inputs, "features": features, "terms": terms}
