@@ -48,6 +48,10 @@ class RecipeConfig(Frozen):
         """What data workers read beside the images (`trainer.data.feed.Join`), if anything."""
         return None
 
+    def wanted_views(self) -> ViewsConfig:
+        """The views of an image that the method reads; one where a recipe says nothing."""
+        return ViewsConfig()
+
 
 class Period(Frozen):
     """How often something is due: `1000 steps`, `2 epochs`, `30 min`, or `never`."""
@@ -93,6 +97,20 @@ class AugmentConfig(Frozen):
     blur_probability: Fraction = 0.2
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur at 224 pixels, lowest and highest; scales with the image."""
+
+
+class ViewsConfig(Frozen):
+    """How many random views of each image a method reads, and how their crops relate."""
+
+    count: PositiveInt = 1
+    """Views in all. The first is `Batch.images`, the others are `Batch.views`."""
+    geometry: Literal["independent", "covering"] = "independent"
+    """`covering`: one more look at the image, without changes of colour, whose crop holds the crops
+    of all views; `Batch.boxes` says where in it each of them lies."""
+    augment: AugmentConfig | None = None
+    """How the views behind the first are drawn; as `data.augment` says where None."""
+    cover_scale: float = Field(default=1.0, gt=0, le=1.0)
+    """Pixels per side of the covering look, as a share of the model's `image_size`."""
 
 
 class CaptionConfig(Frozen):

@@ -48,8 +48,12 @@ class Context(NamedTuple):
 class Samples(Protocol):
     """What a phase may ask of the training stream."""
 
-    def view(self, start: int, count: int, *, purpose: str) -> Iterable[Batch]:
+    def view(
+        self, start: int, count: int, *, purpose: str, all_views: bool = False
+    ) -> Iterable[Batch]:
         """This rank's share of samples [start, start + count) of the run's order, augmented.
+
+        One view of each image, or all that the recipe wants where `all_views` are asked for.
 
         `purpose` is hashed into the augmentation's randomness, so that a pass over samples that
         will be trained on later sees other views of them. Every rank gets equally many batches;

@@ -96,6 +96,7 @@ def stream_of(
         micro_batch=micro_batch,
         workdir=config.workdir,
         join=config.recipe.join(config.seed),
+        views=config.recipe.wanted_views(),
     )
 
 

@@ -34,6 +34,13 @@ class Batch(NamedTuple):
     """How often the run had been through the data when it came to the sample."""
     texts: Float[Tensor, "batch drawn dim"] | None = None
     """Vectors of texts that this visit of the sample draws, where a recipe asks for them."""
+    views: Float[Tensor, "batch further 3 height width"] | None = None
+    """Further random views of the images, where a recipe wants more than one."""
+    cover: Float[Tensor, "batch 3 cover_height cover_width"] | None = None
+    """A look whose crop holds those of all views, where a recipe wants a covering geometry."""
+    boxes: Float[Tensor, "batch count 4"] | None = None
+    """Left, top, right and bottom of each view's crop in `cover`, whose sides have length one. A
+    view that is flipped has its left edge on the right."""
 
 
 class Features(NamedTuple):

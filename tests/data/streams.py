@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.tars import Samples, write_tar
 from trainer.comm import Comm
-from trainer.config import AugmentConfig, DataConfig
+from trainer.config import AugmentConfig, DataConfig, ViewsConfig
+from trainer.data.feed import ONE_VIEW
 from trainer.data.index import write_index
 from trainer.data.stream import Stream
 from trainer.data.tokenize import train_tokenizer
@@ -61,18 +62,21 @@ def open_stream(
     micro_batch: int | None = None,
     seed: int = 0,
     workdir: Path | None = None,
+    views: ViewsConfig = ONE_VIEW,
+    image_size: int = SIDE,
     **config: Any,
 ) -> Stream:
     return Stream(
         DataConfig(**{"train": spec, "augment": PLAIN, "window_shards": 3, **config}),
         Comm(rank=rank, world_size=world_size, device=torch.device("cpu")),
         tokenizer=tokenizer(),
-        image_size=SIDE,
+        image_size=image_size,
         text_length=8,
         seed=seed,
         global_batch=global_batch,
         micro_batch=micro_batch or global_batch // world_size,
         workdir=workdir,
+        views=views,
     )
 
 

@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from trainer.config import DataConfig
+from trainer.config import DataConfig, ViewsConfig
 from trainer.data.captions import choose_caption
-from trainer.data.decode import BadSample, DecodedImages, decode_image, find_image
+from trainer.data.crops import Crops, cover_size, view_purposes
+from trainer.data.decode import BadSample, Box, DecodedImages, decode_image, find_image
 from trainer.data.ledger import Rejected, describe
 from trainer.data.order import Order, Share
 from trainer.data.remote import is_remote
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.tokenize import tokenize
-from trainer.data.views import View, random_crop
+from trainer.data.views import View
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of
 
@@ -33,6 +34,7 @@ MAX_REJECTS = 1000
 """So many rejected samples without a single good one are no accident."""
 _CONNECTIONS = 16  # remote samples of one micro-batch that are fetched side by side
 _PREFETCH = 2  # micro-batches per worker
+ONE_VIEW = ViewsConfig()
 
 
 class Task(NamedTuple):
@@ -40,6 +42,8 @@ class Task(NamedTuple):
 
     positions: tuple[int, ...]
     purpose: str
+    all_views: bool
+    """Whether every view that the recipe wants is made, or the first one alone."""
 
 
 class Plan(NamedTuple):
@@ -52,13 +56,14 @@ class Plan(NamedTuple):
     last: int | None
     rows: int
     purpose: str
+    all_views: bool = False
 
     def task(self, number: int) -> Task | None:
         """Task `number`; None behind the end."""
         begin = self.first + number * self.rows
         end = begin + self.rows if self.last is None else min(begin + self.rows, self.last)
         positions = tuple(self.base + self.share.position(row) for row in range(begin, end))
-        return Task(positions, self.purpose) if positions else None
+        return Task(positions, self.purpose, self.all_views) if positions else None
 
 
 class RawBatch(NamedTuple):
@@ -70,6 +75,9 @@ class RawBatch(NamedTuple):
     sample_id: Int64[Tensor, " batch"]
     epochs: Int64[Tensor, " batch"]
     texts: Float32[Tensor, "batch n dim"] | None
+    views: UInt8[Tensor, "batch further 3 size size"] | None
+    cover: UInt8[Tensor, "batch 3 cover_size cover_size"] | None
+    boxes: Float32[Tensor, "batch count 4"] | None
     num_read: int
     rejected: tuple[Rejected, ...]
 
@@ -84,8 +92,16 @@ class Failure(NamedTuple):
 Join = Callable[[Int64[Tensor, " batch"], Int64[Tensor, " batch"]], Float32[Tensor, "batch n dim"]]
 """Vectors that belong to samples of these ids in these epochs, read where images are decoded."""
 
-Prepared = tuple[UInt8[Tensor, "3 size size"], str]
-"""One sample's image and caption."""
+
+class Prepared(NamedTuple):
+    """One visit of a sample."""
+
+    caption: str
+    images: tuple[UInt8[Tensor, "3 size size"], ...]
+    """Every view; at least one."""
+    cover: UInt8[Tensor, "3 cover_size cover_size"] | None
+    boxes: tuple[Box, ...]
+    """Where each view lies in the cover; empty where there is none."""
 
 
 class Prepare:
@@ -100,13 +116,14 @@ class Prepare:
         text_length: int,
         seed: int,
         join: Join | None = None,
+        views: ViewsConfig = ONE_VIEW,
     ) -> None:
         self.config, self.tokenizer, self.seed, self.join = config, tokenizer, seed, join
-        self.image_size, self.text_length = image_size, text_length
+        self.image_size, self.text_length, self.views = image_size, text_length, views
         self.kept = DecodedImages(config.cache_mib << 20) if config.cache_mib else None
 
-    def sample(self, raw: RawSample, epoch: int, purpose: str) -> Prepared:
-        """Image and caption; BadSample says why not. Without a tokenizer no caption is read."""
+    def sample(self, raw: RawSample, epoch: int, task: Task | Plan) -> Prepared:
+        """Caption and views; BadSample says why not. Without a tokenizer no caption is read."""
         caption = ""
         if self.tokenizer is not None:
             caption = choose_caption(
@@ -116,16 +133,36 @@ class Prepare:
                 seed=self.seed,
                 config=self.config.captions,
             )
-        view = View(self.seed, epoch, purpose, self.config.augment)
-        image = decode_image(
-            find_image(raw.fields),
-            size=self.image_size,
-            background=self.config.background,
-            max_pixels=self.config.max_pixels,
-            crop=partial(random_crop, sample_id=raw.sample_id, view=view),
-            kept=self.kept,
+        views = self.views if task.all_views else ONE_VIEW
+        crops = Crops(
+            raw.sample_id,
+            [
+                View(self.seed, epoch, purpose, config)
+                for purpose, config in view_purposes(task.purpose, views, self.config.augment)
+            ],
         )
-        return image, caption
+        look = self._looker(find_image(raw.fields), several=len(crops.views) > 1)
+        images = tuple(look(self.image_size, crop=partial(crops.of, v)) for v in crops.views)
+        if views.geometry == "independent":
+            return Prepared(caption, images, cover=None, boxes=())
+        cover = look(cover_size(self.image_size, views), crop=crops.covering)
+        return Prepared(caption, images, cover, tuple(crops.boxes()))
+
+    def _looker(self, data: bytes, *, several: bool) -> Callable[..., Tensor]:
+        """`look(size, crop=...)` at one image, which is decoded once for several looks."""
+        kept = self.kept or (DecodedImages(4 * self.config.max_pixels) if several else None)
+
+        def look(size: int, *, crop: Callable[[int, int], Box]) -> Tensor:
+            return decode_image(
+                data,
+                size=size,
+                background=self.config.background,
+                max_pixels=self.config.max_pixels,
+                crop=crop,
+                kept=kept,
+            )
+
+        return look
 
     def batch(
         self,
@@ -137,17 +174,22 @@ class Prepare:
     ) -> RawBatch:
         tokens = mask = None
         if self.tokenizer is not None:
-            captions = [caption for _, caption in samples]
+            captions = [sample.caption for sample in samples]
             tokens, mask = tokenize(self.tokenizer, captions, length=self.text_length)
         sample_id = torch.tensor(ids, dtype=torch.int64)
         epoch = torch.tensor(epochs, dtype=torch.int64)
+        first, *further = (torch.stack(view) for view in zip(*(s.images for s in samples)))
+        covers = [sample.cover for sample in samples if sample.cover is not None]
         return RawBatch(
-            images=torch.stack([image for image, _ in samples]),
+            images=first,
             tokens=tokens,
             token_mask=mask,
             sample_id=sample_id,
             epochs=epoch,
             texts=None if self.join is None else self.join(sample_id, epoch),
+            views=torch.stack(further, dim=1) if further else None,
+            cover=torch.stack(covers) if covers else None,
+            boxes=torch.tensor([sample.boxes for sample in samples]) if covers else None,
             num_read=len(samples) + len(rejected),
             rejected=tuple(rejected),
         )
@@ -171,7 +213,7 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
         places = [self.order.at(position) for position in task.positions]
         raws = self._fetched([index for _, index in places])
         rows = [
-            self._usable(raw, position, task.purpose, rejected)
+            self._usable(raw, position, task, rejected)
             for raw, position in zip(raws, task.positions, strict=True)
         ]
         return self.prepare.batch(
@@ -185,7 +227,7 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
         self,
         raw: RawSample | DamagedSample,
         position: int,
-        purpose: str,
+        task: Task,
         rejected: list[Rejected],
     ) -> tuple[Prepared, int]:
         """The sample or, while it can't be used, another one drawn by its id from its epoch."""
@@ -193,7 +235,7 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
         for attempt in range(MAX_REJECTS):
             try:
                 sound = _sound(raw)
-                return self.prepare.sample(sound, epoch, purpose), sound.sample_id
+                return self.prepare.sample(sound, epoch, task), sound.sample_id
             except (BadSample, DamagedSample) as error:
                 shard, key, sample_id = self.shards.name_of(index)
                 rejected.append(Rejected(shard, key, _reason(error, raw), epoch, position))

@@ -16,12 +16,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
-from trainer.config import DataConfig, micro_batches
-from trainer.data.feed import Failure, Feed, IndexedSamples, Join, Plan, Prepare, RawBatch
+from trainer.config import DataConfig, ViewsConfig, micro_batches
+from trainer.data.crops import view_purposes
+from trainer.data.feed import (
+    ONE_VIEW,
+    Failure,
+    Feed,
+    IndexedSamples,
+    Join,
+    Plan,
+    Prepare,
+    RawBatch,
+)
 from trainer.data.ledger import Ledger
 from trainer.data.order import Order, Share
 from trainer.data.shards import ShardSet
-from trainer.data.views import augment
+from trainer.data.views import augment, flipped, normalize
 from trainer.errors import DataError
 from trainer.types import Batch
 
@@ -58,8 +68,9 @@ class Stream:
         micro_batch: int,
         workdir: Path | None,
         join: Join | None = None,
+        views: ViewsConfig = ONE_VIEW,
     ) -> None:
-        self.config, self.comm, self.seed = config, comm, seed
+        self.config, self.comm, self.seed, self.views = config, comm, seed, views
         _, self.num_micro_batches = micro_batches(
             global_batch=global_batch, micro_batch=micro_batch, world_size=comm.world_size
         )
@@ -73,6 +84,7 @@ class Stream:
             text_length=text_length,
             seed=seed,
             join=join,
+            views=views,
         )
         self.epoch_size, self._source = _open_source(config, comm, prepare)
         self.wait_seconds = 0.0
@@ -81,7 +93,7 @@ class Stream:
     def seek(self, samples: int) -> None:
         """The next `take()` begins at this global sample count."""
         base = samples % self.share.global_batch
-        self._plan = Plan(self.share, base, 0, None, self.micro_batch, "train")
+        self._plan = Plan(self.share, base, 0, None, self.micro_batch, "train", all_views=True)
         self._next = self.share.count_before(samples - base) // self.micro_batch
 
     def take(self) -> list[Batch]:
@@ -92,16 +104,18 @@ class Stream:
             self._next += 1
         return batches
 
-    def view(self, start: int, count: int, *, purpose: str) -> Iterator[Batch]:
+    def view(
+        self, start: int, count: int, *, purpose: str, all_views: bool = False
+    ) -> Iterator[Batch]:
         """This rank's share of positions [start, start + count), as training will divide them.
 
-        Augmented by randomness of `purpose`. Every rank gets equally many batches of equal size;
+        Augmented by randomness of `purpose`, in one view unless `all_views` are asked for. Every rank gets equally many batches of equal size;
         rows that fill them up repeat an image of this rank and have the sample id -1.
         """
         base, end = self._plan.base, start + count
         first = self.share.count_before(start - base)
         last = self.share.count_before(end - base)
-        plan = Plan(self.share, base, first, last, self.micro_batch, purpose)
+        plan = Plan(self.share, base, first, last, self.micro_batch, purpose, all_views)
         spare = plan._replace(last=first + 1)  # a rank without any row of its own still needs one
         padded = self.share.rows_padded(start - base, end - base)
         for number in range(-(-padded // self.micro_batch)):
@@ -125,29 +139,58 @@ class Stream:
             raise DataError(raw.message)
         self.ledger.put(num_read=raw.num_read, rejected=raw.rejected)
         self.ledger.check()
-        return self._augmented(raw, plan.purpose, rows)
+        return self._augmented(raw, plan, rows)
 
-    def _augmented(self, raw: RawBatch, purpose: str, rows: int) -> Batch:
+    def _augmented(self, raw: RawBatch, plan: Plan, rows: int) -> Batch:
         device, missing = self.comm.device, rows - len(raw.sample_id)
-        images = augment(
-            raw.images.to(device, non_blocking=True),
-            raw.sample_id.to(device),
-            raw.epochs.to(device),
-            seed=self.seed,
-            purpose=purpose,
-            config=self.config.augment,
-        )
+
+        def ready(values: Tensor | None) -> Tensor | None:
+            return None if values is None else _filled(values.to(device), missing)
+
+        first, *further = self._views(raw, plan)
         padding = raw.sample_id.new_full((missing,), PADDING_ID)
         return Batch(
-            images=_filled(images, missing),
-            tokens=None if raw.tokens is None else _filled(raw.tokens.to(device), missing),
-            token_mask=None
-            if raw.token_mask is None
-            else _filled(raw.token_mask.to(device), missing),
+            images=ready(first),
+            tokens=ready(raw.tokens),
+            token_mask=ready(raw.token_mask),
             sample_id=torch.cat([raw.sample_id, padding]).to(device),
-            epoch=_filled(raw.epochs.to(device), missing),
-            texts=None if raw.texts is None else _filled(raw.texts.to(device), missing),
+            epoch=ready(raw.epochs),
+            texts=ready(raw.texts),
+            views=ready(torch.stack(further, dim=1)) if further else None,
+            cover=None if raw.cover is None else ready(normalize(raw.cover.to(device))),
+            boxes=ready(self._mirrored(raw, plan)),
         )
+
+    def _views(self, raw: RawBatch, plan: Plan) -> list[Tensor]:
+        """Every view with its own changes of colour; the first one's depend on no other."""
+        device = self.comm.device
+        pixels = [raw.images, *(() if raw.views is None else raw.views.unbind(dim=1))]
+        ids, epochs = raw.sample_id.to(device), raw.epochs.to(device)
+        purposes = view_purposes(plan.purpose, self.views, self.config.augment)
+        return [
+            augment(
+                view.to(device, non_blocking=True),
+                ids,
+                epochs,
+                seed=self.seed,
+                purpose=purpose,
+                config=config,
+            )
+            for view, (purpose, config) in zip(pixels, purposes[: len(pixels)], strict=True)
+        ]
+
+    def _mirrored(self, raw: RawBatch, plan: Plan) -> Tensor | None:
+        """The views' boxes; where a view was flipped, its left edge is on the right."""
+        if raw.boxes is None:
+            return None
+        boxes = raw.boxes.clone()
+        purposes = view_purposes(plan.purpose, self.views, self.config.augment)
+        for number, (purpose, config) in enumerate(purposes):
+            rows = flipped(
+                raw.sample_id, raw.epochs, seed=self.seed, purpose=purpose, config=config
+            )
+            boxes[rows, number] = boxes[rows, number][:, [2, 1, 0, 3]]
+        return boxes
 
 
 def _filled(rows: Tensor, missing: int) -> Tensor:

@@ -88,13 +88,25 @@ def augment(
     in turns of the colour circle.
     """
     stream = _Draws(sample_id, epochs, seed, purpose)
-    flipped = stream.rows("flip", config.flip)
+    turned = flipped(sample_id, epochs, seed=seed, purpose=purpose, config=config)
     pixels = _unit(images)
-    pixels[flipped] = pixels[flipped].flip(-1)
+    pixels[turned] = pixels[turned].flip(-1)
     _on_rows(pixels, stream.rows("jitter", config.jitter_probability), stream, config, _jitter)
     _on_rows(pixels, stream.rows("gray", config.gray_probability), stream, config, _gray)
     _on_rows(pixels, stream.rows("blur", config.blur_probability), stream, config, _blur)
     return _standardized(pixels)
+
+
+def flipped(
+    sample_id: Int64[Tensor, " batch"],
+    epochs: Int64[Tensor, " batch"],
+    *,
+    seed: int,
+    purpose: str,
+    config: AugmentConfig,
+) -> Int64[Tensor, " flipped"]:
+    """The rows of a batch that `augment` flips."""
+    return _Draws(sample_id, epochs, seed, purpose).rows("flip", config.flip)
 
 
 def normalize(images: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch 3 size size"]:

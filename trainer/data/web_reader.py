@@ -121,7 +121,7 @@ class WebSamples(IterableDataset[RawBatch | Failure]):
         for _ in range(MAX_REJECTS):
             raw = next(samples)
             try:
-                return self.prepare.sample(raw, position, self.plan.purpose), raw.sample_id
+                return self.prepare.sample(raw, position, self.plan), raw.sample_id
             except BadSample as error:
                 reason = f"{error} (members: {', '.join(sorted(raw.fields))})"
                 epoch = position // cast(int, self.config.epoch_samples)
