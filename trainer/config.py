@@ -39,10 +39,33 @@ class Frozen(BaseModel):
     )
 
 
+class ModelSection(Frozen):
+    """What a model's section says to the program around it, whatever the model is."""
+
+    image_size: PositiveInt
+    """Pixels per side."""
+    embed_dim: PositiveInt
+    """Width of its features."""
+
+
 class RecipeConfig(Frozen):
-    """A recipe's own section; each recipe's `Config` is one."""
+    """A recipe's own section; each recipe's `Config` is one, with a `model` of its own."""
 
     name: str
+    model: ModelSection
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        if cls.model_fields["model"].annotation is ModelSection:
+            raise ConfigError(
+                f"{cls.__module__}.{cls.__name__} declares no model; a recipe's Config needs one, "
+                "as `model: TwoTowerConfig = TwoTowerConfig()`"
+            )
+
+    def stores(self) -> Sequence[Path]:
+        """Embedding stores that images learn to lie beside, in the space of their vectors; texts
+        of an evaluation must then be of the same teacher."""
+        return ()
 
     def join(self, seed: int) -> Any:
         """What data workers read beside the images (`trainer.data.feed.Join`), if anything."""

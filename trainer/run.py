@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +12,7 @@ from trainer.data.stream import Stream
 from trainer.data.vocabulary import tokenizer_for
 from trainer.errors import ConfigError
 from trainer.evals import EvalContext
-from trainer.models.config import ModelConfig, TwoTowerConfig
+from trainer.models.config import TwoTowerConfig
 from trainer.recipe import Context
 from trainer.store import EmbeddingStore
 
@@ -21,15 +20,9 @@ NEED_TEXTS = frozenset({"zero_shot", "retrieval", "cross_lingual"})
 """Evaluations that compare images with texts."""
 
 
-def model_of(config: RunConfig) -> ModelConfig:
-    recipe: Any = config.recipe
-    model: ModelConfig = recipe.model
-    return model
-
-
 def text_model_of(config: RunConfig) -> TwoTowerConfig | None:
     """The model's configuration where it reads texts, else None."""
-    model = model_of(config)
+    model = config.recipe.model
     return model if isinstance(model, TwoTowerConfig) else None
 
 
@@ -42,8 +35,7 @@ def refuse_text_evals(config: RunConfig) -> None:
             f"model of {config.recipe.name} reads none; use knn or linear_probe, "
             "or give the vectors of the texts (text_store)"
         )
-    store = getattr(config.recipe, "store", None)
-    if isinstance(store, Path):
+    for store in config.recipe.stores():
         for entry in config.evals:
             _refuse_other_space(entry, store)
 
@@ -89,7 +81,7 @@ def stream_of(
         config.data,
         comm,
         tokenizer=tokenizer,
-        image_size=model_of(config).image_size,
+        image_size=config.recipe.model.image_size,
         text_length=_text_length(config),
         seed=config.seed,
         global_batch=config.global_batch,
@@ -115,7 +107,7 @@ def context_of(config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast
 def eval_context(
     config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast | None
 ) -> EvalContext:
-    size = model_of(config).image_size
+    size = config.recipe.model.image_size
     return EvalContext(comm, tokenizer, size, _text_length(config), config.data, config.seed)
 
 

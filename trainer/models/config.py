@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config import Frozen, PositiveInt
+from trainer.config import Frozen, ModelSection, PositiveInt
 
 Preset = Literal["tiny", "small", "vit_b_32", "vit_b_16", "vit_l_14"]
 Pooling = Literal["auto", "eos", "last", "mean", "cls"]
@@ -72,15 +72,12 @@ class HeadConfig(Frozen):
     """`batch` takes its statistics over the micro-batches of all ranks."""
 
 
-class TwoTowerConfig(Frozen):
+class TwoTowerConfig(ModelSection):
     """An image and a text encoder into one space. What isn't given comes from `preset`."""
 
     preset: Preset = "tiny"
     image: TowerConfig
     text: TowerConfig
-    embed_dim: PositiveInt
-    image_size: PositiveInt
-    """Pixels per side."""
     patch_size: PositiveInt
     text_length: PositiveInt
     """Tokens per caption, begin and end included."""
@@ -134,14 +131,11 @@ class TwoTowerConfig(Frozen):
         return self
 
 
-class ImageTowerConfig(Frozen):
+class ImageTowerConfig(ModelSection):
     """An image encoder alone. What isn't given comes from `preset`."""
 
     preset: Preset = "tiny"
     image: TowerConfig
-    embed_dim: PositiveInt
-    image_size: PositiveInt
-    """Pixels per side."""
     patch_size: PositiveInt
     head: HeadConfig | None = None
     """A projection head whose output stands beside the embedding; none where None."""

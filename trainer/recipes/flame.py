@@ -11,7 +11,7 @@ ranks instead of texts; no parameter is unused; the vectors' store is verified w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +74,9 @@ class Config(RecipeConfig):
     """Of mp_sigmoid."""
     scale_max: float = Field(default=100.0, gt=1)
     """The scale is kept within [1, scale_max]."""
+
+    def stores(self) -> Sequence[Path]:
+        return (self.store,)
 
     def join(self, seed: int) -> DrawnTexts:
         return DrawnTexts(self.store, self.texts_per_visit, seed)
