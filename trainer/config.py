@@ -217,7 +217,11 @@ class EvalConfig(Frozen):
     """Prompts of a class name (zero_shot)."""
     caption: str = "txt"
     """Which text of a sample is searched for: `txt` or a json key, as `long` (retrieval); the key
-    that holds texts by language is `lang` (cross_lingual)."""
+    that holds texts by language is `lang` (cross_lingual). Every item of a list, and every line of
+    a text, is a caption of its own."""
+    picture: str = "pix"
+    """json key whose equal values say that samples show the same picture; of samples without it,
+    those of equal bytes do (retrieval, cross_lingual)."""
     languages: tuple[str, ...] | None = None
     """Of cross_lingual; all that the samples have where None."""
     text_store: Path | None = None

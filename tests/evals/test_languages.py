@@ -17,7 +17,8 @@ from trainer.data.tokenize import train_tokenizer
 from trainer.errors import DataError
 from trainer.evals import run_eval
 from trainer.evals.features import embed_images
-from trainer.evals.retrieval import percent_unread, stored_texts, text_of, with_text
+from trainer.evals.pairing import texts_of, with_text
+from trainer.evals.retrieval import percent_unread, stored_texts
 from trainer.evals.table import table_rows
 
 SOLO = Comm.solo()
@@ -50,7 +51,8 @@ def test_a_text_is_found_under_any_key() -> None:
     )
     record = share.records[0]
     keys = ("txt", "long", "lang.de", "lang.fr", "words", "x.y", "lang", "none.at.all")
-    assert [text_of(record, key) for key in keys] == ["a b", "c", "d", "", "e, f", "g", "", ""]
+    found = [texts_of(record, key) for key in keys]
+    assert found == [["a b"], ["c"], ["d"], [], ["e", "f"], ["g"], [], []]
     assert len(with_text(share, "lang.de", spec="s", comm=SOLO).records) == 1
     with pytest.raises(DataError, match=r"no sample of s has a text under 'lang.fr'"):
         with_text(share, "lang.fr", spec="s", comm=SOLO)

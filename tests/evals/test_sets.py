@@ -22,7 +22,7 @@ from trainer.evals import evaluate_all, run_eval
 from trainer.evals.features import Share, embed_images
 from trainer.evals.floors import pixel_floor
 from trainer.evals.labels import answers, class_ids, class_names, with_class
-from trainer.evals.retrieval import chances, pairing, recalls
+from trainer.evals.retrieval import chances, recalls
 from trainer.evals.samples import BLOCK, Record, own_positions, select
 from trainer.evals.zero_shot import prompts
 
@@ -121,28 +121,6 @@ def test_samples_without_a_class_are_left_out() -> None:
     assert class_names(share, "k", SOLO) == ["3", "x and y"]
     with pytest.raises(DataError, match="no sample of s has a class under 'colour'"):
         with_class(share, "colour", spec="s", comm=SOLO)
-
-
-def test_pairs_by_concept_and_picture_but_not_through_others() -> None:
-    share = share_of(
-        {"txt": "red apple", "concept_id": "apple"},
-        {"txt": "apple", "concept_id": "apple", "pix": "same"},
-        {"txt": "  tomato ", "concept_id": "tomato", "pix": "same"},
-        {"txt": "tomato", "concept_id": "tomato"},
-        {"txt": "plum"},
-    )
-    of_images, texts, of_texts = pairing(share, SOLO)
-    assert texts == {"red apple": 0, "apple": 1, "tomato": 2, "plum": 4}
-    right = [[bool(image & text) for text in of_texts] for image in of_images]
-    assert right == [
-        [True, True, False, False],
-        [True, True, True, False],
-        [True, True, True, False],
-        [False, False, True, False],
-        [False, False, False, True],
-    ]
-    expected = sum(map(sum, right)) / 20 * 100
-    assert chances(of_images, of_texts, cutoffs=[1])[1] == pytest.approx(expected)
 
 
 def test_a_collapsed_model_scores_no_better_than_chance() -> None:

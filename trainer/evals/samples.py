@@ -7,6 +7,7 @@ number of ranks, so a model says exactly the same of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from itertools import chain
@@ -19,7 +20,7 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.data.decode import BadSample, decode_image, find_image
-from trainer.data.shards import RawSample, ShardSet
+from trainer.data.shards import ShardSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import hash_bits, key_of
 
@@ -33,6 +34,8 @@ class Record(NamedTuple):
 
     sample_id: int
     values: dict[str, Any]
+    picture: str = ""
+    """Digest of the image's bytes: samples of equal digest show the same picture."""
 
 
 class Block(NamedTuple):
@@ -135,18 +138,24 @@ class _Reader:
             self._damage.append(str(error))
             return None
         try:
-            return self._pixels(raw), Record(raw.sample_id, values_of(raw.fields))
+            image = find_image(raw.fields)
+            record = Record(raw.sample_id, values_of(raw.fields), _digest(image))
+            return self._pixels(image), record
         except BadSample as error:
             self._bad.append(f"{raw.shard} {raw.key}: {error.reason}")
             return None
 
-    def _pixels(self, raw: RawSample) -> Tensor:
+    def _pixels(self, image: bytes) -> Tensor:
         return decode_image(
-            find_image(raw.fields),
+            image,
             size=self._size,
             background=self._data.background,
             max_pixels=self._data.max_pixels,
         )
+
+
+def _digest(image: bytes) -> str:
+    return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
 def values_of(fields: dict[str, bytes]) -> dict[str, Any]:
