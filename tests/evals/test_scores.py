@@ -25,12 +25,25 @@ def test_vote_is_the_weighted_sum_over_the_nearest() -> None:
         votes = dict.fromkeys(range(7), 0.0)
         for score, label in sorted(scores, reverse=True)[:20]:
             votes[label] += math.exp(score / TEMPERATURE)
-        assert guesses == sorted(votes, key=lambda label: (-votes[label], label))[:5]
+        best = sorted(votes, key=lambda label: (-votes[label], label))[:5]
+        assert guesses == [label if votes[label] else -1 for label in best]
 
 
 def test_a_bank_smaller_than_k_votes_with_what_it_has() -> None:
     found = Neighbours(torch.tensor([[0.9, 0.8, -torch.inf]]), torch.tensor([[1, 0, -1]]))
-    assert vote(found, torch.tensor([2, 0]), num_classes=3).tolist() == [[0, 2, 1]]
+    assert vote(found, torch.tensor([2, 0]), num_classes=3).tolist() == [[0, 2, -1]]
+
+
+def test_a_class_without_a_vote_is_no_guess() -> None:
+    """Twenty neighbours of two classes of seven: five guesses would make the alphabet right."""
+    labels = torch.tensor([6, 4])
+    rows = torch.tensor([[0] * 20, [0, 1] * 10])
+    found = Neighbours(torch.full((2, 20), -0.9), rows)
+    ranked = vote(found, labels, num_classes=7)
+    assert ranked.tolist() == [[6, -1, -1, -1, -1], [4, 6, -1, -1, -1]]
+    for right, expected in ((0, 0.0), (4, 50.0), (6, 100.0)):
+        answers = torch.full((2, 1), right)
+        assert tally(ranked, answers, num_classes=7, comm=SOLO)["top5"] == expected
 
 
 def test_tally_counts_every_right_answer_and_each_class_once() -> None:

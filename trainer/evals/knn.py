@@ -46,7 +46,8 @@ def vote(
 ) -> Int64[Tensor, "n best"]:
     """Up to five classes per row by the sum of exp(score / TEMPERATURE) of its neighbours.
 
-    Equal sums go to the lower class.
+    Equal sums go to the lower class. Only what a neighbour is can be a guess: where the neighbours
+    are of fewer classes, the rest is -1.
     """
     blocks = zip(found.scores.split(VOTE_BLOCK), found.rows.split(VOTE_BLOCK), strict=True)
     return torch.cat([_voted(scores, rows, labels, num_classes) for scores, rows in blocks])
@@ -60,4 +61,5 @@ def _voted(scores: Tensor, rows: Tensor, labels: Tensor, num_classes: int) -> Te
     for neighbour in range(scores.shape[1]):
         classes = labels[rows[:, neighbour].clamp(min=0)]
         votes[each, classes] += weights[:, neighbour]
-    return ordered_topk(votes, min(5, num_classes))[1]
+    sums, ranked = ordered_topk(votes, min(5, num_classes))
+    return ranked.where(sums > 0, -1)

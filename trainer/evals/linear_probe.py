@@ -1,12 +1,15 @@
 """Linear probe: logistic regression on frozen image features.
 
 Unit features, centred and scaled by one number, so that a penalty means the same for any model;
-L-BFGS on the full data; the penalty is chosen on a validation part of the training shards (by
-hash of the sample id), then everything is fitted again. Accuracy is that of the last weights:
-the test shards choose nothing. `reference_probe` has the public ProtoCLIP code's protocol.
+L-BFGS on the full data until the gradient vanishes; the penalty is chosen on a validation part of
+the training shards (by hash of the sample id), then everything is fitted again. Accuracy is that
+of the last weights: the test shards choose nothing. `reference_probe` has the public ProtoCLIP
+code's protocol.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,7 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import EvalConfig
 from trainer.evals.context import EvalContext
-from trainer.evals.logistic import fit, with_ones
+from trainer.evals.logistic import fitted, with_ones
 from trainer.evals.scores import tally
 from trainer.evals.search import nearest
 from trainer.evals.splits import Splits, floors, load_splits
@@ -29,11 +32,15 @@ VALIDATION_SHARE = 0.2
 
 
 def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, float]:
-    """Test accuracy of the probe, the `penalty` it chose, and the floors."""
+    """Test accuracy of the probe, the `penalty` it chose, and the floors.
+
+    Where one of its fits has not converged, `unconverged` is the largest entry of a gradient that
+    should be zero: the accuracy is then that of an unfinished fit.
+    """
     splits = load_splits(config, encode, context)
     splits = _standardized(splits, context.comm)
-    penalty, weights = choose_penalty(splits, seed=context.seed, comm=context.comm)
-    weights = fit(
+    penalty, weights, unfinished = choose_penalty(splits, seed=context.seed, comm=context.comm)
+    last = fitted(
         splits.train.double(),
         splits.train_labels,
         num_classes=splits.num_learnt,
@@ -41,19 +48,29 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
         comm=context.comm,
         initial=weights,
     )
-    ranked = predict(weights, splits.test.double())
+    ranked = predict(last.weights, splits.test.double())
     figures = tally(ranked, splits.answers, num_classes=splits.num_classes, comm=context.comm)
-    return {**figures, **floors(config, splits, context), "penalty": penalty}
+    steepest = max(unfinished, 0.0 if last.converged else last.steepest)
+    said = {"unconverged": steepest} if steepest else {}
+    return {**figures, **floors(config, splits, context), "penalty": penalty, **said}
 
 
-def choose_penalty(splits: Splits, *, seed: int, comm: Comm) -> tuple[float, Tensor]:
+class Choice(NamedTuple):
+    penalty: float
+    weights: Float64[Tensor, "classes augmented"]
+    unfinished: float
+    """Largest entry of a gradient that did not vanish; 0 where all fits have converged."""
+
+
+def choose_penalty(splits: Splits, *, seed: int, comm: Comm) -> Choice:
     """The penalty of highest validation accuracy, and its weights; the stronger of equal ones."""
     held_out = uniform(splits.train_ids, key_of(seed, "probe validation")) < VALIDATION_SHARE
     features, labels = splits.train.double(), splits.train_labels
     best: tuple[float, float, Tensor] | None = None
     weights: Tensor | None = None
+    unfinished = 0.0
     for penalty in PENALTIES:
-        weights = fit(
+        found = fitted(
             features[~held_out],
             labels[~held_out],
             num_classes=splits.num_learnt,
@@ -61,6 +78,8 @@ def choose_penalty(splits: Splits, *, seed: int, comm: Comm) -> tuple[float, Ten
             comm=comm,
             initial=weights,
         )
+        weights = found.weights
+        unfinished = max(unfinished, 0.0 if found.converged else found.steepest)
         accuracy = tally(
             predict(weights, features[held_out]),
             labels[held_out, None],
@@ -70,7 +89,7 @@ def choose_penalty(splits: Splits, *, seed: int, comm: Comm) -> tuple[float, Ten
         if best is None or accuracy > best[0]:
             best = accuracy, penalty, weights
     assert best is not None
-    return best[1], best[2]
+    return Choice(best[1], best[2], unfinished)
 
 
 def predict(
