@@ -16,8 +16,10 @@ from trainer.errors import TrainerError
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
-    parser.add_argument("run", help="a YAML file, such as launch/runs/protoclip_tiny_open.yaml")
-    parser.add_argument("overrides", nargs="*", help="dotted key=value, such as steps=100")
+    parser.add_argument("run", help="a YAML file, such as launch/runs/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", help="dotted key=value, such as steps=100 or evals.0.limit=50"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"

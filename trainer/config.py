@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
+from trainer.config_errors import explain
+from trainer.config_section import Fraction as Fraction
+from trainer.config_section import Frozen as Frozen
+from trainer.config_section import LocalPath as LocalPath
+from trainer.config_section import ModelPath as ModelPath
+from trainer.config_section import OnlyWhere as OnlyWhere
+from trainer.config_section import OnlyWith as OnlyWith
+from trainer.config_section import OnlyWithout as OnlyWithout
+from trainer.config_section import PositiveInt as PositiveInt
+from trainer.config_section import ShardSpec as ShardSpec
+from trainer.config_text import read_mapping
 from trainer.errors import ConfigError
-from trainer.recipe_files import recipe_config
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Frozen(BaseModel):
-    """A section of the configuration: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from trainer.recipe_files import config_class, recipe_config
 
 
 class ModelSection(Frozen):
@@ -83,15 +82,21 @@ class Period(Frozen):
     unit: Literal["steps", "samples", "epochs", "min", "never"]
 
     def __str__(self) -> str:
-        return "never" if self.unit == "never" else f"{self.count:g} {self.unit}"
+        if self.unit == "never":
+            return "never"
+        count = int(self.count) if self.count.is_integer() else self.count
+        return f"{count} {self.unit}"
+
+
+_PERIOD = r"(\d+\.?\d*(?:e\+?\d+)?|\.\d+)\s*(steps?|samples?|epochs?|min)"
 
 
 def _read_period(value: Any) -> Any:
     if isinstance(value, str):
         if value.strip() == "never":
             return Period.model_construct(count=math.inf, unit="never")
-        match = re.fullmatch(r"\s*([\d.]+)\s*(steps?|samples?|epochs?|min)\s*", value)
-        if not match:
+        match = re.fullmatch(_PERIOD, value.strip())
+        if not match or not 0 < float(match[1]) < math.inf:
             raise ValueError(f"{value!r} is no period; write '1000 steps', '2 epochs' or '30 min'")
         unit = match[2] if match[2] == "min" or match[2].endswith("s") else match[2] + "s"
         return Period.model_construct(count=float(match[1]), unit=unit)
@@ -113,13 +118,25 @@ class AugmentConfig(Frozen):
     """Width over height of the crop, lowest and highest."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
-    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
+    jitter: Annotated[tuple[float, float, float, float], OnlyWith("jitter_probability")] = (
+        0.8,
+        0.8,
+        0.8,
+        0.2,
+    )
     """Strength of brightness, contrast, saturation and hue changes."""
     jitter_probability: Fraction = 0.2
     gray_probability: Fraction = 0.2
     blur_probability: Fraction = 0.2
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[float, float], OnlyWith("blur_probability")] = (0.1, 2.0)
     """Standard deviation of the blur at 224 pixels, lowest and highest; scales with the image."""
+
+    @field_validator("crop_scale", "crop_ratio", "blur_sigma")
+    @classmethod
+    def _lowest_first(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"{list(value)} must be the lowest and the highest, both above zero")
+        return value
 
 
 class ViewsConfig(Frozen):
@@ -154,20 +171,20 @@ class CaptionConfig(Frozen):
 class DataConfig(Frozen):
     """Where samples come from and how they are read."""
 
-    train: str
+    train: ShardSpec
     """Shards: a path or URL with braces (`s3://b/{000..127}.tar`) or globs; lists join by `::`."""
     reader: Literal["indexed", "webdataset"] = "indexed"
     """`indexed`: exact order and resume. `webdataset`: streams without an index (weaker)."""
-    allow_pipe: bool = False
+    allow_pipe: Annotated[bool, OnlyWhere("reader", "webdataset")] = False
     """Let the webdataset reader run shell commands given as `pipe:` URLs."""
-    epoch_samples: PositiveInt | None = None
+    epoch_samples: Annotated[PositiveInt | None, OnlyWhere("reader", "webdataset")] = None
     """Samples that count as an epoch for the webdataset reader, which can't count them itself."""
     workers: int = Field(default=0, ge=0)
     """Reader processes per rank. The batches do not depend on it."""
     cache_mib: int = Field(default=0, ge=0)
     """Memory per reader process for decoded images: data that fits is decoded once and not once an
     epoch. The batches do not depend on it."""
-    window_shards: PositiveInt = 8
+    window_shards: Annotated[PositiveInt, OnlyWhere("reader", "indexed")] = 8
     """Samples are shuffled within this many (permuted) shards, so reads stay sequential."""
     max_pixels: PositiveInt = 25_000_000
     """Larger images are refused before they are decoded."""
@@ -197,44 +214,68 @@ class OptimConfig(Frozen):
     """Global gradient norm, in units of the true gradient of the global batch."""
 
 
+_OF_CLASSES = OnlyWhere("name", "zero_shot", "knn", "linear_probe")
+_OF_TEXTS = OnlyWhere("name", "zero_shot", "retrieval", "cross_lingual")
+_OF_PAIRS = OnlyWhere("name", "retrieval", "cross_lingual")
+
+
 class EvalConfig(Frozen):
     """One evaluation: what, on which shards, how often."""
 
     name: Literal["zero_shot", "retrieval", "cross_lingual", "knn", "linear_probe"]
     label: str
     """Name under which its numbers are logged."""
-    data: str
+    data: ShardSpec
     """Shards to test on."""
-    train: str | None = None
-    """Shards to fit on (knn, linear_probe)."""
-    target: str = "concept"
+    train: Annotated[ShardSpec | None, _OF_CLASSES] = None
+    """Shards to fit on (knn, linear_probe), or to take zero_shot's pixel floor from."""
+    target: Annotated[str, _OF_CLASSES] = "concept"
     """json key whose values are the classes (zero_shot, knn, linear_probe)."""
     every: Every = NEVER
     """The end of a run is always evaluated."""
     limit: PositiveInt | None = None
     """Use at most this many samples, chosen by hash of their id."""
-    templates: tuple[str, ...] = ("{}", "a picture of {}", "an icon of {}", "{} emoji")
+    templates: Annotated[tuple[str, ...], OnlyWhere("name", "zero_shot"), Field(min_length=1)] = (
+        *("{}", "a picture of {}", "an icon of {}", "{} emoji"),
+    )
     """Prompts of a class name (zero_shot)."""
-    caption: str = "txt"
+    caption: Annotated[str, _OF_PAIRS] = "txt"
     """Which text of a sample is searched for: `txt` or a json key, as `long` (retrieval); the key
     that holds texts by language is `lang` (cross_lingual). Every item of a list, and every line of
     a text, is a caption of its own."""
-    picture: str = "pix"
+    picture: Annotated[str, _OF_PAIRS] = "pix"
     """json key whose equal values say that samples show the same picture; of samples without it,
     those of equal bytes do (retrieval, cross_lingual)."""
-    languages: tuple[str, ...] | None = None
+    languages: Annotated[tuple[str, ...] | None, OnlyWhere("name", "cross_lingual")] = None
     """Of cross_lingual; all that the samples have where None."""
-    text_store: Path | None = None
+    text_store: Annotated[LocalPath | None, _OF_TEXTS] = None
     """Vectors of the texts, for a model that reads none (flame): of the samples' captions, for
     cross_lingual with `{}` where the language goes, for zero_shot of the classes' prompts."""
-    text_vectors: tuple[int, ...] | None = None
+    text_vectors: Annotated[tuple[int, ...] | None, OnlyWith("text_store")] = None
     """Which vectors of a text in `text_store` are averaged; all where None."""
+
+    @model_validator(mode="after")
+    def _fits_on_other_shards(self) -> EvalConfig:
+        if self.name in ("knn", "linear_probe"):
+            if self.train is None:
+                raise ValueError(f"{self.name} needs `train`, shards to fit on")
+            if self.train == self.data:
+                raise ValueError("`train` and `data` are the same shards")
+        return self
+
+    @field_validator("templates")
+    @classmethod
+    def _room_for_a_name(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if "{}" not in template:
+                raise ValueError(f"template {template!r} has no {{}} for the class name")
+        return templates
 
 
 class RunConfig(Frozen):
     """A whole run."""
 
-    workdir: Path
+    workdir: LocalPath
     """Checkpoints, metrics and exports go here. A second start goes on from what is there."""
     seed: int = 0
     steps: PositiveInt
@@ -243,7 +284,7 @@ class RunConfig(Frozen):
     """Samples per optimizer step over all ranks. It is the only batch size that matters."""
     micro_batch: PositiveInt | None = None
     """Samples per rank and forward pass; the whole share of a rank where None."""
-    deepspeed: Path = Path("ds_configs/zero3.json")
+    deepspeed: LocalPath = Path("ds_configs/zero3.json")
     """ZeRO stage, precision and offload. Batch sizes and clipping come from here instead."""
     gradient_checkpointing: bool = True
     recipe: SerializeAsAny[RecipeConfig]
@@ -257,38 +298,55 @@ class RunConfig(Frozen):
     """Two at least: the one before is the way back if the newest is damaged."""
     max_skipped_steps: int = Field(default=20, ge=0)
     """The run stops when this many steps in a row had a gradient that is not finite."""
-    comm_timeout_seconds: float = 1800.0
+    comm_timeout_seconds: float = Field(default=1800.0, gt=0)
 
-    @model_validator(mode="before")
+    @field_validator("recipe", mode="before")
     @classmethod
     def _recipe_reads_its_own_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
-            return {**values, "recipe": recipe_config(values["recipe"])}
-        return values
+        return recipe_config(values) if isinstance(values, Mapping) else values
+
+    @field_validator("evals")
+    @classmethod
+    def _one_label_each(cls, evals: tuple[EvalConfig, ...]) -> tuple[EvalConfig, ...]:
+        labels = [entry.label for entry in evals]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"several evaluations are labelled {', '.join(twice)}")
+        return evals
+
+    @model_validator(mode="after")
+    def _no_keys_of_a_tower_that_is_not_there(self) -> RunConfig:
+        model = self.recipe.model
+        for tower in ("image", "text"):
+            section = getattr(model, tower, None)
+            rate = f"optim.{tower}_learning_rate"
+            if section is None and getattr(self.optim, f"{tower}_learning_rate") is not None:
+                raise ValueError(f"{rate}: {self._model_has_no(tower)}; drop it")
+        if getattr(model, "text", None) is None and self.data.captions != CaptionConfig():
+            raise ValueError(f"data.captions: {self._model_has_no('text')}; drop them")
+        return self
+
+    def _model_has_no(self, tower: str) -> str:
+        return f"the model of {self.recipe.name} has no {tower} tower that would read it"
 
 
 def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `a.b=value` overrides (values are YAML too)."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8 (byte {error.start})") from error
     return parse_run(text, overrides, source=str(path))
 
 
 def parse_run(text: str, overrides: Sequence[str] = (), *, source: str = "YAML") -> RunConfig:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source} must be a mapping of keys to values")
-    for override in overrides:
-        _apply_override(values, override)
+    values = read_mapping(text, overrides, source=source)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
+        where = f"{source} with {' '.join(overrides)}" if overrides else source
+        raise ConfigError(f"{where}: {_explain(error, values)}") from error
 
 
 def dump_run(config: RunConfig) -> str:
@@ -317,23 +375,10 @@ def micro_batches(
     return (micro_batch or per_rank), per_rank // (micro_batch or per_rank)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r} has no '='; write key=value, as in steps=100")
-    *parents, last = key.split(".")
-    for parent in parents:
-        section = values.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"override {override!r}: {parent} is not a section")
-        values = section
-    values[last] = yaml.safe_load(text)
-
-
-def _explain(error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{place}: {message}" if place else message)
-    return "; ".join(problems)
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    recipe = values.get("recipe")
+    try:
+        sections = {"recipe": config_class(recipe)} if isinstance(recipe, Mapping) else {}
+    except ValueError:
+        sections = {}  # the error says so itself
+    return explain(error, RunConfig, sections=sections)

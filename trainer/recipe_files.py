@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from trainer.config_errors import did_you_mean
 from trainer.errors import ConfigError
 
 
@@ -27,12 +26,18 @@ def recipe_module(name: str) -> Any:
 
 
 def recipe_config(values: Mapping[str, Any]) -> Any:
-    """The `recipe:` section of a run, validated by the `Config` of the file that `name` names."""
+    """The `recipe:` section of a run, validated by the `Config` of the file that `name` names.
+
+    pydantic's ValidationError where a key is wrong, ValueError where the recipe is not known.
+    """
+    return config_class(values).model_validate(dict(values))
+
+
+def config_class(values: Mapping[str, Any]) -> Any:
+    """The `Config` of the recipe that a section names; ValueError where it names none."""
     name = values.get("name")
     if not isinstance(name, str):
-        raise ConfigError("recipe.name is missing; it is the name of a file in trainer/recipes/")
-    try:
-        return recipe_module(name).Config.model_validate(dict(values))
-    except ValidationError as error:
-        lines = [f"recipe.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("; ".join(lines)) from error
+        raise ValueError(f"name is missing; it is one of {', '.join(recipe_names())}")
+    if name not in recipe_names():
+        raise ValueError(f"no recipe is called {name!r}{did_you_mean(name, recipe_names())}")
+    return recipe_module(name).Config

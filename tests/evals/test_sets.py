@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from tests.evals.rank_cases import setting
 from trainer.comm import Comm
 from trainer.config import EvalConfig
 from trainer.data.index import write_index
 from trainer.errors import ConfigError, DataError
-from trainer.evals import evaluate_all, run_eval
+from trainer.evals import evaluate_all
 from trainer.evals.features import Share, embed_images
 from trainer.evals.floors import pixel_floor
 from trainer.evals.labels import answers, class_ids, class_names, with_class
@@ -176,10 +177,10 @@ def test_usual_mistakes_are_one_sentence(tmp_path: Path) -> None:
         tmp_path / "set.tar", [(png_of(random_pictures(1, seed=0)[0]), {"concept": 1})]
     )
     model, context = setting(SOLO, spec)
-    with pytest.raises(ConfigError, match="needs `train`"):
-        run_eval(EvalConfig(name="knn", label="k", data=spec), model, context)
-    with pytest.raises(ConfigError, match="same shards"):
-        run_eval(EvalConfig(name="linear_probe", label="p", data=spec, train=spec), model, context)
+    with pytest.raises(ValidationError, match="needs `train`"):
+        EvalConfig(name="knn", label="k", data=spec)
+    with pytest.raises(ValidationError, match="same shards"):
+        EvalConfig(name="linear_probe", label="p", data=spec, train=spec)
     one = EvalConfig(name="retrieval", label="r", data=spec)
     with pytest.raises(ConfigError, match="several evaluations are labelled r"):
         evaluate_all([one, one], model, context)

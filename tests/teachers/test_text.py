@@ -310,7 +310,10 @@ def test_a_spec_is_read_from_names_folders_and_files(folders, tmp_path):
     spec = read_spec(str(path), ["layer=21", "fields=[txt, 'long,txt']"])
     assert (spec.name, spec.layer, spec.pooling) == ("SmolLM2-135M-Instruct", 21, "last")
     assert spec.fields == ("txt", "long,txt")
-    for change, message in (("layers=3", "layers: Extra"), ("layer", "has no '='")):
+    for change, message in (
+        ("layers=3", "layers: there is no such key; did you mean 'layer'"),
+        ("layer", "has no '='"),
+    ):
         with pytest.raises(ConfigError, match=message):
             read_spec(str(path), [change])
     with pytest.raises(ConfigError, match=r"no config\.json"):

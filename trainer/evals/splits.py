@@ -9,7 +9,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trainer.config import EvalConfig
-from trainer.errors import ConfigError
 from trainer.evals.context import EvalContext
 from trainer.evals.features import embed_images
 from trainer.evals.floors import chances, pixel_floor
@@ -35,10 +34,7 @@ class Splits(NamedTuple):
 def load_splits(config: EvalConfig, encode: Encode, context: EvalContext) -> Splits:
     """Encode and label both sets of shards; `limit` holds for each of them."""
     comm, target = context.comm, config.target
-    if config.train is None:
-        raise ConfigError(f"evaluation {config.label}: {config.name} needs `train`, shards to fit")
-    if config.train == config.data:
-        raise ConfigError(f"evaluation {config.label}: `train` and `data` are the same shards")
+    assert config.train is not None  # the configuration says so of what fits
     fit, test = (
         with_class(
             embed_images(spec, encode, context, limit=config.limit), target, spec=spec, comm=comm

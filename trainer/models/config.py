@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from trainer.config import Frozen, ModelSection, PositiveInt
+from trainer.config import Frozen, ModelPath, ModelSection, PositiveInt
 
 Preset = Literal["tiny", "small", "vit_b_32", "vit_b_16", "vit_l_14"]
 Pooling = Literal["auto", "eos", "last", "mean", "cls"]
@@ -25,7 +26,7 @@ class LoraConfig(Frozen):
 class TowerConfig(Frozen):
     """One tower: a CLIP transformer of the given size, or any transformers model at `path`."""
 
-    path: str | None = None
+    path: ModelPath | None = None
     """A folder that transformers can load, or a hub id. The sizes below are then the model's."""
     width: PositiveInt | None = None
     layers: PositiveInt | None = None
@@ -83,7 +84,7 @@ class TwoTowerConfig(ModelSection):
     """Tokens per caption, begin and end included."""
     vocabulary: PositiveInt
     """Size of the tokenizer that is trained on the corpus where `tokenizer` is None."""
-    tokenizer: str | None = None
+    tokenizer: ModelPath | None = None
     """A folder with a tokenizer; `text.path` where that is given and this is not."""
     head: HeadConfig | None = None
     """Projection heads for prototypes; none where None."""
@@ -165,9 +166,10 @@ ModelConfig = TwoTowerConfig | ImageTowerConfig
 
 def _filled(values: dict[str, Any], *, towers: tuple[str, ...]) -> dict[str, Any]:
     """A model's section with the preset's values where it says nothing; heads only if asked for."""
-    preset = PRESETS.get(values.get("preset", "tiny"))
-    if preset is None:
-        return values
+    name = values.get("preset", "tiny")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise _unknown_preset(name)
+    preset = PRESETS[name]
     keys = preset.keys() - {"image", "text", "head"}
     if "text" not in towers:
         keys -= {"text_length", "vocabulary"}
@@ -178,6 +180,17 @@ def _filled(values: dict[str, Any], *, towers: tuple[str, ...]) -> dict[str, Any
             section = section if section.get("path") else {**preset[name], **section}
         filled[name] = section
     return filled
+
+
+def _unknown_preset(name: Any) -> ValidationError:
+    """The one error of a section whose preset is not known: nothing else in it can be judged."""
+    known = ", ".join(f"'{known}'" for known in PRESETS)
+    problem: InitErrorDetails = {
+        "type": PydanticCustomError("literal_error", "not known", {"expected": known}),
+        "loc": ("preset",),
+        "input": name,
+    }
+    return ValidationError.from_exception_data("model", [problem])
 
 
 def _check_patches(config: ModelConfig) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from trainer.comm import Comm
+from trainer.config import LocalPath
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.losses.learned_prototypes import ActiveRows
 from trainer.parts.initial_rows import normal_rows, stored_rows
@@ -46,7 +46,7 @@ class PrototypeHeadConfig(RowOptimizerConfig):
     one only if it was drawn."""
     logq: bool = False
     """Raise the drawn rows' logits by -ln(sample_rate), so that their sum estimates that of all."""
-    init: Literal["normal"] | Path = "normal"
+    init: Literal["normal"] | LocalPath = "normal"
     """Or a safetensors file with one table of the head's size, such as centroids; its rows are
     brought to the length that normal ones have."""
     init_deviation: PositiveFloat = 0.01

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, cluster
 from trainer.comm import Comm
-from trainer.config import Frozen, PositiveInt
+from trainer.config import Frozen, LocalPath, PositiveInt
 from trainer.data.labels import ClusterLabels
 from trainer.errors import CheckpointError, ConfigError
 from trainer.parts.teacher_digests import store_digest
@@ -36,7 +36,7 @@ class TeacherConfig(Frozen):
     """An embedding store and how its vectors become groups."""
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
-    store: Path
+    store: LocalPath
     """Folder written by `tools/embed.py`."""
     clusters: PositiveInt
     weight: float = Field(default=1.0, gt=0)

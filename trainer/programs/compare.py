@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
-from trainer.config import Frozen, PositiveInt, parse_run
+from trainer.config import Frozen, LocalPath, PositiveInt, parse_run
+from trainer.config_errors import explain
+from trainer.config_text import read_mapping
 from trainer.errors import ConfigError, TrainerError
 from trainer.programs.compare_plot import plot_comparison
 from trainer.programs.workdir import logged_results
@@ -31,9 +32,9 @@ PLOT = "table.png"
 class Comparison(Frozen):
     """A grid: every variant is the base run with its own overrides, once per seed."""
 
-    workdir: Path
+    workdir: LocalPath
     """Each cell trains in `workdir/<variant>/seed-<n>`; finished ones are not run again."""
-    base: Path
+    base: LocalPath
     """The run that all variants share."""
     shared: tuple[str, ...] = ()
     """Overrides of all cells, `key=value`."""
@@ -56,9 +57,12 @@ class Cell(Frozen):
 
 def load_comparison(path: Path) -> Comparison:
     try:
-        return Comparison.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        values = read_mapping(path.read_text(encoding="utf-8"), (), source=str(path))
+        return Comparison.model_validate(values)
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Comparison)}") from error
 
 
 def cells(comparison: Comparison) -> list[Cell]:

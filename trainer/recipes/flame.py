@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainer.config import PositiveInt, RecipeConfig
+from trainer.config import LocalPath, PositiveInt, RecipeConfig
 from trainer.errors import ConfigError
 from trainer.hashing import hash_bits, key_of
 from trainer.losses.multi_positive import multi_positive_nce, multi_positive_sigmoid
@@ -61,7 +61,7 @@ class Config(RecipeConfig):
     name: Literal["flame"] = "flame"
     model: ImageTowerConfig = ImageTowerConfig()
     """`embed_dim` is the width of the vectors in the store."""
-    store: Path
+    store: LocalPath
     """Folder written by `tools/embed.py`; it must hold every training sample."""
     texts_per_visit: PositiveInt = 6
     """Vectors drawn for a sample each time, of those that the store has."""

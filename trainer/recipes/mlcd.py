@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trainer.config import PositiveInt, RecipeConfig
+from trainer.config import LocalPath, PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
 from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
@@ -47,7 +47,7 @@ class Config(RecipeConfig):
 
     name: Literal["mlcd"] = "mlcd"
     model: ImageTowerConfig = ImageTowerConfig()
-    labels: Path | None = None
+    labels: LocalPath | None = None
     """Folder of cluster labels by sample id, the nearest first."""
     classes: tuple[str, ...] = ()
     """Instead of `labels`: json keys of the shards. Every value of each is a class."""

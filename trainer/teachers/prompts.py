@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from trainer.config import Frozen
+from trainer.config_errors import explain
 from trainer.data.captions import field_texts
 from trainer.data.decode import BadSample
 from trainer.errors import ConfigError
@@ -102,8 +103,10 @@ def load_prompts(name: str) -> PromptSet:
     except OSError:
         known = ", ".join(sorted(found.stem for found in _SETS.glob("*.yaml")))
         raise ConfigError(f"no prompts {name!r}; there are {known}, or a YAML file") from None
-    except (ValidationError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no prompt set: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is no prompt set: {explain(error, PromptSet)}") from error
 
 
 def as_sentence(text: str) -> str:

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from trainer.config import Frozen, PositiveInt
+from trainer.config_errors import explain
+from trainer.config_text import parsed_override
 from trainer.data.corpus.wheels import sha256_of
 from trainer.data.tokenize import load_tokenizer
 from trainer.errors import ConfigError
@@ -94,16 +96,13 @@ def read_spec(teacher: str, overrides: Sequence[str] = ()) -> TeacherSpec:
     if teacher.endswith((".yaml", ".yml")):
         values = _yaml(Path(teacher))
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} has no '='; write key=value, as in pooling=last")
-        values[key] = yaml.safe_load(text)
+        key, value = parsed_override(override)
+        values[".".join(key)] = value
     values = {**KNOWN.get(str(values.get("model")), {}), **values}
     try:
         return TeacherSpec.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"teacher {teacher}: {problems}") from error
+        raise ConfigError(f"teacher {teacher}: {explain(error, TeacherSpec)}") from error
 
 
 def load_teacher(
