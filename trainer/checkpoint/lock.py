@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +20,14 @@ def sole_user(workdir: Path, comm: Comm) -> Iterator[None]:
     The lock is the operating system's and ends with the process, however that ends. A disk that
     knows no locks (some network ones) is taken as free.
     """
-    file = _locked(workdir) if comm.is_main else None
+    file, failure = None, None
+    if comm.is_main:
+        try:
+            file = _locked(workdir)
+        except OSError as error:
+            failure = f"can't use the workdir {workdir}: {error.strerror} ({error.filename})"
+    if failure := comm.broadcast_json(failure):
+        raise ConfigError(failure)
     if comm.any(comm.is_main and file is None):
         raise ConfigError(
             f"another run is using {workdir} (its process is in {workdir / 'lock'}); "
@@ -43,7 +50,7 @@ def _locked(workdir: Path) -> IO[str] | None:
         return None
     except OSError:
         return file
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    with suppress(OSError):  # on a full disk the lock holds all the same
+        file.truncate(0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
     return file

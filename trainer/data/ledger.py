@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.data.waiting_file import WaitingFile, drop_torn_line
 from trainer.errors import DataError
 
 MIN_READS = 100
@@ -27,10 +28,14 @@ class Rejected(NamedTuple):
 
 
 class Ledger:
-    """Appends to `<workdir>/ledger/rank-<rank>.jsonl` and counts (in this process's lifetime)."""
+    """Appends to `<workdir>/ledger/rank-<rank>.jsonl` and counts (in this process's lifetime).
+
+    Lines wait while the disk is full.
+    """
 
     def __init__(self, workdir: Path | None, *, rank: int, budget: float) -> None:
         self.path = workdir / "ledger" / f"rank-{rank}.jsonl" if workdir else None
+        self._file = WaitingFile(self.path, prepare=drop_torn_line) if self.path else None
         self.budget = budget
         self.num_read = self.num_rejected = 0
         self._examples: deque[Rejected] = deque(maxlen=_EXAMPLES)
@@ -40,10 +45,13 @@ class Ledger:
         self.num_read += num_read
         self.num_rejected += len(rejected)
         self._examples.extend(rejected)
-        if rejected and self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line._asdict()) + "\n" for line in rejected)
+        if rejected and self._file is not None:
+            lines = "".join(json.dumps(line._asdict()) + "\n" for line in rejected)
+            self._file.append(lines.encode())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def check(self) -> None:
         """DataError where more than the budget's share of the samples read was rejected."""

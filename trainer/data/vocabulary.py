@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trainer.comm import Comm
+from trainer.comm import Comm, agreed
 from trainer.config import DataConfig
 from trainer.data.captions import choose_caption
 from trainer.data.decode import BadSample
@@ -36,11 +37,26 @@ def tokenizer_for(
     """
     if path is not None:
         return load_tokenizer(path)
-    if comm.is_main and not (folder / "tokenizer.json").exists():
+
+    def train_and_keep() -> None:
         captions = captions_of(data, seed=seed, most=MOST_CAPTIONS)
-        save_tokenizer(train_tokenizer(captions, vocab_size=vocabulary, length=length), folder)
-    comm.barrier()
+        keep_tokenizer(train_tokenizer(captions, vocab_size=vocabulary, length=length), folder)
+
+    lacking = comm.is_main and not (folder / "tokenizer.json").exists()
+    agreed(comm, train_and_keep if lacking else lambda: None)
     return load_tokenizer(str(folder))
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write it beside `folder` and rename: half a tokenizer would be taken for one."""
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_tokenizer(tokenizer, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except Exception as error:  # a plain Exception is what tokenizers says of a full disk
+        raise DataError(f"can't keep the tokenizer in {folder}: {error}") from error
 
 
 def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:

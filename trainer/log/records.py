@@ -1,18 +1,20 @@
 """Files that a run writes its numbers into: JSON lines and TensorBoard events.
 
-A full or failing disk never stops training: lines wait until they fit, TensorBoard is given up,
-and one warning says so.
+A full or failing disk never stops training: what is to be written waits until there is room, and
+one warning says so.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
-import sys
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +23,41 @@ from jaxtyping import UInt8
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from trainer.data.waiting_file import WaitingFile
 
 
 class JsonLines:
     """One JSON object per line, cut back on opening to the lines that `keep` accepts."""
 
     def __init__(self, path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> None:
-        _cut(path, keep)
-        self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        self._end = os.fstat(self._descriptor).st_size
-        self._waiting = b""
-        self._warned = False
+        self._file = WaitingFile(path, prepare=lambda path: _cut(path, keep))
+        self._file.open()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """NaN and infinity become null, which every JSON reader accepts."""
-        self._waiting += json.dumps(plain(record), allow_nan=False).encode() + b"\n"
-        self._write()
+        self._file.append(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
         """Put everything on the disk itself."""
-        self._write()
-        try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            self._warn(error)
+        self._file.flush()
 
     def close(self) -> None:
-        self.flush()
-        os.close(self._descriptor)
-
-    def _write(self) -> None:
-        """Written by offset: what got half through is overwritten by the next try."""
-        done = 0
-        try:
-            while done < len(self._waiting):
-                done += os.pwrite(self._descriptor, self._waiting[done:], self._end + done)
-        except OSError as error:
-            self._warn(error)
-            return
-        self._end += done
-        self._waiting = b""
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            warn_once = f"can't write {self._path}: {error.strerror}; its lines wait until it can"
-            sys.stderr.write(warn_once + "\n")
-        self._warned = True
+        self._file.close()
 
 
 class TensorBoard:
-    """Scalars and images; events of steps from `first_step` on in older files no longer count."""
+    """Scalars and images; events of steps from `first_step` on in older files no longer count.
+
+    TensorBoard's own writer does not come back from an error, and its records are plain: so they
+    are framed by its `RecordWriter` and written as everything else here is.
+    """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        self._writer: EventFileWriter | None = EventFileWriter(str(folder))
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = WaitingFile(folder / f"{name}.{next(_files)}")
+        self._add(Event(file_version="brain.Event:2"))
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -92,23 +74,20 @@ class TensorBoard:
         self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
     def flush(self) -> None:
-        self._guarded(lambda writer: writer.flush())
+        self._file.flush()
 
     def close(self) -> None:
-        self._guarded(lambda writer: writer.close())
+        self._file.close()
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
-        self._guarded(lambda writer: writer.add_event(event))
+        framed = io.BytesIO()
+        RecordWriter(framed).write(event.SerializeToString())
+        self._file.append(framed.getvalue())
 
-    def _guarded(self, action: Callable[[EventFileWriter], None]) -> None:
-        if self._writer is None:
-            return
-        try:
-            action(self._writer)
-        except OSError as error:
-            self._writer = None
-            sys.stderr.write(f"TensorBoard events can't be written any more: {error}\n")
+
+_files = itertools.count()
+"""Two files of one process must not have one name."""
 
 
 def plain(value: Any) -> Any:
@@ -124,26 +103,49 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, str)) or value is None else str(value)
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; damaged lines are left out."""
+    with path.open("rb") as file:
+        for line in file:
+            record = _record(line)
+            if record is not None:
+                yield record
+
+
 def _cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep whole lines that `keep` accepts, byte for byte; by one rename."""
+    """Keep whole lines that `keep` accepts, byte for byte.
+
+    Lines to go stand at the end of the file as a rule, and cutting that off needs no room; else
+    the rest is copied and renamed.
+    """
     if not path.exists():
         return
+    with path.open("rb") as source:
+        kept = sum(len(line) for line in takewhile(lambda line: _accepted(line, keep), source))
+        source.seek(kept)
+        if not any(_accepted(line, keep) for line in source):
+            os.truncate(path, kept)
+            return
     temporary = path.with_suffix(".tmp")
     with path.open("rb") as source, temporary.open("wb") as target:
-        for line in source:
-            if _accepted(line, keep):
-                target.write(line)
+        target.writelines(line for line in source if _accepted(line, keep))
         target.flush()
         os.fsync(target.fileno())
     os.replace(temporary, path)
 
 
 def _accepted(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
-    """A kill may have left the last line half written."""
-    if not line.endswith(b"\n"):
-        return False
+    record = _record(line)
     try:
-        record = json.loads(line)
-        return isinstance(record, dict) and keep(record)
-    except (ValueError, TypeError, KeyError):  # somebody else's line, or a damaged one
+        return record is not None and keep(record)
+    except (TypeError, KeyError):  # somebody else's line
         return False
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """None for a damaged line; a kill may have left the last one half written."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
