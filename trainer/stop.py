@@ -1,4 +1,8 @@
-"""Asked to stop: finish the step, save, exit.
+"""Asked to stop: leave what is under way, save, exit.
+
+A step of many micro-batches, an episode's clustering or an evaluation can take longer than a
+launcher waits. So whatever takes long calls a `Check` that it was given, which raises `Stopped` on
+all ranks at the same call; the loop puts back what was begun and saves.
 
 SIGTERM (schedulers, launchers), SIGUSR1 (Slurm's warning before the time limit) and SIGINT (Ctrl-C)
 ask; a second one exits at once. Launchers pass a signal on that the ranks have already got from the
@@ -10,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,6 +24,21 @@ from torch import Tensor
 from trainer.comm import Comm
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+Check = Callable[[], None]
+"""Raises `Stopped` where the ranks have agreed to stop. All of them call it equally often."""
+
+
+class Stopped(BaseException):
+    """Every rank leaves what it is doing, at the same call of a `Check`.
+
+    Not an `Exception`: what goes on after a failure must not go on after this.
+    """
+
+
+def go_on() -> None:
+    """The `Check` of a caller whom nothing stops."""
 
 
 class StopRequest:
@@ -53,12 +73,17 @@ class StopRequest:
     def agreed(self, comm: Comm) -> bool:
         """True on every rank, at the same call, once one of them had got a signal a call earlier.
 
-        One tiny collective; every rank calls this once a step. It answers with the result of the
+        One tiny collective; every rank calls this equally often. It answers with the result of the
         call before, which the device has long finished, so the host never waits for this step.
         """
         flag = torch.full((), int(self.requested), device=comm.device)
         answer, self._pending = self._pending, comm.max(flag)
         return answer is not None and bool(answer.item())
+
+    def check(self, comm: Comm) -> None:
+        """`Stopped` on every rank where `agreed` is true."""
+        if self.agreed(comm):
+            raise Stopped
 
     def close(self) -> None:
         """Give the signals back to whoever handled them before."""

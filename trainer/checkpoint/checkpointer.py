@@ -36,6 +36,7 @@ from trainer.checkpoint.manifest import (
     write_manifest,
 )
 from trainer.checkpoint.restored import Restored, open_checkpoint
+from trainer.checkpoint.room import free_bytes, size_in_words
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
 from trainer.types import NamedTensors
@@ -141,10 +142,11 @@ class Checkpointer:
         self._comm.barrier()
 
     def _give_up(self, step: int, failures: Sequence[str], *, needed: int) -> NoReturn:
-        free = self._comm.broadcast_json(_free_bytes(self._folder))
+        free = self._comm.broadcast_json(free_bytes(self._folder))
         raise CheckpointError(
-            f"can't save step {step}: {'; '.join(failures)}; it needs {_size(needed)} and "
-            f"{_size(free)} are free in {self._folder}; the checkpoints before it are untouched"
+            f"can't save step {step}: {'; '.join(failures)}; it needs "
+            f"{size_in_words(needed)} and {size_in_words(free)} are free in {self._folder}; the "
+            "checkpoints before it are untouched"
         )
 
     def _commit(self, step: int, temporary: Path, shares: Sequence[Share]) -> Path:
@@ -262,14 +264,3 @@ def _is_listed_in_full(folder: Path) -> bool:
         return all((folder / entry.name).stat().st_size == entry.size for entry in files)
     except (OSError, ValueError):
         return False
-
-
-def _free_bytes(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:  # the disk that failed may not answer this either
-        return 0
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import DataConfig
+from trainer.evals.samples import Record
+from trainer.stop import Check, go_on
 
 
 class EvalContext(NamedTuple):
@@ -24,3 +27,14 @@ class EvalContext(NamedTuple):
     """Draws the probe's validation part."""
     encoded: dict[tuple[str, int | None], Any] | None = None
     """Encoded splits by (shards, limit), so that several evaluations of one model share them."""
+    check: Check = go_on
+    """For what takes long and calls no `Encode`; all ranks must call it equally often."""
+
+
+class Wanted(NamedTuple):
+    """Something that a sample of some shards at least must have, or an evaluation can't work."""
+
+    spec: str
+    what: str
+    """In words, with the key to set: `a class under 'label' (set target)`."""
+    found: Callable[[Record], bool]

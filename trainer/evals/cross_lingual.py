@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from trainer.config import EvalConfig
 from trainer.errors import DataError
-from trainer.evals.context import EvalContext
+from trainer.evals.context import EvalContext, Wanted
 from trainer.evals.features import Share, embed_images
-from trainer.evals.retrieval import figures_of
+from trainer.evals.retrieval import figures_of, texts_wanted
+from trainer.evals.samples import Record
 from trainer.recipe import Encode
 
 KEY = "lang"
@@ -41,10 +43,27 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
     return {**means, **figures, "languages": float(len(languages))}
 
 
+def wanted(config: EvalConfig) -> list[Wanted]:
+    """Texts of each language that is named; texts of any, where none is."""
+    key = KEY if config.caption == "txt" else config.caption
+    if config.languages is None:
+        what = f"texts by language under {key!r} (set caption)"
+        return [Wanted(config.data, what, lambda record: bool(_texts_by_language(record, key)))]
+    wishes = []
+    for language in config.languages:
+        store = config.text_store and Path(str(config.text_store).replace("{}", language))
+        wishes += texts_wanted(config, f"{key}.{language}", store)
+    return wishes
+
+
+def _texts_by_language(record: Record, key: str) -> dict[str, Any]:
+    texts = record.values.get(key)
+    return texts if isinstance(texts, dict) else {}
+
+
 def _languages(share: Share, key: str, config: EvalConfig, context: EvalContext) -> list[str]:
     """The keys of the samples' objects of texts, over all ranks, sorted."""
-    objects = [record.values.get(key) for record in share.records]
-    own = sorted({name for texts in objects if isinstance(texts, dict) for name in texts})
+    own = sorted({name for record in share.records for name in _texts_by_language(record, key)})
     if found := sorted(set(chain.from_iterable(context.comm.gather_json(own)))):
         return found
     raise DataError(f"no sample of {config.data} has texts by language under {key!r}")

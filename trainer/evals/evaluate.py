@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from trainer.config import EvalConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
 from trainer.evals.context import EvalContext
 from trainer.recipe import Encode
+
+
+class Result(NamedTuple):
+    """What an evaluation found, or why it found nothing. The same on every rank."""
+
+    config: EvalConfig
+    figures: dict[str, float]
+    failure: str | None = None
+    """One sentence."""
 
 
 def run_eval(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, float]:
@@ -26,8 +38,36 @@ def evaluate_all(
     configs: Sequence[EvalConfig], encode: Encode, context: EvalContext
 ) -> dict[str, dict[str, float]]:
     """Figures by label, in the order given. Shards that several of them use are encoded once."""
+    refuse_equal_labels(configs)
+    sharing = context._replace(encoded={})
+    return {config.label: run_eval(config, encode, sharing) for config in configs}
+
+
+def evaluate_each(
+    configs: Sequence[EvalConfig], encode: Encode, context: EvalContext
+) -> Iterator[Result]:
+    """As `evaluate_all`, one after another; one that fails does not keep the others back."""
+    sharing = context._replace(encoded={})
+    for config in configs:
+        figures, own = _attempt(config, encode, sharing)
+        failures = sharing.comm.gather_json(own)
+        failure = next((reason for reason in failures if reason is not None), None)
+        yield Result(config, figures if failure is None else {}, failure)
+
+
+def refuse_equal_labels(configs: Sequence[EvalConfig]) -> None:
     labels = [config.label for config in configs]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ConfigError(f"several evaluations are labelled {', '.join(sorted(twice))}")
-    sharing = context._replace(encoded={})
-    return {config.label: run_eval(config, encode, sharing) for config in configs}
+
+
+def _attempt(
+    config: EvalConfig, encode: Encode, context: EvalContext
+) -> tuple[dict[str, float], str | None]:
+    try:
+        return run_eval(config, encode, context), None
+    except (TrainerError, OSError) as error:
+        return {}, str(error)
+    except Exception as error:  # our own bug, for which no step of training may be lost
+        sys.stderr.write(traceback.format_exc())
+        return {}, f"{type(error).__name__}: {error}"

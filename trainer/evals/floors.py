@@ -22,6 +22,7 @@ from trainer.evals.labels import answers, class_ids, class_names, with_class
 from trainer.evals.samples import Record, read_blocks
 from trainer.evals.scores import NO_ANSWER, chance, tally
 from trainer.evals.search import nearest
+from trainer.stop import Check, go_on
 
 SIZE = 16
 """Width and height of the pictures that are compared."""
@@ -39,6 +40,7 @@ def pixel_floor(
     bank_limit: int | None,
     data: DataConfig,
     comm: Comm,
+    check: Check = go_on,
 ) -> Mapping[str, float]:
     """Accuracy, in percent, of naming a test picture after its nearest in the bank.
 
@@ -46,9 +48,10 @@ def pixel_floor(
     Near is a high correlation of RGB pixels. Empty where no bank sample has a class: a training
     set need not know the classes of a test.
     """
-    queries = with_class(_pixels(test, limit, data, comm), target, spec=test, comm=comm)
+    queries = with_class(_pixels(test, limit, data, comm, check), target, spec=test, comm=comm)
     try:
-        pictures = with_class(_pixels(bank, bank_limit, data, comm), target, spec=bank, comm=comm)
+        shown = _pixels(bank, bank_limit, data, comm, check)
+        pictures = with_class(shown, target, spec=bank, comm=comm)
     except DataError:
         return {}
     names = sorted({*class_names(queries, target, comm), *class_names(pictures, target, comm)})
@@ -93,11 +96,12 @@ def nearest_pictures(
     return nearest(*centred, k=5, comm=comm).rows
 
 
-def _pixels(spec: str, limit: int | None, data: DataConfig, comm: Comm) -> Share:
+def _pixels(spec: str, limit: int | None, data: DataConfig, comm: Comm, check: Check) -> Share:
     """This rank's share of the pictures, as rows of pixel values 0..255."""
     rows: list[UInt8[Tensor, "n dim"]] = []
     records: list[Record] = []
     for block in read_blocks(spec, size=SIZE, limit=limit, data=data, comm=comm):
+        check()
         rows.append(block.images[block.usable].flatten(1))
         records += block.records
     return Share(torch.cat(rows).to(comm.device, torch.float64), records)

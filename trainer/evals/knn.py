@@ -16,6 +16,7 @@ from trainer.evals.context import EvalContext
 from trainer.evals.scores import tally
 from trainer.evals.search import Neighbours, nearest, ordered_topk
 from trainer.evals.splits import floors, load_splits
+from trainer.evals.splits import wanted as wanted
 from trainer.recipe import Encode
 
 NEIGHBOURS = 20

@@ -11,7 +11,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from trainer.comm import Comm
+from trainer.config import EvalConfig
 from trainer.errors import DataError
+from trainer.evals.context import Wanted
 from trainer.evals.features import Share
 from trainer.evals.samples import Record
 from trainer.evals.scores import NO_ANSWER
@@ -28,6 +30,15 @@ def class_of(record: Record, target: str) -> str | None:
     if value is None or isinstance(value, dict):
         return None
     return str(value).strip() or None
+
+
+def class_wanted(config: EvalConfig, spec: str) -> Wanted:
+    """That some sample of the shards has a class."""
+    return Wanted(
+        spec,
+        f"a class under {config.target!r} (set target)",
+        lambda record: class_of(record, config.target) is not None,
+    )
 
 
 def with_class(share: Share, target: str, *, spec: str, comm: Comm) -> Share:

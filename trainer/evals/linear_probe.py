@@ -23,8 +23,10 @@ from trainer.evals.logistic import fitted, with_ones
 from trainer.evals.scores import tally
 from trainer.evals.search import nearest
 from trainer.evals.splits import Splits, floors, load_splits
+from trainer.evals.splits import wanted as wanted
 from trainer.hashing import key_of, uniform
 from trainer.recipe import Encode
+from trainer.stop import Check, go_on
 
 PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Tried from strong to weak, each fit starting where the one before ended."""
@@ -39,7 +41,9 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
     """
     splits = load_splits(config, encode, context)
     splits = _standardized(splits, context.comm)
-    penalty, weights, unfinished = choose_penalty(splits, seed=context.seed, comm=context.comm)
+    penalty, weights, unfinished = choose_penalty(
+        splits, seed=context.seed, comm=context.comm, check=context.check
+    )
     last = fitted(
         splits.train.double(),
         splits.train_labels,
@@ -47,6 +51,7 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
         penalty=penalty,
         comm=context.comm,
         initial=weights,
+        check=context.check,
     )
     ranked = predict(last.weights, splits.test.double())
     figures = tally(ranked, splits.answers, num_classes=splits.num_classes, comm=context.comm)
@@ -62,7 +67,7 @@ class Choice(NamedTuple):
     """Largest entry of a gradient that did not vanish; 0 where all fits have converged."""
 
 
-def choose_penalty(splits: Splits, *, seed: int, comm: Comm) -> Choice:
+def choose_penalty(splits: Splits, *, seed: int, comm: Comm, check: Check = go_on) -> Choice:
     """The penalty of highest validation accuracy, and its weights; the stronger of equal ones."""
     held_out = uniform(splits.train_ids, key_of(seed, "probe validation")) < VALIDATION_SHARE
     features, labels = splits.train.double(), splits.train_labels
@@ -77,6 +82,7 @@ def choose_penalty(splits: Splits, *, seed: int, comm: Comm) -> Choice:
             penalty=penalty,
             comm=comm,
             initial=weights,
+            check=check,
         )
         weights = found.weights
         unfinished = max(unfinished, 0.0 if found.converged else found.steepest)

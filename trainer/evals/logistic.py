@@ -17,6 +17,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from trainer.comm import Comm
+from trainer.stop import Check, go_on
 
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-6
@@ -77,13 +78,15 @@ def fitted(
     initial: Float64[Tensor, "classes augmented"] | None = None,
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
+    check: Check = go_on,
 ) -> Fit:
     """Weights, with the bias as their last column, that minimise over the rows of all ranks
 
         mean cross-entropy + penalty / 2 * |weights without bias|^2
 
     which is scikit-learn's objective at C = 1 / (rows * penalty). Stops when no entry of the
-    gradient is above `tolerance`, or after `max_iterations`, and says which.
+    gradient is above `tolerance`, or after `max_iterations`, and says which. `check` is called
+    before every look at the objective.
     """
     rows = with_ones(features)
     count = max(int(comm.sum(torch.tensor(rows.shape[0], device=rows.device))), 1)
@@ -91,6 +94,7 @@ def fitted(
     start = rows.new_zeros(shape) if initial is None else initial
 
     def objective(weights: Tensor) -> tuple[Tensor, Tensor]:
+        check()
         loss, gradient = _split(comm.sum(_loss_and_gradient(rows, labels, weights)) / count)
         shrunk = weights * penalty
         shrunk[:, -1] = 0.0
@@ -157,7 +161,7 @@ def _lead(
         return found
 
     def closure() -> Tensor:
-        _, announced = _announce(weights(), comm, go_on=True)
+        _, announced = _announce(weights(), comm, more=True)
         loss, gradient = objective(announced)
         if gradient.abs().max() <= tolerance:
             raise _Converged
@@ -167,21 +171,21 @@ def _lead(
 
     with suppress(_Converged):
         optimizer.step(closure)
-    return _announce(weights(), comm, go_on=False)[1]
+    return _announce(weights(), comm, more=False)[1]
 
 
 def _follow(objective: Objective, start: Tensor, comm: Comm) -> Tensor:
     """The other ranks: evaluate where rank 0 says, until it says stop."""
-    go_on, weights = _announce(start, comm, go_on=True)
-    while go_on:
+    more, weights = _announce(start, comm, more=True)
+    while more:
         objective(weights)
-        go_on, weights = _announce(start, comm, go_on=True)
+        more, weights = _announce(start, comm, more=True)
     return weights
 
 
-def _announce(weights: Tensor, comm: Comm, *, go_on: bool) -> tuple[bool, Tensor]:
+def _announce(weights: Tensor, comm: Comm, *, more: bool) -> tuple[bool, Tensor]:
     """What rank 0 passes: whether to evaluate, and at which weights."""
-    message = comm.broadcast(F.pad(weights.flatten(), (1, 0), value=float(go_on)))
+    message = comm.broadcast(F.pad(weights.flatten(), (1, 0), value=float(more)))
     return bool(message[0].item()), message[1:].view(weights.shape)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,9 @@ from trainer.comm import Comm
 from trainer.config import EvalConfig
 from trainer.data.tokenize import token_ids
 from trainer.errors import ConfigError
-from trainer.evals.context import EvalContext
+from trainer.evals.context import EvalContext, Wanted
 from trainer.evals.features import Share, embed_images, embed_texts
-from trainer.evals.pairing import Groups, Pairs, paired, with_text
+from trainer.evals.pairing import Groups, Pairs, paired, texts_of, with_text
 from trainer.evals.scores import chance, percent
 from trainer.evals.search import nearest
 from trainer.recipe import Encode
@@ -39,6 +40,22 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
     """Recall at 1, 5 and 10, images to texts and texts to images, each beside its chance."""
     share = embed_images(config.data, encode, context, limit=config.limit)
     return figures_of(share, config.caption, config, encode, context)
+
+
+def wanted(config: EvalConfig) -> list[Wanted]:
+    """Texts, and their vectors in the store where the evaluation names one."""
+    return texts_wanted(config, config.caption, config.text_store)
+
+
+def texts_wanted(config: EvalConfig, caption: str, store: Path | None) -> list[Wanted]:
+    """That some sample has a text under the key, and the store vectors of some sample."""
+    what = f"a text under {caption!r} (set caption)"
+    wishes = [Wanted(config.data, what, lambda record: bool(texts_of(record, caption)))]
+    if store is not None:
+        known = frozenset(EmbeddingStore.open(store).ids.tolist())
+        what = f"a vector in {store} (it must be made from these shards)"
+        wishes.append(Wanted(config.data, what, lambda record: record.sample_id in known))
+    return wishes
 
 
 def figures_of(

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trainer.config import EvalConfig
-from trainer.evals.context import EvalContext
+from trainer.evals.context import EvalContext, Wanted
 from trainer.evals.features import embed_images
 from trainer.evals.floors import chances, pixel_floor
-from trainer.evals.labels import answers, class_ids, class_names, with_class
+from trainer.evals.labels import answers, class_ids, class_names, class_wanted, with_class
 from trainer.evals.scores import NO_ANSWER
 from trainer.recipe import Encode
 
@@ -55,6 +55,12 @@ def load_splits(config: EvalConfig, encode: Encode, context: EvalContext) -> Spl
     )
 
 
+def wanted(config: EvalConfig) -> list[Wanted]:
+    """Classes in both sets."""
+    assert config.train is not None
+    return [class_wanted(config, spec) for spec in (config.train, config.data)]
+
+
 def floors(config: EvalConfig, splits: Splits, context: EvalContext) -> dict[str, float]:
     """Chance and pixel floor of the same split, and sizes; `unseen_classes` where there are any."""
     assert config.train is not None
@@ -67,6 +73,7 @@ def floors(config: EvalConfig, splits: Splits, context: EvalContext) -> dict[str
         bank_limit=config.limit,
         data=context.data,
         comm=context.comm,
+        check=context.check,
     )
     num_unseen = splits.num_classes - splits.num_learnt
     unseen = {"unseen_classes": float(num_unseen)} if num_unseen else {}

@@ -20,10 +20,10 @@ from trainer.data.decode import BadSample
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.data.texts import text_id
 from trainer.errors import ConfigError, DataError
-from trainer.evals.context import EvalContext
+from trainer.evals.context import EvalContext, Wanted
 from trainer.evals.features import embed_images, embed_texts
 from trainer.evals.floors import LARGEST_BANK, chances, pixel_floor
-from trainer.evals.labels import answers, class_names, class_of, with_class
+from trainer.evals.labels import answers, class_names, class_of, class_wanted, with_class
 from trainer.evals.samples import Record, values_of
 from trainer.evals.scores import tally
 from trainer.evals.search import nearest
@@ -51,6 +51,23 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
         comm=comm,
     )
     return {**figures, **chances(right, len(names), comm), **_pixel_floor(config, context)}
+
+
+def wanted(config: EvalConfig) -> list[Wanted]:
+    """Classes, and their prompts in the store where the evaluation names one."""
+    wishes = [class_wanted(config, config.data)]
+    if config.train is not None:
+        wishes.append(Wanted(config.train, "anything", lambda record: True))
+    if config.text_store is not None:
+        known = frozenset(EmbeddingStore.open(config.text_store).ids.tolist())
+
+        def is_stored(record: Record) -> bool:
+            name = class_of(record, config.target)
+            return name is not None and text_id(prompts([name], config.templates)[0]) in known
+
+        what = f"a class whose prompts are in {config.text_store} (set templates and target)"
+        wishes.append(Wanted(config.data, what, is_stored))
+    return wishes
 
 
 def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -125,4 +142,5 @@ def _pixel_floor(config: EvalConfig, context: EvalContext) -> Mapping[str, float
         bank_limit=LARGEST_BANK,
         data=context.data,
         comm=context.comm,
+        check=context.check,
     )
