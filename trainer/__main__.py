@@ -36,7 +36,7 @@ def main() -> int:
         step, workdir = outcome.progress.step, config.workdir
         if not outcome.finished:
             print(f"stopped at step {step} of {config.steps}; the same command goes on from here")
-        elif outcome.steps_now:
+        elif outcome.steps_now or outcome.evaluations_owed:
             print(f"finished {step} steps; checkpoint in {workdir / 'checkpoints'}")
         else:
             print(f"nothing left to do: {workdir} already holds step {step} of {config.steps}")

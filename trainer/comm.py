@@ -169,17 +169,19 @@ def agreed(comm: Comm, action: Callable[[], object]) -> None:
 
 
 def stop_together(comm: Comm, failure: str | None) -> None:
-    """DataError on all ranks, with each rank's reason, if there is a failure on one of them.
+    """DataError on all ranks, with each rank's reason, if there is a failure on one of them; where
+    all have the same reason, it alone.
 
     Costs one small collective where there is none.
     """
     if not comm.any(failure is not None):
         return
-    if comm.world_size == 1:
-        raise DataError(str(failure))
     failures = comm.gather_json(failure)
     named = [f"rank {rank}: {reason}" for rank, reason in enumerate(failures) if reason is not None]
-    raise DataError("; ".join(named))
+    same = len(named) == len(failures) and len({*failures}) == 1
+    error = DataError(str(failure) if same else "; ".join(named))
+    error.on_all_ranks = True
+    raise error
 
 
 def _gathered(rows: Tensor, comm: Comm) -> Tensor:

@@ -14,6 +14,9 @@ tools print it as one sentence and exit with code 2; any other exception is our 
 class TrainerError(Exception):
     """Base of all errors that are meant for the user."""
 
+    on_all_ranks = False
+    """True where every rank raises it at the same point, so that they can still save together."""
+
 
 class ConfigError(TrainerError):
     """The configuration is wrong or contradicts itself."""

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerFast
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.lock import sole_user
-from trainer.checkpoint.run_state import frozen_digest, load_rest, load_weights, save_state
-from trainer.comm import Comm
-from trainer.config import RunConfig, micro_batches
+from trainer.checkpoint.restored import Restored
+from trainer.checkpoint.room import bytes_needed, check_room
+from trainer.checkpoint.run_state import (
+    Place,
+    frozen_digest,
+    load_rest,
+    load_weights,
+    place_of,
+    save_state,
+    undone_unless_done,
+)
+from trainer.comm import Comm, stop_together
+from trainer.config import EvalConfig, RunConfig, micro_batches
+from trainer.data.stream import Stream
 from trainer.engine.accumulate import accumulate
 from trainer.engine.schedule import warmup_cosine
 from trainer.engine.zero import Engine
-from trainer.errors import CheckpointError
-from trainer.evals import evaluate_all
-from trainer.log.metrics import MetricLog
+from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
+from trainer.evals import evaluate_each
+from trainer.evals.check import check_evaluations
+from trainer.log.metrics import MetricLog, evaluated
 from trainer.log.opening_lines import describe
-from trainer.log.skipped_step import explain_skip, one_line, raise_if_stuck
+from trainer.log.skipped_step import SkippedSteps, explain_skip, one_line
 from trainer.periods import Clock
 from trainer.pictures.run import training_pictures
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import context_of, eval_context, refuse_text_evals, stream_of, tokenizer_of
-from trainer.stop import StopRequest
+from trainer.stop import Check, Stopped, StopRequest, go_on
 from trainer.types import Batch, Features, Losses, Progress
 
 
@@ -35,29 +50,108 @@ class Outcome(NamedTuple):
     """False: stopped by a signal; the same command goes on from here."""
     steps_now: int
     """Steps taken by this call."""
+    evaluations_owed: int = 0
+    """Evaluations that an earlier call had left and this one made."""
+
+
+class Run(NamedTuple):
+    """What a run is made of."""
+
+    config: RunConfig
+    comm: Comm
+    check: Check
+    tokenizer: PreTrainedTokenizerFast | None
+    stream: Stream
+    recipe: Recipe
+    frozen: str
+    engine: Engine
+    checkpoints: Checkpointer
+    log: MetricLog
+    clock: Clock
+    skipped: SkippedSteps
+
+    def encode(self, batch: Batch) -> Features:
+        """The engine's, for what takes long: a stop is looked at before each batch."""
+        self.check()
+        return self.engine.encode(batch)
 
 
 def train(config: RunConfig) -> Outcome:
-    """Train to `config.steps`, going on from the newest good checkpoint in the workdir."""
+    """Train to `config.steps`, going on from the newest good checkpoint in the workdir.
+
+    What ends a run ends it after a save: a signal, an error that all ranks know, an evaluation of
+    the last step that fails (a DataError; the same command makes it again).
+    """
     comm = Comm.from_environment(timeout_seconds=config.comm_timeout_seconds)
-    with sole_user(config.workdir, comm):
-        return _train(config, comm)
+    with sole_user(config.workdir, comm), StopRequest() as stop:
+        checkpoints = Checkpointer(
+            config.workdir / "checkpoints", comm, keep=config.keep_checkpoints
+        )
+        restored = checkpoints.latest()
+        start = place_of(restored) if restored else Place(Progress())
+        owed = _owed(config, restored, comm) if restored else []
+        if restored and restored.step >= config.steps and not owed:
+            return Outcome(start.progress, finished=True, steps_now=0)
+        try:
+            run = _built(config, comm, checkpoints, restored, partial(stop.check, comm))
+        except Stopped:
+            return Outcome(start.progress, finished=False, steps_now=0)
+        with closing(run.stream), run.log:
+            return _train(run, start, owed, saved=start if restored else None)
 
 
-def _train(config: RunConfig, comm: Comm) -> Outcome:
+def _train(run: Run, here: Place, owed: Sequence[EvalConfig], saved: Place | None) -> Outcome:
+    start, last, num_owed = here.progress.step, run.config.steps, len(owed)
+    try:
+        failed = _look(run, here.progress, owed)
+        while here.progress.step < last:
+            if run.recipe.phase_due(here.progress) and not here.phase_begun:
+                here = _with_phase(run, here.progress)
+            before, here = here.progress, Place(_step(run, here.progress))
+            owed = _due(run, before, here.progress)
+            save_due = run.clock.due("save", run.config.save_every, before, here.progress)
+            run.check()
+            if here.progress.step == last:
+                saved = _save(run, here, owed)
+            elif save_due:
+                saved = _save_if_possible(run, here, owed) or saved
+            failed = _look(run, here.progress, owed)
+            owed = ()
+    except Stopped:
+        _save_what_is_not(run, here, owed, saved)
+        return Outcome(here.progress, finished=False, steps_now=here.progress.step - start)
+    except TrainerError as error:
+        if error.on_all_ranks:
+            _save_what_is_not(run, here, owed, saved)
+        raise
+    if failed:
+        raise DataError(
+            f"{'; '.join(failed)}; step {last} is saved, and the same command evaluates it again"
+        )
+    steps = here.progress.step - start
+    return Outcome(here.progress, finished=True, steps_now=steps, evaluations_owed=num_owed)
+
+
+def _built(
+    config: RunConfig,
+    comm: Comm,
+    checkpoints: Checkpointer,
+    restored: Restored | None,
+    check: Check,
+) -> Run:
+    """Everything that a run needs, as it was at the checkpoint; mistakes are told on the way."""
     micro_batch, _ = micro_batches(
         global_batch=config.global_batch, micro_batch=config.micro_batch, world_size=comm.world_size
     )
-    checkpoints = Checkpointer(config.workdir / "checkpoints", comm, keep=config.keep_checkpoints)
-    restored = checkpoints.latest()
-    if restored and restored.step >= config.steps:
-        return Outcome(Progress(**restored.state["progress"]), finished=True, steps_now=0)
     refuse_text_evals(config)
+    check_evaluations(config.evals, comm, dim=config.recipe.model.embed_dim)
     tokenizer = tokenizer_of(config, comm)
     stream = stream_of(config, comm, tokenizer, micro_batch=micro_batch)
-    recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer))
+    recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check))
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
+    needed = bytes_needed(restored, parameters["trained"])
+    check_room(config.workdir / "checkpoints", comm, needed=needed)
     if restored:
         load_weights(restored, recipe.model, config, frozen=frozen)
     engine = Engine(
@@ -67,10 +161,11 @@ def _train(config: RunConfig, comm: Comm) -> Outcome:
         deepspeed_config=config.deepspeed,
         micro_batch=micro_batch,
     )
-    progress = load_rest(restored, engine, recipe, stream.take()[0]) if restored else Progress()
-    stream.seek(progress.samples)
-    start, in_a_row, interrupted = progress.step, 0, False
-    clock = Clock(comm, epoch_size=stream.epoch_size)
+    start = Place(Progress())
+    if restored:
+        load_rest(restored, engine, recipe, stream.take_one())
+        start = place_of(restored)
+    stream.seek(start.progress.samples)
     log = MetricLog(
         config.workdir,
         comm,
@@ -78,48 +173,124 @@ def _train(config: RunConfig, comm: Comm) -> Outcome:
         log_every=config.log_every,
         epoch_size=stream.epoch_size,
     )
-    with log, StopRequest() as stop, closing(stream):
-        log.resume(progress)
-        log.say(describe(config, parameters, stream, world_size=comm.world_size))
-        if restored:
-            log.say(f"going on from step {start} in {restored.folder}")
-
-        while progress.step < config.steps and not interrupted:
-            if recipe.phase_due(progress):
-                figures = recipe.begin_phase(progress, engine.encode, stream)
-                log.event(progress, "episode", **figures)
-            before, batches = progress, stream.take()
-            losses, applied = train_step(engine, recipe, batches, progress, config)
-            progress = progress.advance(samples=config.global_batch, applied=applied)
-            in_a_row = 0 if applied else in_a_row + 1
-            if not applied:
-                found = explain_skip(engine, batches, losses)
-                log.event(progress, "skipped", why=one_line(found))
-                raise_if_stuck(in_a_row, limit=config.max_skipped_steps, why=one_line(found))
-            numbers = {"loss": losses.total, **losses, "gradient_norm": engine.gradient_norm}
-            log.put(progress, numbers, wait_seconds=stream.wait_seconds)
-
-            ends = progress.step == config.steps
-            due = [e for e in config.evals if ends or clock.due(e.label, e.every, before, progress)]
-            context = eval_context(config, comm, tokenizer)
-            for label, figures in evaluate_all(due, engine.encode, context).items():
-                log.event(progress, label, **figures)
-            for name, picture in training_pictures(
-                recipe, config, due, engine.encode, context
-            ).items():
-                log.image(progress, name, picture)
-            interrupted = stop.agreed(comm)
-            if ends or interrupted or clock.due("save", config.save_every, before, progress):
-                log.flush()
-                try:
-                    save_state(checkpoints, engine, recipe, progress, config, frozen=frozen)
-                except CheckpointError as error:
-                    if ends or interrupted:
-                        raise
-                    log.event(progress, "not saved", why=str(error))
-    return Outcome(
-        progress, finished=progress.step == config.steps, steps_now=progress.step - start
+    log.resume(start.progress, phase_begun=start.phase_begun)
+    log.say(describe(config, parameters, stream, world_size=comm.world_size))
+    if restored:
+        log.say(f"going on from step {restored.step} in {restored.folder}")
+    return Run(
+        *(config, comm, check, tokenizer, stream, recipe, frozen, engine, checkpoints, log),
+        clock=Clock(comm, epoch_size=stream.epoch_size),
+        skipped=SkippedSteps(limit=config.max_skipped_steps),
     )
+
+
+def _with_phase(run: Run, progress: Progress) -> Place:
+    with undone_unless_done(run.engine.module):
+        figures = run.recipe.begin_phase(progress, run.encode, run.stream)
+    run.log.event(progress, "episode", **figures)
+    return Place(progress, phase_begun=True)
+
+
+def _step(run: Run, progress: Progress) -> Progress:
+    """One step and its numbers in the log. A stop between its micro-batches undoes it."""
+    with undone_unless_done(run.engine.module):
+        batches = _taken(run)
+        losses, applied = train_step(
+            run.engine, run.recipe, batches, progress, run.config, check=run.check
+        )
+    progress = progress.advance(samples=run.config.global_batch, applied=applied)
+    if applied:
+        run.skipped.none()
+    else:
+        why = one_line(explain_skip(run.engine, batches, losses))
+        run.log.event(progress, "skipped", why=why)
+        run.skipped.one_more(why)
+    numbers = {"loss": losses.total, **losses, "gradient_norm": run.engine.gradient_norm}
+    run.log.put(progress, numbers, wait_seconds=run.stream.wait_seconds)
+    return progress
+
+
+def _taken(run: Run) -> list[Batch]:
+    """This rank's micro-batches of the next step; where a rank has none, DataError on all."""
+    batches: list[Batch] = []
+    failure = None
+    for _ in range(run.stream.num_micro_batches):
+        run.check()
+        try:
+            batches += [] if failure else [run.stream.take_one()]
+        except DataError as error:
+            failure = str(error)
+    stop_together(run.comm, failure)
+    return batches
+
+
+def _due(run: Run, before: Progress, progress: Progress) -> list[EvalConfig]:
+    """The evaluations of this step. The end of a run is always evaluated."""
+    ends = progress.step == run.config.steps
+    return [
+        entry
+        for entry in run.config.evals
+        if run.clock.due(entry.label, entry.every, before, progress) or ends
+    ]
+
+
+def _look(run: Run, progress: Progress, due: Sequence[EvalConfig]) -> list[str]:
+    """Evaluate and draw what is due. Returns what failed: an event, for training goes on."""
+    context = eval_context(run.config, run.comm, run.tokenizer, run.check)
+    failed, found = [], []
+    for result in evaluate_each(due, run.encode, context):
+        label = result.config.label
+        if result.failure is None:
+            run.log.evaluation(progress, label, result.figures)
+            found.append(result.config)
+        else:
+            run.log.event(progress, "not evaluated", evaluation=label, why=result.failure)
+            failed.append(f"evaluation {label} failed: {result.failure}")
+    for name, picture in training_pictures(run.recipe, run.config, found, run.encode, context):
+        if isinstance(picture, str):
+            run.log.event(progress, "not drawn", picture=name, why=picture)
+        else:
+            run.log.image(progress, name, picture)
+    return failed
+
+
+def _owed(config: RunConfig, restored: Restored, comm: Comm) -> list[EvalConfig]:
+    """Evaluations of the restored step that the run before did not come to."""
+    done = sorted(evaluated(config.workdir, place_of(restored).progress)) if comm.is_main else []
+    done = comm.broadcast_json(done)
+    was_due = restored.state.get("evaluations_due", [])
+    return [
+        entry
+        for entry in config.evals
+        if (entry.label in was_due or restored.step >= config.steps) and entry.label not in done
+    ]
+
+
+def _save(run: Run, here: Place, due: Sequence[EvalConfig]) -> Place:
+    run.log.flush()
+    labels = [entry.label for entry in due]
+    save_state(
+        *(run.checkpoints, run.engine, run.recipe, here, run.config),
+        frozen=run.frozen,
+        evaluations_due=labels,
+    )
+    return here
+
+
+def _save_if_possible(run: Run, here: Place, due: Sequence[EvalConfig]) -> Place | None:
+    """On a full disk training goes on; the next save may find room."""
+    try:
+        return _save(run, here, due)
+    except CheckpointError as error:
+        run.log.event(here.progress, "not saved", why=str(error))
+        return None
+
+
+def _save_what_is_not(
+    run: Run, here: Place, due: Sequence[EvalConfig], saved: Place | None
+) -> None:
+    if here != saved:
+        _save(run, here, due)
 
 
 def train_step(
@@ -128,23 +299,32 @@ def train_step(
     batches: Sequence[Batch],
     progress: Progress,
     config: RunConfig,
+    *,
+    check: Check = go_on,
 ) -> tuple[Losses, bool]:
     """Take one optimizer step over this rank's micro-batches.
 
     Every loss is a mean over this rank's samples; ZeRO averages gradients over ranks and each
     Part divides its own. Returns the losses and whether the step was applied: it is not, on any
-    rank and in any Part, if a gradient on some rank was not finite.
+    rank and in any Part, if a gradient on some rank was not finite. Where `check` raises, between
+    micro-batches, nothing was applied either.
     """
 
     def loss_of(features: Features, batch: Batch) -> Losses:
-        return recipe.losses(features, batch, progress.step)
+        losses = recipe.losses(features, batch, progress.step)
+        if not isinstance(losses, Losses):
+            raise ConfigError(
+                f"losses of recipe {config.recipe.name} returned a {type(losses).__name__}; "
+                "return Losses.of(name=value), or Losses({name: (value, weight)})"
+            )
+        return losses
 
     def all_finite() -> bool:
         votes = [part.gradients_finite() for part in recipe.parts.values()]
         asked = any(vote is not None for vote in votes)
         return not (asked and engine.comm.any(False in votes))
 
-    losses = accumulate(engine, loss_of, batches, all_finite=all_finite)
+    losses = accumulate(engine, loss_of, batches, all_finite=all_finite, check=check)
     factor = warmup_cosine(
         progress.step, warmup_steps=config.optim.warmup_steps, total_steps=config.steps
     )

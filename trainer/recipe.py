@@ -18,6 +18,7 @@ from trainer.data.labels import ClusterLabels
 from trainer.errors import ConfigError
 from trainer.models.model import Model
 from trainer.recipe_files import recipe_module
+from trainer.stop import Check, go_on
 from trainer.types import Batch, Features, Losses, NamedTensors, Progress, TowerName
 
 Encode = Callable[[Batch], Features]
@@ -35,6 +36,9 @@ class Context(NamedTuple):
     steps: int
     workdir: Path
     data: DataConfig
+    check: Check = go_on
+    """For what takes long and calls no `Encode`, as a clustering: between its passes a stop is
+    looked at. All ranks must call it equally often."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -107,7 +111,11 @@ class Recipe(Protocol):
     def begin_phase(
         self, progress: Progress, encode: Encode, samples: Samples
     ) -> Mapping[str, Any]:
-        """Prepare the next stretch of training (an episode); returns figures to log."""
+        """Prepare the next stretch of training (an episode); returns figures to log.
+
+        `encode` and `Context.check` raise `Stopped` when the run is asked to stop, and the phase
+        begins anew with the next start: change parts only after the last call of either.
+        """
         ...
 
     def shown_groups(self) -> ClusterLabels | None:

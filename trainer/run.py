@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 from trainer.evals import EvalContext
 from trainer.models.config import TwoTowerConfig
 from trainer.recipe import Context
+from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
 
 NEED_TEXTS = frozenset({"zero_shot", "retrieval", "cross_lingual"})
@@ -92,7 +93,12 @@ def stream_of(
     )
 
 
-def context_of(config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast | None) -> Context:
+def context_of(
+    config: RunConfig,
+    comm: Comm,
+    tokenizer: PreTrainedTokenizerFast | None,
+    check: Check = go_on,
+) -> Context:
     return Context(
         comm=comm,
         text_tokenizer=tokenizer,
@@ -101,14 +107,25 @@ def context_of(config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast
         steps=config.steps,
         workdir=config.workdir,
         data=config.data,
+        check=check,
     )
 
 
 def eval_context(
-    config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast | None
+    config: RunConfig,
+    comm: Comm,
+    tokenizer: PreTrainedTokenizerFast | None,
+    check: Check = go_on,
 ) -> EvalContext:
-    size = config.recipe.model.image_size
-    return EvalContext(comm, tokenizer, size, _text_length(config), config.data, config.seed)
+    return EvalContext(
+        comm=comm,
+        tokenizer=tokenizer,
+        image_size=config.recipe.model.image_size,
+        text_length=_text_length(config),
+        data=config.data,
+        seed=config.seed,
+        check=check,
+    )
 
 
 def _text_length(config: RunConfig) -> int:

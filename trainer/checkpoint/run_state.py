@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +39,33 @@ FREE_TO_CHANGE = frozenset(
 FREE_DATA = frozenset({"workers", "cache_mib", "bad_sample_budget"})
 
 
+class Place(NamedTuple):
+    """Where a run is: between two steps, or between the beginning of a phase and its first step."""
+
+    progress: Progress
+    phase_begun: bool = False
+
+
+def place_of(restored: Restored) -> Place:
+    state = restored.state
+    return Place(Progress(**state["progress"]), state.get("phase_begun", False))
+
+
 def save_state(
     checkpoints: Checkpointer,
     engine: Engine,
     recipe: Recipe,
-    progress: Progress,
+    here: Place,
     config: RunConfig,
     *,
     frozen: str,
+    evaluations_due: Sequence[str] = (),
 ) -> None:
-    """Write weights, moments, parts and progress; every rank writes a share of each."""
+    """Write weights, moments, parts and progress; every rank writes a share of each.
+
+    Evaluations come after the save; whoever goes on from it does those that are due and have left
+    no line.
+    """
     comm = engine.comm
     tensors: dict[str, NamedTensors] = {
         "weights": engine.weights_share(),
@@ -56,11 +74,13 @@ def save_state(
         "random": {f"rank-{comm.rank}": torch.get_rng_state()},
     }
     state = {
-        "progress": asdict(progress),
+        "progress": asdict(here.progress),
+        "phase_begun": here.phase_begun,
         "world_size": comm.world_size,
         "frozen_weights": frozen,
+        "evaluations_due": list(evaluations_due),
     }
-    checkpoints.save(progress.step, tensors, state, {"run.yaml": dump_run(config)})
+    checkpoints.save(here.progress.step, tensors, state, {"run.yaml": dump_run(config)})
 
 
 def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, frozen: str) -> None:
@@ -82,17 +102,33 @@ def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, fro
     model.load_state_dict(weights, strict=False)
 
 
-def load_rest(restored: Restored, engine: Engine, recipe: Recipe, batch: Batch) -> Progress:
-    """Moments, masters, parts and random state; returns how far the run had come."""
+def load_rest(restored: Restored, engine: Engine, recipe: Recipe, batch: Batch) -> None:
+    """Moments, masters, parts and random state."""
     moments = dict(restored.tensors("moments"))
-    progress = Progress(**restored.state["progress"])
     if moments:
-        engine.restore(dict(restored.tensors("weights")), moments, progress.step, batch)
+        engine.restore(dict(restored.tensors("weights")), moments, restored.step, batch)
     _load_parts(restored, recipe)
     if restored.state["world_size"] == engine.comm.world_size:
         states = dict(restored.tensors("random"))
         torch.set_rng_state(states[f"rank-{engine.comm.rank}"])
-    return progress
+
+
+@contextmanager
+def undone_unless_done(module: nn.Module) -> Iterator[None]:
+    """Within it buffers and random numbers may move; what ends it early takes them back.
+
+    Weights, moments and parts change only at the end of a step or phase, when nothing stops it.
+    """
+    buffers = persistent_buffers(module)
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    random = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        for name, value in before.items():
+            buffers[name].copy_(value)
+        torch.set_rng_state(random)
+        raise
 
 
 def refuse_another_run(old: RunConfig, new: RunConfig) -> None:

@@ -60,6 +60,7 @@ def kmeans(
     comm: Comm,
     *,
     initial: Float[Tensor, "k d"] | None = None,
+    observer: Observer | None = None,
 ) -> KMeansResult:
     """Cluster the ranks' points together: Lloyd's iterations from K points chosen by hash of id.
 
@@ -71,7 +72,7 @@ def kmeans(
     clusters. Holds float64 sums of its K x d, or of a slice (`KMeansConfig.grid`), per rank and
     nothing of size N x K; the resulting centroids are whole on every rank.
     """
-    return cluster(Resident(points, ids), config, comm, initial=initial)
+    return cluster(Resident(points, ids), config, comm, initial=initial, observer=observer)
 
 
 def cluster(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.cluster.problem import Facts
+from trainer.stop import Check
 
 
 class State(NamedTuple):
@@ -39,5 +40,17 @@ class Silent:
     """Watches and says nothing."""
 
     def scored(self, iteration: int, objective: float, moved: float | None) -> None: ...
+
+    def updated(self, state: State) -> None: ...
+
+
+class Interruptible:
+    """Lets a clustering be stopped after any of its passes."""
+
+    def __init__(self, check: Check) -> None:
+        self._check = check
+
+    def scored(self, iteration: int, objective: float, moved: float | None) -> None:
+        self._check()
 
     def updated(self, state: State) -> None: ...

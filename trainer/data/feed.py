@@ -178,7 +178,9 @@ class Prepare:
             tokens, mask = tokenize(self.tokenizer, captions, length=self.text_length)
         sample_id = torch.tensor(ids, dtype=torch.int64)
         epoch = torch.tensor(epochs, dtype=torch.int64)
-        first, *further = (torch.stack(view) for view in zip(*(s.images for s in samples)))
+        first, *further = (
+            torch.stack(view) for view in zip(*(s.images for s in samples), strict=True)
+        )
         covers = [sample.cover for sample in samples if sample.cover is not None]
         return RawBatch(
             images=first,

@@ -98,19 +98,22 @@ class Stream:
 
     def take(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch, augmented, on its device."""
-        batches = []
-        for _ in range(self.num_micro_batches):
-            batches.append(self._batch(self._plan, self._next, rows=self.micro_batch))
-            self._next += 1
-        return batches
+        return [self.take_one() for _ in range(self.num_micro_batches)]
+
+    def take_one(self) -> Batch:
+        """The next micro-batch alone."""
+        batch = self._batch(self._plan, self._next, rows=self.micro_batch)
+        self._next += 1
+        return batch
 
     def view(
         self, start: int, count: int, *, purpose: str, all_views: bool = False
     ) -> Iterator[Batch]:
         """This rank's share of positions [start, start + count), as training will divide them.
 
-        Augmented by randomness of `purpose`, in one view unless `all_views` are asked for. Every rank gets equally many batches of equal size;
-        rows that fill them up repeat an image of this rank and have the sample id -1.
+        Augmented by randomness of `purpose`, in one view unless `all_views` are asked for. Every
+        rank gets equally many batches of equal size; rows that fill them up repeat an image of
+        this rank and have the sample id -1.
         """
         base, end = self._plan.base, start + count
         first = self.share.count_before(start - base)
@@ -129,6 +132,7 @@ class Stream:
     def close(self) -> None:
         """End the worker processes; nothing is left behind."""
         self._source.close()
+        self.ledger.close()
 
     def _batch(self, plan: Plan, number: int, *, rows: int) -> Batch:
         began = time.perf_counter()

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from trainer.stop import Check, go_on
 from trainer.types import Batch, Features, Losses
 
 
@@ -30,24 +31,32 @@ def accumulate(
     batches: Sequence[Batch],
     *,
     all_finite: Callable[[], bool] = lambda: True,
+    check: Check = go_on,
 ) -> Losses:
     """Add the gradient of `loss_of` on all micro-batches together; the result never depends on
     how the rows are cut into micro-batches (up to batch statistics of a norm, if there is one).
 
     `all_finite` is asked when the gradients outside of the engine are known. If it says no, the
-    engine's become NaN where they are not zero anyway, so that it will discard the step.
+    engine's become NaN where they are not zero anyway, so that it will discard the step. `check`
+    is called before each of several passes; where it raises, the gradients are worth nothing.
     """
     at_once = len(batches) == 1
+    check = go_on if at_once else check
     with torch.set_grad_enabled(at_once):
-        passes = [engine(batch) for batch in batches]
+        passes = [_checked(engine, batch, check) for batch in batches]
     leaves = _joined(passes)
     losses = loss_of(leaves, _joined_batch(batches))
     losses.total.backward()
     factor = 1.0 if all_finite() else float("nan")
     for index, batch in enumerate(batches):
-        again = passes[0] if at_once else engine(batch)
+        again = passes[0] if at_once else _checked(engine, batch, check)
         engine.backward(_carried(again, leaves, index, len(batches)) * factor)
     return losses.detach()
+
+
+def _checked(engine: Differentiable, batch: Batch, check: Check) -> Features:
+    check()
+    return engine(batch)
 
 
 def _joined(passes: Sequence[Features]) -> Features:

@@ -22,7 +22,7 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import Period
 from trainer.errors import ConfigError
-from trainer.log.records import JsonLines, TensorBoard, plain
+from trainer.log.records import JsonLines, TensorBoard, plain, read_lines
 from trainer.log.terminal import Display, Speed, Speedometer, display_for, event_line
 from trainer.periods import Clock
 from trainer.types import Progress
@@ -82,10 +82,11 @@ class MetricLog:
     ) -> None:
         self.close()
 
-    def resume(self, progress: Progress) -> None:
+    def resume(self, progress: Progress, *, phase_begun: bool = False) -> None:
         """Go on from here: lines of later samples are cut, so that none is missing or doubled.
 
-        For none to be missing, call `flush` before each checkpoint is saved.
+        For none to be missing, call `flush` before each checkpoint is saved. `phase_begun`: it was
+        saved behind the events of a phase that begins here, which stay.
         """
         if self._last is not None:
             raise RuntimeError("resume comes before the first put, event or image")
@@ -94,7 +95,7 @@ class MetricLog:
         self._started = time.monotonic()
         self._speedometer = Speedometer(progress, self._started)
         if self._comm.is_main:
-            self._files = _Files(self._workdir, progress)
+            self._files = _Files(self._workdir, progress, phase_begun=phase_begun)
 
     def put(
         self,
@@ -124,8 +125,18 @@ class MetricLog:
     def event(self, progress: Progress, name: str, /, **figures: Any) -> None:
         """Something that happened at a step; what rank 0 passes is written and shown."""
         self._begun()
+        self._event(progress, name, figures, after_save=progress.samples == self._saved_at)
+
+    def evaluation(self, progress: Progress, label: str, figures: Mapping[str, float]) -> None:
+        """An evaluation's figures. After a save too they stay where they are when the run goes on
+        from there, and `evaluated` tells that they need not be found again."""
+        self._begun()
+        self._event(progress, label, figures, after_save=False)
+
+    def _event(
+        self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
+    ) -> None:
         if self._files is not None:
-            after_save = progress.samples == self._saved_at
             self._files.event(progress, name, plain(figures), after_save=after_save)
         self.say(event_line(progress, name, plain(figures)))
 
@@ -187,18 +198,34 @@ class MetricLog:
         self._display.figures(pending.progress, loss, speed)
 
 
+def evaluated(workdir: Path, progress: Progress) -> set[str]:
+    """Names of the events at this step, evaluations among them, that a resume leaves in place."""
+    path = workdir / EVENTS
+    records = read_lines(path) if path.exists() else []
+    return {
+        str(record.get("event"))
+        for record in records
+        if record.get("step") == progress.step
+        and record.get("samples", 0) <= progress.samples
+        and not record.get("after_save")
+    }
+
+
 class _Files:
     """All files that rank 0 writes."""
 
-    def __init__(self, workdir: Path, resumed: Progress) -> None:
+    def __init__(self, workdir: Path, resumed: Progress, *, phase_begun: bool) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
+        last = (resumed.samples, phase_begun)
 
         def is_past(record: dict[str, Any]) -> bool:
-            return (record["samples"], record.get("after_save", False)) <= (resumed.samples, False)
+            return (record["samples"], record.get("after_save", False)) <= last
 
         self._metrics = JsonLines(workdir / METRICS, keep=is_past)
         self._events = JsonLines(workdir / EVENTS, keep=is_past)
-        self.tensorboard = TensorBoard(workdir / "tensorboard", first_step=resumed.step + 1)
+        self.tensorboard = TensorBoard(
+            workdir / "tensorboard", first_step=resumed.step + 1 + phase_begun
+        )
 
     def step(
         self, progress: Progress, values: Mapping[str, float], speed: Speed, seconds: float

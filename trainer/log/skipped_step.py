@@ -45,14 +45,26 @@ def one_line(found: Sequence[dict[str, Any]]) -> str:
     return f"{', '.join(terms)} not finite because of {'; '.join(causes)}"
 
 
-def raise_if_stuck(in_a_row: int, *, limit: int, why: str) -> None:
-    """NonFiniteLoss when more than `limit` steps in a row could not be applied."""
-    if in_a_row > limit:
-        raise NonFiniteLoss(
-            f"{in_a_row} steps in a row had a gradient that is not finite, more than "
-            f"max_skipped_steps={limit}; last: {why}; lower the learning rate or look at these "
-            "samples"
-        )
+class SkippedSteps:
+    """Counts the steps in a row that could not be applied."""
+
+    def __init__(self, *, limit: int) -> None:
+        self.limit, self.in_a_row = limit, 0
+
+    def none(self) -> None:
+        self.in_a_row = 0
+
+    def one_more(self, why: str) -> None:
+        """NonFiniteLoss, on all ranks, where these are more than `limit`."""
+        self.in_a_row += 1
+        if self.in_a_row > self.limit:
+            error = NonFiniteLoss(
+                f"{self.in_a_row} steps in a row had a gradient that is not finite, more than "
+                f"max_skipped_steps={self.limit}; last: {why}; lower the learning rate or look at "
+                "these samples"
+            )
+            error.on_all_ranks = True
+            raise error
 
 
 def _not_finite(ids: torch.Tensor, rows: Sequence[torch.Tensor | None]) -> list[int]:

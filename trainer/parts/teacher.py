@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, cluster
+from trainer.cluster.progress import Interruptible
 from trainer.comm import Comm
 from trainer.config import Frozen, LocalPath, PositiveInt
 from trainer.data.labels import ClusterLabels
 from trainer.errors import CheckpointError, ConfigError
 from trainer.parts.teacher_digests import store_digest
 from trainer.parts.teacher_points import teacher_points
+from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
 
 Student = Literal["image", "text"]
@@ -84,11 +86,12 @@ def load_teachers(
     *,
     workdir: Path,
     corpus: Int64[Tensor, " samples"] | None = None,
+    check: Check = go_on,
 ) -> Teachers:
     """Cluster every teacher's store, or take from the workdir what was found there before.
 
     `corpus` are the ids of the training samples: a store may hold others, which must not shape
-    the groups. All of the store where None.
+    the groups. All of the store where None. `check` is called between passes of a clustering.
     """
     groups: dict[str, TeacherGroups] = {}
     digests: dict[str, str] = {}
@@ -97,7 +100,7 @@ def load_teachers(
         digests[config.name] = _digest(config, store, corpus)
         folder = workdir / "teachers" / config.name
         if not _is_kept(folder, digests[config.name], config, comm):
-            _find_groups(config, store, folder, comm, corpus)
+            _find_groups(config, store, folder, comm, corpus, check)
             _keep(folder, digests[config.name], comm)
         found = _kept_groups(config, _clusterings(config, store), folder, comm)
         if twice := sorted(set(found) & (groups.keys() | {"image", "text"})):
@@ -125,6 +128,7 @@ def _find_groups(
     folder: Path,
     comm: Comm,
     corpus: Tensor | None,
+    check: Check,
 ) -> None:
     """Cluster over all ranks; the main rank writes labels and centroids."""
     settings = KMeansConfig(
@@ -135,7 +139,7 @@ def _find_groups(
             store, vectors, comm, centre=config.centre, pca=config.pca, corpus=corpus
         )
         _check_count(config, int(comm.sum(torch.tensor(len(points), device=comm.device))))
-        result = cluster(points, settings, comm)
+        result = cluster(points, settings, comm, observer=Interruptible(check))
         ids = points.ids(0, len(points)).to(comm.device)
         labels = ClusterLabels.gather(ids, result.labels.to(comm.device), comm)
         if comm.is_main:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -12,6 +15,7 @@ from trainer.config import DataConfig, EvalConfig, RunConfig
 from trainer.data.decode import decode_image, find_image
 from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
+from trainer.errors import TrainerError
 from trainer.evals import EvalContext
 from trainer.evals.features import embed_images, embed_texts
 from trainer.hashing import key_of, permutation
@@ -31,20 +35,36 @@ def training_pictures(
     due: Sequence[EvalConfig],
     encode: Encode,
     context: EvalContext,
-) -> Mapping[str, Pixels]:
+) -> Iterator[tuple[str, Pixels | str]]:
     """What to show beside the evaluations that are due: clusters, and retrieval where it is due.
 
-    Collective; the pictures are drawn on rank 0, and the other ranks get none.
+    Collective; the pictures are drawn on rank 0, and the other ranks get none. Where one fails, a
+    sentence stands in its place.
     """
-    pictures: dict[str, Pixels] = {}
+    drawings: dict[str, Callable[[], Pixels | None]] = {}
     groups = recipe.shown_groups()
     if due and context.comm.is_main and groups is not None and config.data.reader == "indexed":
-        pictures["clusters"] = clusters_picture(groups, config.data, seed=config.seed)
+        drawings["clusters"] = partial(clusters_picture, groups, config.data, seed=config.seed)
     for evaluation in due:
         if evaluation.name == "retrieval" and evaluation.text_store is None:
-            found = retrieval_picture(evaluation.data, encode, context)
-            pictures |= {} if found is None else {evaluation.label: found}
-    return pictures
+            drawings[evaluation.label] = partial(
+                retrieval_picture, evaluation.data, encode, context
+            )
+    for name, draw in drawings.items():
+        picture = _attempted(draw)
+        if picture is not None:
+            yield name, picture
+
+
+def _attempted(draw: Callable[[], Pixels | None]) -> Pixels | str | None:
+    """A picture is drawn by one rank, after the last word with the others: it may fail alone."""
+    try:
+        return draw()
+    except (TrainerError, OSError) as error:
+        return str(error)
+    except Exception as error:  # our own bug, for which no step of training may be lost
+        sys.stderr.write(traceback.format_exc())
+        return f"{type(error).__name__}: {error}"
 
 
 def clusters_picture(labels: ClusterLabels, data: DataConfig, *, seed: int) -> Pixels:

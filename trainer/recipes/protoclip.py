@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, kmeans
+from trainer.cluster.progress import Interruptible
 from trainer.cluster.quality import normalized_mutual_information
 from trainer.cluster.report import agreement, unknown_rate
 from trainer.cluster.translate import group_means
@@ -107,7 +108,11 @@ class Recipe:
         self.episode_samples = -(-config.episode_samples // batch) * batch
         self._check_sizes()
         self.teachers, digests = load_teachers(
-            config.teachers, context.comm, workdir=context.workdir, corpus=_corpus(config, context)
+            config.teachers,
+            context.comm,
+            workdir=context.workdir,
+            corpus=_corpus(config, context),
+            check=context.check,
         )
         if digests:
             self.parts["teachers"] = TeacherDigests(digests, context.comm)
@@ -203,7 +208,8 @@ class Recipe:
             spherical=self.config.spherical,
         )
         start = self.episode.centroids.get(modality) if self.config.warm_start else None
-        return kmeans(points, ids, config, self.comm, initial=start)
+        observer = Interruptible(self.context.check)
+        return kmeans(points, ids, config, self.comm, initial=start, observer=observer)
 
     def _fill(self, extracted: Extracted, clustered: Mapping[Modality, KMeansResult]) -> None:
         """The episode's labels and, for each term, its table of prototypes."""
