@@ -64,10 +64,23 @@ def test_equals_the_original_from_its_starts(name: str) -> None:
         kept.centroids, torch.from_numpy(golden["centroids"]), rtol=1e-5, atol=1e-6
     )
     assert kept.inertia == pytest.approx(float(golden["final_inertia_fp64"]), rel=1e-6)
-    logged = golden["objective_per_iteration"]
-    ours = [v * len(points) for result in results for v in result.objective]
-    first = len(results[0].objective)
-    assert logged[: min(first, 5)] == pytest.approx(ours[: min(first, 5)], rel=1e-5)
+    # faiss logs all restarts up to the one kept, and again a value that an update did not lower
+    logged = [
+        value * len(points)
+        for result in results[: int(golden["best_redo"]) + 1]
+        for value in (
+            result.objective
+            if len(result.objective) == config.iterations
+            else [*result.objective, result.objective[-1]]
+        )
+    ]
+    assert logged == pytest.approx(golden["objective_per_iteration"].tolist(), rel=1e-5)
+    assert len(golden["splits_per_iteration"]) == len(logged)
+    assert sum(result.repaired for result in results) == golden["splits_per_iteration"].sum()
+    members = np.bincount(golden["labels"], minlength=config.clusters)
+    assert kept.counts.tolist() == members.tolist()
+    near = pair_distances(points, kept.centroids[kept.labels])
+    assert near.numpy() == pytest.approx(golden["squared_distance"], rel=1e-5, abs=1e-6)
     for result, last in zip(results, golden["objective_final_per_redo_fp64_replay"], strict=True):
         assert result.objective[-1] * len(points) == pytest.approx(float(last), rel=1e-5)
 
@@ -137,6 +150,29 @@ def data_sets() -> dict[str, tuple[Tensor, KMeansConfig]]:
         "copies": (copies, KMeansConfig(clusters=45, iterations=5)),
         "faiss": (normal, KMeansConfig(clusters=8, iterations=4, backend="faiss")),
         "early stop": (normal, KMeansConfig(clusters=9, iterations=50, tolerance=1e-3)),
+        **odd_sets(normal),
+    }
+
+
+def odd_sets(normal: Tensor) -> dict[str, tuple[Tensor, KMeansConfig]]:
+    """Points that stores really hold, and that centroids, lengths or sums could break on."""
+    some = normal[:300]
+    zeros = some.clone()
+    zeros[::5] = 0.0
+    pair = some[:2].repeat(40, 1)
+    return {
+        "zero rows": (zeros, KMeansConfig(clusters=7, iterations=5, spherical=True)),
+        "all zero": (zeros[:60] * 0.0, KMeansConfig(clusters=3, iterations=3, spherical=True)),
+        "one dimension": (some[:, :1], KMeansConfig(clusters=5, iterations=6)),
+        "offset": (1e6 + some, KMeansConfig(clusters=5, iterations=6)),
+        "two distinct": (pair, KMeansConfig(clusters=5, iterations=4, start="parallel")),
+        "all equal": (pair[::2], KMeansConfig(clusters=6, iterations=3, start="hierarchical")),
+        "opposite": (
+            torch.cat([some, -some]),
+            KMeansConfig(clusters=4, iterations=5, spherical=True),
+        ),
+        "tiny": (1e-42 * some, KMeansConfig(clusters=4, iterations=4)),
+        "huge": (3e37 * some, KMeansConfig(clusters=4, iterations=4)),
     }
 
 
@@ -188,6 +224,37 @@ def test_same_bits_for_every_world_size(world_size: int, single: dict[str, Any])
     for rank in ranks:
         assert f"id of them is {1000 * (world_size - 1) + 50};" in rank["error"][0]
         assert rank["error"][0].startswith("1 of the points")
+
+
+def test_odd_points_get_finite_centroids_and_exact_labels(single: dict[str, Any]) -> None:
+    for name, (points, config) in odd_sets(data_sets()["mixture"][0]).items():
+        rows, labels, bits, counts, _, (_, inertia) = single[name]
+        centroids = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        assert torch.isfinite(centroids).all(), name
+        assert np.isfinite(float.fromhex(inertia)), name
+        assert labels == naive_labels(points[rows], centroids).tolist(), name
+        assert sum(counts) == len(points), name
+        if config.spherical:
+            lengths = centroids.norm(dim=1)
+            assert (((lengths - 1).abs() < 1e-5) | (lengths == 0)).all(), name
+
+
+@pytest.mark.parametrize("assignment", ["exact", "two_level"])
+def test_same_bits_for_every_number_of_threads(assignment: str) -> None:
+    points = mixture(3000, 37, components=40, spread=0.3, seed=2)
+    points[::3] = points[1::3]  # ties
+    config = KMeansConfig(clusters=50, iterations=4, spherical=True, assignment=assignment)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(solo(points, config))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other.centroids, found[0].centroids)
+        assert torch.equal(other.labels, found[0].labels)
+        assert other.objective == found[0].objective
 
 
 # -- assignment -------------------------------------------------------------------------------
@@ -357,5 +424,11 @@ def test_mistakes_are_named() -> None:
         solo(points, KMeansConfig(clusters=2))
     with pytest.raises(ConfigError, match=r"\(3, 3\) and must be \(2, 3\)"):
         solo(torch.zeros(4, 3), KMeansConfig(clusters=2), initial=torch.zeros(3, 3))
+    with pytest.raises(DataError, match=r"3.4e\+38 in size.*scale the vectors"):
+        solo(torch.full((4, 3), 3.4e38), KMeansConfig(clusters=2))
+    with pytest.raises(ConfigError, match=r"at most 2096 numbers.*have 2200"):
+        solo(torch.zeros(9, 2200), KMeansConfig(clusters=4, assignment="two_level"))
+    with pytest.raises(ConfigError, match=r"overflow in faiss.*backend: torch"):
+        solo(torch.full((9, 3), 1e30), KMeansConfig(clusters=4, backend="faiss"))
     with pytest.raises(ConfigError, match="at most 50000 clusters"):
         solo(torch.zeros(50_001, 1), KMeansConfig(clusters=50_001, backend="faiss", iterations=1))

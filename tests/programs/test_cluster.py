@@ -262,6 +262,11 @@ def test_mistakes_are_told(store: Path, tmp_path: Path) -> None:
     many = ClusterJob(kmeans=KMeansConfig(clusters=701))
     with pytest.raises(ConfigError, match="701 clusters need at least as many points"):
         cluster_store(store, tmp_path / "many", many, Comm.solo(), say=silent)
+    same = tmp_path / "same"
+    write_store(same, torch.cat([torch.ones(40, 6), torch.zeros(9, 6)]), ids_of(49), sizes=[49])
+    without = ClusterJob(kmeans=KMeansConfig(clusters=5), duplicate_cosine=0.98)
+    with pytest.raises(ConfigError, match=r"near-duplicates .*2 of 49 are left; use at most 2"):
+        cluster_store(same, tmp_path / "none left", without, Comm.solo(), say=silent)
     bad = tmp_path / "bad"
     rows = mixture(60, 12, components=5, spread=0.3, seed=1)
     write_store(bad, rows, ids_of(60), sizes=[20, 40])

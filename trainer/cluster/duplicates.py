@@ -23,7 +23,8 @@ _TILE = 1024
 def without_duplicates(points: Points, min_cosine: float, comm: Comm, *, seed: int) -> Points:
     """The points that have no near-duplicate of a lower id; every rank keeps some of its own.
 
-    Two samples are near-duplicates if the cosine of their vectors is at least `min_cosine`. Only
+    Two samples are near-duplicates if the cosine of their vectors is at least `min_cosine`, or if
+    both vectors are zero. Only
     samples whose nearest cell is the same are compared: points drawn by hash, one of a thousand,
     are the cells' centres, and a pair with a border between them is missed.
     """
@@ -43,8 +44,10 @@ def without_duplicates(points: Points, min_cosine: float, comm: Comm, *, seed: i
 
 
 def repeats(rows: Float[Tensor, "n d"], min_cosine: float) -> Bool[Tensor, " n"]:
-    """True for unit rows that have an earlier row at a cosine of at least `min_cosine`."""
-    found = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+    """True for unit rows that have an earlier row at a cosine of at least `min_cosine`, and for
+    zero rows that have an earlier one."""
+    zero = (rows == 0).all(dim=1)
+    found = zero & (zero.cumsum(0) > 1)
     for first in range(0, rows.shape[0], _TILE):
         tile = rows[first : first + _TILE]
         for begin in range(0, first + 1, _TILE):

@@ -65,3 +65,9 @@ def _check_faiss_limits(problem: Problem) -> None:
             f"backend faiss takes at most {_FAISS_CLUSTERS} clusters and {_FAISS_BYTES >> 30} GiB"
             f" of points, and these are {clusters} and {size / 2**30:.1f} GiB; use backend: torch"
         )
+    largest = problem.facts.largest
+    if 4.0 * problem.points.dim * largest**2 > torch.finfo(torch.float32).max:
+        raise ConfigError(  # faiss ends the whole process where a distance is not finite
+            f"squared distances of points with values up to {largest:.3g} overflow in faiss, which"
+            " takes them in float32; use backend: torch, or smaller values"
+        )

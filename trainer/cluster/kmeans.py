@@ -11,7 +11,7 @@ changes no bit either.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -91,52 +91,50 @@ def cluster(
     rank holds, as those of `cluster_on`.
     """
     grid = laid_out(config, points.dim, comm)
-    shape = (config.clusters, points.dim)
-    if initial is not None and initial.shape != shape:
-        raise ConfigError(f"the initial centroids are {tuple(initial.shape)} and must be {shape}")
-    start = None if initial is None else grid.part(initial)
-    found = cluster_on(grid, points, config, comm, initial=start, resume=resume, observer=observer)
+    facts = None if resume is None else resume.facts
+    problem = pose(points, config, comm, grid, initial=initial, facts=facts)
+    found = cluster_on(problem, resume, observer)
     return found._replace(centroids=grid.whole(found.centroids))
 
 
 def cluster_on(
-    grid: Grid,
-    points: Points,
-    config: KMeansConfig,
-    comm: Comm,
-    *,
-    initial: Float[Tensor, "held d"] | None = None,
-    resume: State | None = None,
-    observer: Observer | None = None,
+    problem: Problem, resume: State | None = None, observer: Observer | None = None
 ) -> KMeansResult:
-    """As `cluster`, on a grid that `laid_out` has made: centroids that are given, told to the
-    observer or returned are those that this rank holds."""
-    if resume is not None and (config.restarts != 1 or config.backend != "torch"):
-        raise ConfigError("only backend torch with one restart goes on where it was interrupted")
-    problem = pose(points, config, comm, grid, facts=resume.facts if resume else None)
-    shape = (grid.held.stop - grid.held.start, points.dim)
-    for given in (initial, resume.centroids if resume else None):
-        if given is not None and given.shape != shape:
-            raise ConfigError(f"the initial centroids are {tuple(given.shape)} and must be {shape}")
-    if config.backend == "faiss":
-        if initial is None and config.start != "sampled":
-            initial = _starting_table(problem, 0)
-        return _by_faiss(problem, initial)
+    """As `cluster`, of a problem that `pose` has posed on a grid: centroids that are given, told to
+    the observer or returned are those that this rank holds."""
+    if resume is not None:
+        _check_resumable(problem, resume)
+    if problem.config.backend == "faiss":
+        return _by_faiss(problem)
     observer = observer or Silent()
-    best: KMeansResult | None = None
-    for restart in range(config.restarts):
-        state = resume or _start(problem, restart, initial if restart == 0 else None)
-        if resume is None:
-            observer.updated(state)
-        result = _lloyd(problem, state, observer)
-        if best is None or result.inertia < best.inertia:
-            best = result
-    assert best is not None
-    return best
+    results = (_lloyd(problem, state, observer) for state in _starts(problem, resume, observer))
+    return min(results, key=lambda result: result.inertia)  # of equal ones the first
 
 
-def _start(problem: Problem, restart: int, initial: Tensor | None) -> State:
-    start = _starting_table(problem, restart) if initial is None else initial
+def _check_resumable(problem: Problem, resume: State) -> None:
+    if problem.config.restarts != 1 or problem.config.backend != "torch":
+        raise ConfigError("only backend torch with one restart goes on where it was interrupted")
+    if resume.centroids.shape != problem.held_shape:
+        raise ConfigError(
+            f"the centroids to go on from are {tuple(resume.centroids.shape)} and must be"
+            f" {problem.held_shape}"
+        )
+
+
+def _starts(problem: Problem, resume: State | None, observer: Observer) -> Iterator[State]:
+    """Where each restart begins; told to the observer unless it is from where a run goes on."""
+    if resume is not None:
+        yield resume
+        return
+    for restart in range(problem.config.restarts):
+        state = _start(problem, restart)
+        observer.updated(state)
+        yield state
+
+
+def _start(problem: Problem, restart: int) -> State:
+    given = problem.initial if restart == 0 else None
+    start = _starting_table(problem, restart) if given is None else given
     start = start.to(problem.comm.device, torch.float32)
     if problem.config.spherical:
         start = unit_or(start, instead=start)
@@ -186,8 +184,11 @@ def _moved_share(problem: Problem, labels: Tensor, before: Tensor | None) -> flo
     return int(changed) / problem.num_points
 
 
-def _by_faiss(problem: Problem, initial: Tensor | None) -> KMeansResult:
+def _by_faiss(problem: Problem) -> KMeansResult:
     """faiss's centroids, then one exact pass of our own for labels, counts and inertia."""
+    initial = problem.initial
+    if initial is None and problem.config.start != "sampled":
+        initial = _starting_table(problem, 0)
     centroids, objective = faiss_centroids(problem, initial)
     found = _pass(problem, centroids)
     inertia = _objective(problem, found, centroids) * problem.num_points

@@ -15,9 +15,12 @@ from trainer.cluster.grid import Grid
 from trainer.cluster.points import Points
 from trainer.cluster.ranks.together import together
 from trainer.cluster.search.assign import COLUMN_BLOCK, ROW_BLOCK, fastest_precision
+from trainer.cluster.search.two_level import MOST_DIMS
 from trainer.comm import Comm, agreed
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError, DataError
+
+_LARGEST = 2.0**127
 
 
 class KMeansConfig(Frozen):
@@ -102,10 +105,17 @@ class Problem(NamedTuple):
     precision: torch.dtype
     """Of the scan; equal on ranks that score together."""
     grid: Grid
+    initial: Float[Tensor, "held d"] | None = None
+    """Where the first restart begins; where the configuration says if None."""
 
     @property
     def num_points(self) -> int:
         return self.facts.num_points
+
+    @property
+    def held_shape(self) -> tuple[int, int]:
+        """Of the centroids that this rank holds."""
+        return (self.grid.held.stop - self.grid.held.start, self.points.dim)
 
 
 def pose(
@@ -114,12 +124,19 @@ def pose(
     comm: Comm,
     grid: Grid,
     *,
+    initial: Float[Tensor, "k d"] | None = None,
     facts: Facts | None = None,
 ) -> Problem:
     """Check the points; choose the scale of the integers from their number and largest value.
 
-    Reads the points twice, or not at all if the `facts` about them are given.
+    Reads the points twice, or not at all if the `facts` about them are given. `initial`: the
+    centroids to begin with, all of them or those that this rank holds.
     """
+    if config.assignment == "two_level" and points.dim > MOST_DIMS:
+        raise ConfigError(
+            f"two-level assignment takes vectors of at most {MOST_DIMS} numbers, and these have"
+            f" {points.dim}; use exact assignment"
+        )
     facts = facts or _look_at(points, config, comm)
     count = int(comm.sum(torch.tensor([len(points)], device=comm.device)))
     if count != facts.num_points:
@@ -129,12 +146,27 @@ def pose(
         )
     scale = whole_number_scale(facts.num_points, facts.largest, bits=52)
     precision = scan_precision(points, config, comm, grid)
-    return Problem(points, config, comm, facts, scale, precision, grid)
+    problem = Problem(points, config, comm, facts, scale, precision, grid)
+    return problem if initial is None else problem._replace(initial=_held(initial, problem))
+
+
+def _held(initial: Tensor, problem: Problem) -> Tensor:
+    shape = (problem.config.clusters, problem.points.dim)
+    if initial.shape == shape:
+        return problem.grid.part(initial)
+    if initial.shape != problem.held_shape:
+        raise ConfigError(f"the initial centroids are {tuple(initial.shape)} and must be {shape}")
+    return initial
 
 
 def _look_at(points: Points, config: KMeansConfig, comm: Comm) -> Facts:
     largest = _largest(points, config.row_block, comm)
     num_points = int(comm.sum(torch.tensor([len(points)], device=comm.device)))
+    if largest > _LARGEST:
+        raise DataError(
+            f"a value of the points to cluster is {largest:.3g} in size, and centroids and their"
+            f" halves would overflow float32 above {_LARGEST:.3g}; scale the vectors"
+        )
     if num_points < config.clusters:
         raise ConfigError(
             f"{config.clusters} clusters need at least as many points and there are {num_points};"

@@ -27,7 +27,7 @@ from trainer.cluster.grid import Grid
 from trainer.cluster.kmeans import KMeansResult, State, cluster_on
 from trainer.cluster.layout import laid_out
 from trainer.cluster.points import Points
-from trainer.cluster.problem import KMeansConfig
+from trainer.cluster.problem import KMeansConfig, pose
 from trainer.cluster.quality import balance, size_quantiles
 from trainer.cluster.search_loss import search_loss
 from trainer.cluster.sidecar import SIDECARS, lookup, merge_sidecars, write_sidecars
@@ -137,17 +137,12 @@ def _cluster(
     if restored is not None:
         say(f"going on after iteration {restored.step}")
     used = _without_duplicates(points, job, comm, say)
-    result = cluster_on(
-        grid,
-        used,
-        job.kmeans,
-        comm,
-        initial=None
-        if restored or not job.warm_start
-        else warm_start(job.warm_start, grid, points.dim),
-        resume=None if restored is None else state_on(restored, grid, comm),
-        observer=_Watch(job.kmeans, state, grid, say),
-    )
+    given = None if restored or not job.warm_start else job.warm_start
+    initial = None if given is None else warm_start(given, grid, points.dim)
+    resume = None if restored is None else state_on(restored, grid, comm)
+    facts = None if resume is None else resume.facts
+    problem = pose(used, job.kmeans, comm, grid, initial=initial, facts=facts)
+    result = cluster_on(problem, resume, _Watch(job.kmeans, state, grid, say))
     figures = {"clustered": int(result.counts.sum()), **_figures(result)}
     if job.kmeans.assignment == "two_level":
         figures |= search_loss(points, result.centroids, job.kmeans, comm)
@@ -161,6 +156,12 @@ def _without_duplicates(points: StoredPoints, job: ClusterJob, comm: Comm, say: 
     kept = without_duplicates(points, job.duplicate_cosine, comm, seed=job.kmeans.seed)
     counts = comm.sum(torch.tensor([len(kept), len(points)], device=comm.device)).tolist()
     say(f"{counts[1] - counts[0]} of {counts[1]} samples are near-duplicates and do not count")
+    if counts[0] < job.kmeans.clusters <= counts[1]:
+        raise ConfigError(
+            f"{job.kmeans.clusters} clusters need at least as many samples, and without"
+            f" near-duplicates (cosine of {job.duplicate_cosine} or more) {counts[0]} of"
+            f" {counts[1]} are left; use at most {counts[0]} clusters or a higher duplicate_cosine"
+        )
     return kept
 
 

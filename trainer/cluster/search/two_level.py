@@ -31,6 +31,8 @@ _MOST = 4
 """Times `probes`: cells that any point looks into at most (ties apart)."""
 _POINT_LEVELS, _CELL_LEVELS = 127.0, 63.0
 _LARGEST_SUM = 1 << 24
+MOST_DIMS = int(_LARGEST_SUM / (_POINT_LEVELS * _CELL_LEVELS))
+"""Sums of products of the whole numbers must be exact in float32."""
 
 
 class Cells(NamedTuple):
@@ -63,11 +65,12 @@ def group_into_cells(
     """Make centroids ready for `assign_two_level`; `cell_of` is the cell of each centroid.
 
     `probes`: cells that a point looks into, on average over the centroids taken as points. Cells
-    without a centroid are dropped. Takes dimensions up to 2096: sums of products of the whole
-    numbers must be exact in float32.
+    without a centroid are dropped. Takes at most MOST_DIMS dimensions.
     """
-    if centroids.shape[1] * _POINT_LEVELS * _CELL_LEVELS > _LARGEST_SUM:
-        raise ValueError(f"two-level assignment takes at most 2096 dims, not {centroids.shape[1]}")
+    if centroids.shape[1] > MOST_DIMS:
+        raise ValueError(
+            f"two-level assignment takes at most {MOST_DIMS} dims, not {centroids.shape[1]}"
+        )
     used, cell_of = torch.unique(cell_of, return_inverse=True)
     sizes = torch.bincount(cell_of, minlength=len(used))
     ids = torch.argsort(cell_of, stable=True)
