@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.losses.dense import problem, random_rows
 from tests.ranks import run_ranks
+from tests.recipes.golden_cases import PRECISIONS, recipe_case
 from trainer.cluster import translate
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
@@ -33,6 +34,7 @@ from trainer.losses.sigmoid import sigmoid_loss
 
 Arrays = Mapping[str, np.ndarray]
 GOLDEN = Path(__file__).parent.parent / "golden"
+RECIPE_FILES = ("open_clip/*.npz", "protoclip/step_*.npz", "flame/mp_*.npz")
 NUM_PROTOTYPES = (3, 7, 10)
 """On four ranks: 3 leaves one of them without rows, 7 and 10 split unevenly."""
 TEMPERATURES = (-1.0, 0.05)
@@ -72,6 +74,13 @@ def every_case(comm: Comm) -> dict[str, Arrays]:
     for name in golden_names("protoclip/step_*.npz"):
         if world_size_of(name) == comm.world_size:
             cases[name] = step_case(comm, golden(name))
+    for pattern in RECIPE_FILES:
+        for name in golden_names(pattern):
+            if world_size_of(name) == comm.world_size:
+                for precision in PRECISIONS:
+                    cases[f"{name} {precision}"] = recipe_case(
+                        name, golden(name), gathering(comm, golden(name)), precision
+                    )
     for num_prototypes in NUM_PROTOTYPES:
         for temperature in TEMPERATURES:
             cases[f"prototypes {num_prototypes} {temperature}"] = prototype_case(
@@ -92,11 +101,16 @@ class KeysAreConstants(Comm):
         return super().all_gather(rows.detach())
 
 
+def gathering(comm: Comm, arrays: Arrays) -> Comm:
+    """As the original gathers: its own rows alone may carry gradient."""
+    if arrays.get("local_loss") and not arrays["gather_with_grad"]:
+        return KeysAreConstants(comm.rank, comm.world_size, comm.device, comm.group)
+    return comm
+
+
 def contrastive_case(comm: Comm, arrays: Arrays) -> Arrays:
     image, text, scale = own_leaves(comm, arrays, "image_features", "text_features", "logit_scale")
-    if arrays["local_loss"] and not arrays["gather_with_grad"]:
-        comm = KeysAreConstants(comm.rank, comm.world_size, comm.device, comm.group)
-    loss = info_nce(image, text, scale, comm)
+    loss = info_nce(image, text, scale, gathering(comm, arrays))
     return after_backward(loss, grad_image=image, grad_text=text, grad_logit_scale=scale)
 
 

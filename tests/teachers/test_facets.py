@@ -17,6 +17,7 @@ from transformers import AutoModel, LlamaConfig, LlamaModel
 from trainer.teachers.facets import (
     PAD,
     Packed,
+    facet_inputs,
     facet_mask,
     facet_positions,
     facet_states,
@@ -70,6 +71,30 @@ def test_masks_and_positions_of_the_published_code(path: Path) -> None:
         assert torch.equal(ours[~real], torch.eye(segment.shape[1]).bool().expand_as(ours)[~real])
     suggested = case["position_ids_reset_suggestion"].long()
     assert torch.equal(facet_positions(segment)[real], suggested[real])
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("facet_mask_*.npz")), ids=lambda p: p.stem)
+def test_packing_reads_where_the_published_code_reads(path: Path) -> None:
+    """In its own layout: the same columns, segments and additive mask from the lengths alone."""
+    with np.load(path, allow_pickle=False) as file:
+        case = {name: torch.from_numpy(file[name]) for name in file.files}
+    prefixes = [[3] * count for count in case["prefix_lengths"].tolist()]
+    facets = [[4] * count for count in case["facet_lengths"].tolist()]
+    packed = pack(prefixes, facets, pad=0, reference_pad=True)
+    assert torch.equal(packed.readout, case["readout_index"].expand(len(prefixes), -1))
+    real = case["attention_mask_2d"].bool()
+    assert torch.equal(packed.segment != PAD, real)
+    assert torch.equal(packed.segment[real], case["facet_id"].expand_as(real)[real])
+    starts, ends = case["facet_start"], case["facet_end_exclusive"]
+    for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True), 1):
+        assert (packed.segment[:, start:end] == number).all()
+    added = facet_inputs(packed, torch.float64)["attention_mask"][:, 0]
+    assert torch.equal((added == 0)[real], case["allowed_reference"].bool()[real])
+    assert (added[added != 0] <= case["additive_fill"]).all()
+    # Filled up on the right, as we do: the same tokens of each caption are read.
+    ours = pack(prefixes, facets, pad=0)
+    shift = (~real).sum(dim=1, keepdim=True)
+    assert torch.equal(ours.readout + shift, packed.readout)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,4 +1,7 @@
-"""CLIP: symmetric InfoNCE over the global batch (arXiv 2103.00020). The baseline."""
+"""CLIP: symmetric InfoNCE over the global batch (arXiv 2103.00020). The baseline.
+
+With `distill`, the student also learns the similarities that a frozen pair of towers sees.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Literal
 from trainer.config import RecipeConfig
 from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import TwoTowerConfig, build_two_tower
+from trainer.parts.distillation import DistillConfig, TeacherPair, distillation, teacher_part
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
@@ -15,19 +19,32 @@ from trainer.types import Batch, Features, Losses
 class Config(RecipeConfig):
     name: Literal["clip"] = "clip"
     model: TwoTowerConfig = TwoTowerConfig()
+    distill: DistillConfig | None = None
+    """A frozen teacher, from two embedding stores; none where None."""
+
+    def join(self, seed: int) -> TeacherPair | None:
+        return None if self.distill is None else self.distill.join()
 
 
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
-        self.comm = context.comm
+        self.comm, self.distill = context.comm, config.distill
         model = config.model.model_copy(update={"bias": False, "head": None})
         self.model = build_two_tower(model, context.tokenizer, context.comm, seed=context.seed)
-        self.parts: Mapping[str, Part] = {}
+        self.parts: Mapping[str, Part] = (
+            {}
+            if config.distill is None
+            else {"teacher": teacher_part(config.distill, context.data.captions, context.comm)}
+        )
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         assert features.image is not None
         assert features.text is not None
         assert features.logit_scale is not None
-        return Losses.of(
+        losses = Losses.of(
             clip=info_nce(features.image, features.text, features.logit_scale, self.comm)
         )
+        if self.distill is None:
+            return losses
+        value = distillation(self.distill, features, batch, self.comm)
+        return losses.with_term("distill", value, self.distill.weight)
