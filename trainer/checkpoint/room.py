@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.checkpoint.restored import Restored
@@ -44,11 +45,19 @@ def size_in_words(count: int) -> str:
 
 def _write(path: Path) -> None:
     """A few bytes, to the disk itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(b"trial\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(b"trial\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        raise CheckpointError(
+            f"can't save into {path.parent}: {error.strerror}; make room, mend it or choose "
+            "another workdir"
+        ) from error
 
 
 def _try(folder: Path, token: Path, rank: int) -> None:
