@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trainer.errors import DataError, TrainerError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -155,30 +158,37 @@ class Comm:
         return result
 
 
-def agreed(comm: Comm, action: Callable[[], object]) -> None:
-    """Run `action` on every rank; where it fails on one, DataError on all, with each reason.
+def agreed(comm: Comm, action: Callable[[], T]) -> T:
+    """What `action` gives on every rank; where it fails on one, DataError on all, with each reason.
 
     Without this the others would wait for the rank that failed.
     """
+    results: list[T] = []
     failure = None
     try:
-        action()
+        results.append(action())
     except (TrainerError, OSError) as error:
         failure = str(error)
     stop_together(comm, failure)
+    return results[0]
 
 
 def stop_together(comm: Comm, failure: str | None) -> None:
-    """DataError on all ranks, with each rank's reason, if there is a failure on one of them; where
-    all have the same reason, it alone.
+    """DataError on all ranks, with each rank's reason (and host, of several), if there is a failure
+    on one of them; where all have the same reason, it alone.
 
     Costs one small collective where there is none.
     """
     if not comm.any(failure is not None):
         return
-    failures = comm.gather_json(failure)
-    named = [f"rank {rank}: {reason}" for rank, reason in enumerate(failures) if reason is not None]
-    same = len(named) == len(failures) and len({*failures}) == 1
+    told = comm.gather_json([failure, socket.gethostname()])
+    one_host = len({host for _, host in told}) == 1
+    named = [
+        f"rank {rank}: {reason}" if one_host else f"rank {rank} on {host}: {reason}"
+        for rank, (reason, host) in enumerate(told)
+        if reason is not None
+    ]
+    same = len({reason for reason, _ in told}) == 1
     error = DataError(str(failure) if same else "; ".join(named))
     error.on_all_ranks = True
     raise error

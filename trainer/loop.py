@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -22,12 +23,12 @@ from trainer.checkpoint.run_state import (
     save_state,
     undone_unless_done,
 )
-from trainer.comm import Comm, stop_together
+from trainer.comm import Comm, agreed, stop_together
 from trainer.config import EvalConfig, RunConfig, micro_batches
 from trainer.data.stream import Stream
 from trainer.engine.accumulate import accumulate
 from trainer.engine.schedule import warmup_cosine
-from trainer.engine.zero import Engine
+from trainer.engine.zero import Engine, persistent_buffers
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
 from trainer.evals import evaluate_each
 from trainer.evals.check import check_evaluations
@@ -65,6 +66,8 @@ class Run(NamedTuple):
     recipe: Recipe
     frozen: str
     engine: Engine
+    buffers: Mapping[str, Tensor]
+    """Of the model's state: what a forward pass in training changes."""
     checkpoints: Checkpointer
     log: MetricLog
     clock: Clock
@@ -143,10 +146,10 @@ def _built(
     micro_batch, _ = micro_batches(
         global_batch=config.global_batch, micro_batch=config.micro_batch, world_size=comm.world_size
     )
-    refuse_text_evals(config)
+    agreed(comm, lambda: refuse_text_evals(config))
     check_evaluations(config.evals, comm, dim=config.recipe.model.embed_dim)
     tokenizer = tokenizer_of(config, comm)
-    stream = stream_of(config, comm, tokenizer, micro_batch=micro_batch)
+    stream = agreed(comm, lambda: stream_of(config, comm, tokenizer, micro_batch=micro_batch))
     recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check))
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
@@ -178,14 +181,17 @@ def _built(
     if restored:
         log.say(f"going on from step {restored.step} in {restored.folder}")
     return Run(
-        *(config, comm, check, tokenizer, stream, recipe, frozen, engine, checkpoints, log),
+        *(config, comm, check, tokenizer, stream, recipe, frozen, engine),
+        buffers=persistent_buffers(engine.module),
+        checkpoints=checkpoints,
+        log=log,
         clock=Clock(comm, epoch_size=stream.epoch_size),
         skipped=SkippedSteps(limit=config.max_skipped_steps),
     )
 
 
 def _with_phase(run: Run, progress: Progress) -> Place:
-    with undone_unless_done(run.engine.module):
+    with undone_unless_done(run.buffers):
         figures = run.recipe.begin_phase(progress, run.encode, run.stream)
     run.log.event(progress, "episode", **figures)
     return Place(progress, phase_begun=True)
@@ -193,7 +199,7 @@ def _with_phase(run: Run, progress: Progress) -> Place:
 
 def _step(run: Run, progress: Progress) -> Progress:
     """One step and its numbers in the log. A stop between its micro-batches undoes it."""
-    with undone_unless_done(run.engine.module):
+    with undone_unless_done(run.buffers):
         batches = _taken(run)
         losses, applied = train_step(
             run.engine, run.recipe, batches, progress, run.config, check=run.check

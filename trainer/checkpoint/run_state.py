@@ -114,12 +114,11 @@ def load_rest(restored: Restored, engine: Engine, recipe: Recipe, batch: Batch) 
 
 
 @contextmanager
-def undone_unless_done(module: nn.Module) -> Iterator[None]:
+def undone_unless_done(buffers: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it buffers and random numbers may move; what ends it early takes them back.
 
     Weights, moments and parts change only at the end of a step or phase, when nothing stops it.
     """
-    buffers = persistent_buffers(module)
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     random = torch.get_rng_state()
     try:
