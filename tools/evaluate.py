@@ -1,4 +1,4 @@
-"""Evaluate a run's newest weights: python tools/evaluate.py WORKDIR [--table].
+"""Evaluate a run's newest weights: python tools/evaluate.py WORKDIR [key=value ...] [--table].
 
 The evaluations are those of the run's YAML; `deepspeed`, `torchrun` or plain python spread them
 over their ranks. `--table` shows what training wrote at its end instead of measuring again.
@@ -22,13 +22,18 @@ from trainer.programs.workdir import evaluate_workdir, logged_results
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("workdir", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value, for folders that have moved")
     parser.add_argument("--table", action="store_true", help="show the figures logged at the end")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     comm = Comm.solo() if arguments.table else Comm.from_environment()
-    measure = logged_results if arguments.table else lambda folder: evaluate_workdir(folder, comm)
-    results = measure(arguments.workdir)
+    workdir = arguments.workdir.expanduser()
+    results = (
+        logged_results(workdir)
+        if arguments.table
+        else evaluate_workdir(workdir, comm, arguments.overrides)
+    )
     if comm.is_main:
         print(format_table(results))
         if arguments.json:

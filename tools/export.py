@@ -21,20 +21,24 @@ from trainer.store.header import HEADER, Identity, read_header
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=Path, help="of a run: the folder that has checkpoints/")
+    parser.add_argument("overrides", nargs="*", help="key=value, for folders that have moved")
     parser.add_argument("--out", type=Path, help="WORKDIR/export where not given")
     parser.add_argument("--data-licence", help="a sentence for the model card")
     arguments = parser.parse_args()
     disable_progress_bar()
-    trained = open_workdir(arguments.workdir, Comm.solo())
+    workdir = arguments.workdir.expanduser()
+    trained = open_workdir(workdir, Comm.solo(), arguments.overrides)
     exported = export_model(
         trained.model,
         trained.tokenizer,
-        arguments.out or arguments.workdir / "export",
+        arguments.out.expanduser() if arguments.out else workdir / "export",
         data_licence=arguments.data_licence,
         texts=_texts(trained.run.recipe),
     )
     reason = f" ({exported.why_not_clip})" if exported.why_not_clip else ""
     print(f"step {trained.restored.step} -> {exported.folder}: {exported.loads_as}{reason}")
+    if exported.beside:
+        print(exported.beside)
 
 
 def _texts(recipe: Any) -> Identity | None:

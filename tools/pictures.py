@@ -1,4 +1,4 @@
-"""Pictures of a run: python tools/pictures.py WORKDIR. Writes WORKDIR/pictures."""
+"""Pictures of a run: python tools/pictures.py WORKDIR [key=value ...]. Writes WORKDIR/pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from trainer.programs.workdir_pictures import inspect_workdir
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=Path)
-    written = inspect_workdir(parser.parse_args().workdir)
+    parser.add_argument("overrides", nargs="*", help="key=value, for folders that have moved")
+    arguments = parser.parse_args()
+    written = inspect_workdir(arguments.workdir.expanduser(), arguments.overrides)
     for path in written:
         if path is not None:
             print(path)

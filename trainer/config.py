@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -30,7 +30,6 @@ from trainer.config_section import LocalPath as LocalPath
 from trainer.config_section import ModelPath as ModelPath
 from trainer.config_section import OnlyWhere as OnlyWhere
 from trainer.config_section import OnlyWith as OnlyWith
-from trainer.config_section import OnlyWithout as OnlyWithout
 from trainer.config_section import PositiveInt as PositiveInt
 from trainer.config_section import ShardSpec as ShardSpec
 from trainer.config_text import read_mapping
@@ -47,11 +46,23 @@ class ModelSection(Frozen):
     """Width of its features."""
 
 
+_WHO_READS = {"head": "or use protoclip or mlcd", "bias": "or use siglip"}
+
+
 class RecipeConfig(Frozen):
     """A recipe's own section; each recipe's `Config` is one, with a `model` of its own."""
 
     name: str
     model: ModelSection
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Which optional parts of a model (`head`, `bias`) the method trains; others are refused."""
+
+    @model_validator(mode="after")
+    def _no_part_that_is_not_trained(self) -> RecipeConfig:
+        for part in ("head", "bias"):
+            if getattr(self.model, part, None) and part not in self.reads:
+                raise ValueError(f"{self.name} trains no model.{part}; drop it, {_WHO_READS[part]}")
+        return self
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:

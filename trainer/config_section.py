@@ -41,17 +41,6 @@ class OnlyWith(OnlyWhere):
         return f"set {self.key}"
 
 
-class OnlyWithout(OnlyWhere):
-    """Marks a key that is read only where another one is not given."""
-
-    def is_read(self, section: Any) -> bool:
-        return not getattr(section, self.key)
-
-    @property
-    def way_out(self) -> str:
-        return f"drop {self.key}"
-
-
 class Frozen(BaseModel):
     """A section of the configuration: immutable; keys that are unknown or not read are refused."""
 

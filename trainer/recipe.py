@@ -147,6 +147,20 @@ def load_recipe(config: Any, context: Context) -> Recipe:
     return recipe
 
 
+def build_model(
+    config: Any, tokenizer: PreTrainedTokenizerFast | None, comm: Comm, *, seed: int
+) -> Model:
+    """The model that the recipe of `config` trains, as it is before the first step."""
+    build = getattr(recipe_module(config.name), "build_model", None)
+    if build is None:
+        raise ConfigError(
+            f"trainer/recipes/{config.name}.py has no build_model(config, tokenizer, comm, seed=), "
+            "so only training can make its model; let its Recipe call one"
+        )
+    model: Model = build(config, tokenizer, comm, seed=seed)
+    return model
+
+
 def every_nth(state: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
     """This rank's share of a state that all ranks know."""
     return {name: state[name] for name in sorted(state)[comm.rank :: comm.world_size]}

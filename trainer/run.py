@@ -69,7 +69,7 @@ def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast | Non
         config.data,
         comm,
         folder=config.workdir / "tokenizer",
-        vocabulary=model.vocabulary,
+        vocabulary=model.vocabulary or 0,  # a given tokenizer has its own
         length=model.text_length,
         seed=config.seed,
     )

@@ -15,7 +15,6 @@ from tests.fixtures.emoji import read_pairs
 from trainer.data.decode import (
     BadSample,
     DecodedImages,
-    centre_square,
     decode_image,
     find_image,
 )
@@ -81,7 +80,6 @@ def test_a_crop_is_a_window_of_the_resampled_image():
     found = decoded(encoded(image), 24, crop=crop)
     assert (found.int() - expected.int()).abs().max() <= 1
     assert seen == [(90, 70)]
-    assert centre_square(90, 70) == (10.0, 0.0, 80.0, 70.0)
 
 
 def test_transparent_pixels_show_the_background():

@@ -30,13 +30,10 @@ from trainer.config import parse_run
 from trainer.data.decode import decode_image
 from trainer.data.views import normalize
 from trainer.errors import CheckpointError
-from trainer.export.transformers_folder import (
-    export_model,
-    load_exported,
-    load_trained,
-    rebuild_model,
-)
+from trainer.export.native import load_exported, load_trained
+from trainer.export.transformers_folder import export_model
 from trainer.models.two_tower import TwoTower, build_two_tower
+from trainer.recipe import build_model
 
 HEAD = {"hidden": 16, "dim": 8}
 
@@ -187,7 +184,7 @@ def run_yaml(**model: object) -> str:
             "workdir": "runs/x",
             "steps": 1,
             "global_batch": 2,
-            "recipe": {"name": "clip", "model": values},
+            "recipe": {"name": "protoclip" if "head" in model else "clip", "model": values},
             "data": {"train": "a.tar"},
         }
     )
@@ -199,7 +196,8 @@ def test_a_run_and_its_weights_make_the_model_again() -> None:
     run = parse_run(run_yaml(head=HEAD))
     held = {name: value.clone() for name, value in model.state_dict().items()}
     held |= dict(model.named_buffers())
-    rebuilt = rebuild_model(run, held, word_tokenizer())
+    rebuilt = build_model(run.recipe, word_tokenizer(), Comm.solo(), seed=run.seed).eval()
+    load_trained(rebuilt, held)
     assert torch.equal(rebuilt(small_batch()).image_projected, model(small_batch()).image_projected)
 
 
@@ -211,7 +209,9 @@ def test_the_tool_exports_the_newest_checkpoint_of_a_workdir(
     checkpoints = Checkpointer(tmp_path / "checkpoints", Comm.solo())
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     held = {name: value.detach() for name, value in weights.items()}
-    checkpoints.save(7, {"weights": held}, {}, {"run.yaml": run_yaml(head=HEAD)})
+    checkpoints.save(
+        7, {"weights": held}, {"frozen_weights": ""}, {"run.yaml": run_yaml(head=HEAD)}
+    )
     monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), "--data-licence", "Ours."])
     tool.main()
     assert "step 7" in capsys.readouterr().out

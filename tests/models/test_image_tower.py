@@ -10,12 +10,8 @@ from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from tests.models.small import small_batch, small_config, word_tokenizer
 from trainer.errors import CheckpointError, DataError
-from trainer.export.transformers_folder import (
-    export_model,
-    load_exported,
-    load_exported_image_tower,
-    load_trained,
-)
+from trainer.export.native import load_exported, load_exported_image_tower, load_trained
+from trainer.export.transformers_folder import export_model
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
 from trainer.models.two_tower import build_two_tower
 

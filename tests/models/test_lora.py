@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 from tests.models.small import save_bert, save_llama, small_batch, small_config, word_tokenizer
 from trainer.errors import ConfigError
-from trainer.export.transformers_folder import export_model, load_exported
+from trainer.export.native import load_exported
+from trainer.export.transformers_folder import export_model
 from trainer.models.config import TowerConfig
 from trainer.models.lora import has_lora, merge_lora
 from trainer.models.two_tower import TwoTower, build_two_tower

@@ -39,7 +39,7 @@ def text_only(tokens: Tensor, mask: Tensor) -> Batch:
 
 def test_tiny_has_three_to_four_million_parameters() -> None:
     tokenizer = word_tokenizer()
-    for config in (TwoTowerConfig(), TwoTowerConfig().with_head()):
+    for config in (TwoTowerConfig(), TwoTowerConfig(head={})):
         counts = build_two_tower(config, tokenizer).count_parameters()
         missing_words = (config.vocabulary - len(tokenizer)) * 128
         assert 3_000_000 < counts["total"] + missing_words < 4_000_000
@@ -58,9 +58,8 @@ def test_what_is_not_given_comes_from_the_preset() -> None:
     assert (config.image.width, config.image.layers, config.image_size) == (768, 12, 224)
     assert (config.text.width, config.text.layers) == (512, 6)
     assert config.head is None
-    assert config.with_head().head == TwoTowerConfig(preset="vit_b_32", head={}).head
-    assert TwoTowerConfig(head={"dim": 32}).head.hidden == TwoTowerConfig().with_head().head.hidden
-    assert config.with_bias().initial_logit_scale == 10.0
+    assert TwoTowerConfig(head={"dim": 32}).head.hidden == TwoTowerConfig(head={}).head.hidden
+    assert TwoTowerConfig(bias=True).initial_logit_scale == 10.0
 
 
 @pytest.mark.parametrize(
@@ -190,7 +189,7 @@ def test_towers_start_the_same_with_and_without_heads_and_leave_the_generator_al
     plain = build_two_tower(small_config(), word_tokenizer(), seed=5).state_dict()
     torch.randn(7)
     torch.set_rng_state(before)
-    headed = build_two_tower(small_config().with_head(), word_tokenizer(), seed=5).state_dict()
+    headed = build_two_tower(small_config(head={}), word_tokenizer(), seed=5).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, headed[name]) for name, value in plain.items())
     heads = {n.split(".", 1)[1]: v for n, v in headed.items() if n.startswith("text_head.")}
@@ -370,5 +369,8 @@ def test_models_that_can_not_be_a_tower_are_refused_in_one_sentence(
 
 
 def test_the_tokenizer_of_a_loaded_text_model_is_its_own(saved: dict[str, str]) -> None:
-    assert small_config(text={"path": saved["bert"]}).tokenizer == saved["bert"]
-    assert small_config().tokenizer is None
+    loaded = small_config(text={"path": saved["bert"]})
+    assert (loaded.tokenizer, loaded.vocabulary) == (None, None)
+    assert small_config().vocabulary == 4096
+    with pytest.raises(ValidationError, match="vocabulary is that of the tokenizer in"):
+        small_config(text={"path": saved["bert"]}, vocabulary=300)

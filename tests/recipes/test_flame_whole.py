@@ -27,7 +27,7 @@ from trainer.data.texts import TextSet, text_id
 from trainer.data.views import normalize as normalize_pixels
 from trainer.errors import ConfigError, DataError
 from trainer.evals.zero_shot import stored_prompts
-from trainer.export.transformers_folder import load_exported_patch_tower
+from trainer.export.native import load_exported_patch_tower
 from trainer.programs.workdir import evaluate_workdir, logged_results, open_workdir
 from trainer.run import refuse_text_evals
 from trainer.store import EmbeddingStore

@@ -214,6 +214,7 @@ def _run_config(case: StepCase) -> RunConfig:
 
 def _tokenizer(model: TwoTowerConfig) -> PreTrainedTokenizerFast:
     """Of the model's vocabulary, which decides how large the text tower's table is."""
+    assert model.vocabulary is not None
     tokenizer = train_tokenizer(["a"], vocab_size=259, length=model.text_length)
     tokenizer.add_tokens([f"word{n}" for n in range(model.vocabulary - len(tokenizer))])
     return tokenizer
@@ -225,6 +226,7 @@ def _batch(case: StepCase, comm: Comm) -> Batch:
     size = (case.global_batch, 3, model.image_size, model.image_size)
     images = torch.randn(size, generator=generator)
     shape = (case.global_batch, model.text_length)
+    assert model.vocabulary is not None
     tokens = torch.randint(3, model.vocabulary, shape, generator=generator)
     tokens[:, -1] = 1
     rows = slice(*comm.row_range(case.global_batch))

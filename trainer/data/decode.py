@@ -27,6 +27,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 """What Pillow raises on damaged files; an unknown format is an OSError too."""
 
+LONGEST = 64
+"""Sides of a view: of an image that is longer still, the whole is not resized for its centre."""
 _DRAFT_GAP = 2
 """A JPEG is decoded at a fraction of its size only where this many times the wanted pixels remain,
 so that the antialiased resampling still decides what the result looks like."""
@@ -81,9 +83,9 @@ def decode_image(
 ) -> UInt8[Tensor, "3 {size} {size}"]:
     """Decode, composite over `background` and resample a box of the image to a square.
 
-    `crop(width, height)` gives the box; without it, the largest centred square, which is the
-    shorter side resized to `size` and centre-cropped in one go. Bicubic, antialiased; pixels just
-    outside the box weigh in, as in an image that is resized before it is cropped.
+    `crop(width, height)` gives the box; without it, CLIP's centre crop (`centre_crop`), of every
+    pixel of the file. Bicubic, antialiased; pixels just outside the box weigh in, as in an image
+    that is resized before it is cropped.
     `kept` saves decoding again what it holds and never changes the result; its images have one
     `background`.
     BadSample for a format that is not allowed, more than `max_pixels` (known from the header,
@@ -94,18 +96,36 @@ def decode_image(
         if image is None:
             image, box = _decoded(data, size, background, max_pixels, crop, kept)
         else:
-            box = (crop or centre_square)(*image.size)
-        square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            box = crop(*image.size) if crop else None
+        square = (
+            centre_crop(image, size)
+            if box is None
+            else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        )
     except _DAMAGE as error:
         raise BadSample(f"damaged image of {len(data)} bytes: {_first_line(error)}") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
-def centre_square(width: int, height: int) -> Box:
-    """The largest centred square."""
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """CLIP's evaluation view, pixel for pixel as `transformers` computes it.
+
+    The shorter side is resized to `size`, the longer one to whole pixels (rounded down), and
+    `size` of them are cropped from a whole offset (rounded down).
+    """
+    width, height = image.size
+    longer = int(size * max(width, height) / min(width, height))
+    offset = (longer - size) // 2
+    if longer > LONGEST * size:  # the whole would not fit into memory: only the box is resized
+        scale = max(width, height) / longer
+        start, end = offset * scale, (offset + size) * scale
+        box = (start, 0.0, end, height) if width > height else (0.0, start, width, end)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if width > height:
+        whole = image.resize((longer, size), Image.Resampling.BICUBIC)
+        return whole.crop((offset, 0, offset + size, size))
+    whole = image.resize((size, longer), Image.Resampling.BICUBIC)
+    return whole.crop((0, offset, size, offset + size))
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -129,12 +149,13 @@ def _decoded(
     max_pixels: int,
     crop: Callable[[int, int], Box] | None,
     kept: DecodedImages | None,
-) -> tuple[Image.Image, Box]:
-    """The flattened image and the box in its pixels; kept where every crop would decode it so."""
+) -> tuple[Image.Image, Box | None]:
+    """The flattened image and the crop's box in its pixels; kept where every crop would decode it
+    so."""
     opened = _open(data, max_pixels)
-    box = (crop or centre_square)(*opened.size)
+    box = crop(*opened.size) if crop else None
     in_full = _draft_factor(opened, _whole(opened), size) == 1
-    decoded, box = _decode_box(opened, box, size)
+    decoded, box = (opened, None) if box is None else _decode_box(opened, box, size)
     image = _flatten(decoded, background)
     if kept is not None and in_full:
         kept.put(data, image)

@@ -10,29 +10,30 @@ _CLIP_USE = """\
 ```python
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoProcessor, CLIPModel
 
 folder = "."  # where this file is
 model = CLIPModel.from_pretrained(folder).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-processor = AutoImageProcessor.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
 
-tokens = tokenizer(
-    ["a red apple", "a cat"], padding=True, truncation=True, max_length={text_length},
-    return_token_type_ids=False, return_tensors="pt",
+batch = processor(
+    text=["a red apple", "a cat"], images=Image.open("picture.png").convert("RGB"),
+    padding=True, truncation=True, return_tensors="pt",
 )
-pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
-    print(model(**tokens, **pixels).logits_per_image.softmax(dim=-1))
+    logits = model(**batch).logits_per_image
+print({probabilities}
 ```
 """
+_SOFTMAX = "logits.softmax(dim=-1))  # of the texts, which one is the picture's"
+_SIGMOID = "torch.sigmoid(logits + model.config.logit_bias))  # of each pair, whether it matches"
 
 _TOWERS_USE = """\
 `CLIPModel` can't load it: {why_not_clip}. `image/` and `text/` hold the towers for
 `transformers.AutoModel`; pooling and projections are ours, so from a checkout of the trainer:
 
 ```python
-from trainer.export.transformers_folder import load_exported
+from trainer.export.native import load_exported
 
 model, tokenizer = load_exported(".")  # where this file is
 ```
@@ -66,7 +67,7 @@ transformers' CLIP classes can't load it: {why_not_clip}. `image/` holds the tow
 `transformers.AutoModel`; pooling and projection are ours, so from a checkout of the trainer:
 
 ```python
-from trainer.export.transformers_folder import load_exported_image_tower
+from trainer.export.native import load_exported_image_tower
 
 model = load_exported_image_tower(".")  # where this file is
 ```
@@ -99,7 +100,7 @@ with torch.inference_mode():
 What `tower` pools by itself is not trained. From a checkout of the trainer, the whole model:
 
 ```text
-from trainer.export.transformers_folder import load_exported_patch_tower
+from trainer.export.native import load_exported_patch_tower
 ```
 """
 
@@ -175,10 +176,19 @@ the configuration. The prototypes it was trained against are not part of it.
 
 
 def model_card(
-    config: TwoTowerConfig, *, why_not_clip: str = "", data_licence: str | None = None
+    config: TwoTowerConfig,
+    *,
+    scale: float,
+    bias: float | None,
+    why_not_clip: str = "",
+    data_licence: str | None = None,
 ) -> str:
-    """Markdown: what the model is, what it must be fed, how to load it, and under which terms."""
+    """Markdown: what the model is, what it must be fed, how to load it, and under which terms.
+
+    `scale` and `bias` make logits of cosines.
+    """
     use = _TOWERS_USE if why_not_clip else _CLIP_USE
+    probabilities = _SOFTMAX if bias is None else _SIGMOID
     return f"""\
 # Image and text encoder
 
@@ -188,15 +198,17 @@ match.
 - Image tower: {_tower(config.image)}
 - Text tower: {_tower(config.text)}; at most {config.text_length} tokens
 - Prototype heads: {_head(config)}
+- Logits: {_logits(scale, bias)}
 
 ## Input
 
 {_image_input(config)}
-- Texts: the tokenizer in this folder, which adds begin and end by itself.
+- Texts: the tokenizer in this folder, which adds begin and end by itself and, with
+  `truncation=True`, cuts at {config.text_length} tokens.
 
 ## Use
 
-{use.format(text_length=config.text_length, why_not_clip=why_not_clip)}
+{use.format(probabilities=probabilities, why_not_clip=why_not_clip)}
 `native/model.safetensors` has all weights under the trainer's own names, prototype heads included,
 and `native/model.json` the configuration.
 
@@ -206,13 +218,25 @@ and `native/model.json` the configuration.
 """
 
 
+def _logits(scale: float, bias: float | None) -> str:
+    if bias is None:
+        return f"{scale:.4f} times the cosine; softmax over the candidates"
+    return (
+        f"{scale:.4f} times the cosine, plus a bias of {bias:.4f} (trained with the sigmoid loss): "
+        "sigmoid of that is the probability that a pair matches. transformers' CLIP classes have "
+        "no bias and show softmax: add `config.logit_bias` yourself, or read `native/`"
+    )
+
+
 def _image_input(config: ModelConfig) -> str:
     mean, std = (", ".join(f"{value:.8f}" for value in row) for row in (IMAGE_MEAN, IMAGE_STD))
     size = config.image_size
     return f"""\
 - Images: {size} x {size} pixels, RGB. The shorter side is resized to
-  {size} (bicubic, antialiased), then the centre is cropped. Lay transparent images on
-  the background of the training run first (white by default): the processor drops transparency.
+  {size} (bicubic, antialiased), then the centre is cropped; `AutoImageProcessor` on Pillow gives
+  the very pixels of the training run's evaluation, of gray, palette and CMYK images too. What a
+  processor can't say: lay transparent images on the background of the training run first (white
+  by default), and divide 16-bit gray by 256.
 - Normalisation: pixels in [0, 1], minus ({mean}), divided by ({std})."""
 
 

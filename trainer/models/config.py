@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from trainer.config import Frozen, ModelPath, ModelSection, PositiveInt
+from trainer.config import Frozen, ModelPath, ModelSection, OnlyWith, PositiveInt
 
 Preset = Literal["tiny", "small", "vit_b_32", "vit_b_16", "vit_l_14"]
 Pooling = Literal["auto", "eos", "last", "mean", "cls"]
@@ -67,9 +67,9 @@ class HeadConfig(Frozen):
 
     layers: int = Field(default=1, ge=0)
     """Zero: a single Linear."""
-    hidden: PositiveInt = 2048
+    hidden: Annotated[PositiveInt, OnlyWith("layers")] = 2048
     dim: PositiveInt = 128
-    norm: Literal["batch", "layer", "none"] = "batch"
+    norm: Annotated[Literal["batch", "layer", "none"], OnlyWith("layers")] = "batch"
     """`batch` takes its statistics over the micro-batches of all ranks."""
 
 
@@ -79,11 +79,12 @@ class TwoTowerConfig(ModelSection):
     preset: Preset = "tiny"
     image: TowerConfig
     text: TowerConfig
-    patch_size: PositiveInt
+    patch_size: PositiveInt | None = None
+    """Pixels per side of a patch; that of the model at `image.path` where there is one."""
     text_length: PositiveInt
     """Tokens per caption, begin and end included."""
-    vocabulary: PositiveInt
-    """Size of the tokenizer that is trained on the corpus where `tokenizer` is None."""
+    vocabulary: PositiveInt | None = None
+    """Size of the tokenizer that is trained on the corpus; null where one is given."""
     tokenizer: ModelPath | None = None
     """A folder with a tokenizer; `text.path` where that is given and this is not."""
     head: HeadConfig | None = None
@@ -92,8 +93,8 @@ class TwoTowerConfig(ModelSection):
     """A learned bias of the logits (SigLIP)."""
     logit_scale_init: float | None = Field(default=None, gt=0)
     """Where None, 1 / 0.07, or 10 with a bias."""
-    logit_bias_init: float = -10.0
-    prototype_scale_init: float = Field(default=1 / 0.07, gt=0)
+    logit_bias_init: Annotated[float, OnlyWith("bias")] = -10.0
+    prototype_scale_init: Annotated[float, OnlyWith("head"), Field(gt=0)] = 1 / 0.07
     scale_max: float = Field(default=100.0, gt=1)
     """Scales are kept within [1, scale_max]."""
 
@@ -104,27 +105,25 @@ class TwoTowerConfig(ModelSection):
     def initial_logit_scale(self) -> float:
         return self.logit_scale_init or (10.0 if self.bias else 1 / 0.07)
 
-    def with_head(self) -> TwoTowerConfig:
-        """The same model with prototype heads: the given ones, else the preset's."""
-        return self if self.head else self._changed(head={})
-
-    def with_bias(self) -> TwoTowerConfig:
-        """The same model with a logit bias."""
-        return self if self.bias else self._changed(bias=True)
-
-    def _changed(self, **values: Any) -> TwoTowerConfig:
-        return TwoTowerConfig.model_validate({**self.model_dump(), **values})
-
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         filled = _filled(values, towers=("image", "text"))
-        text = filled.get("text")
-        if filled.get("tokenizer") is None and isinstance(text, dict):
-            filled["tokenizer"] = text.get("path")
+        text = filled["text"]
+        if values.get("tokenizer") or (isinstance(text, dict) and text.get("path")):
+            filled["vocabulary"] = values.get("vocabulary")
         return filled
+
+    @model_validator(mode="after")
+    def _one_source_of_words(self) -> TwoTowerConfig:
+        given = self.tokenizer or self.text.path
+        if given and self.vocabulary is not None:
+            raise ValueError(f"vocabulary is that of the tokenizer in {given}; drop it")
+        if not given and self.vocabulary is None:
+            raise ValueError("vocabulary is null, and no tokenizer is given that has one")
+        return self
 
     @model_validator(mode="after")
     def _whole_patches(self) -> TwoTowerConfig:
@@ -137,18 +136,13 @@ class ImageTowerConfig(ModelSection):
 
     preset: Preset = "tiny"
     image: TowerConfig
-    patch_size: PositiveInt
+    patch_size: PositiveInt | None = None
+    """Pixels per side of a patch; that of the model at `image.path` where there is one."""
     head: HeadConfig | None = None
     """A projection head whose output stands beside the embedding; none where None."""
 
     def __init__(self, **values: Any) -> None:  # the validator below fills the fields in
         super().__init__(**values)
-
-    def with_head(self) -> ImageTowerConfig:
-        """The same model with a projection head: the given one, else the preset's."""
-        if self.head:
-            return self
-        return ImageTowerConfig.model_validate({**self.model_dump(), "head": {}})
 
     @model_validator(mode="before")
     @classmethod
@@ -178,8 +172,36 @@ def _filled(values: dict[str, Any], *, towers: tuple[str, ...]) -> dict[str, Any
         section = _given(values.get(name, {} if name != "head" else None))
         if isinstance(section, dict):
             section = section if section.get("path") else {**preset[name], **section}
+            if name == "head" and section.get("layers") == 0 and "hidden" not in values[name]:
+                section.pop("hidden", None)
         filled[name] = section
+    if isinstance(filled["image"], dict) and filled["image"].get("path"):
+        filled["patch_size"] = values.get("patch_size")
     return filled
+
+
+def _settled(value: Any, info: Any, *, key: str, on: Any) -> Any:
+    values = _given(value)
+    if not isinstance(values, dict):
+        return value
+    if key in values and values[key] is False:
+        recipe = info.data.get("name", "this recipe")
+        raise ValueError(f"{recipe} trains with a {key}; drop `{key}: false`")
+    return {**values, key: values.get(key) or on}
+
+
+def _with_head(value: Any, info: Any) -> Any:
+    return _settled(value, info, key="head", on={})
+
+
+def _with_bias(value: Any, info: Any) -> Any:
+    return _settled(value, info, key="bias", on=True)
+
+
+HeadedTwoTower = Annotated[TwoTowerConfig, BeforeValidator(_with_head)]
+"""Of a recipe that needs prototype heads: the given ones, else the preset's."""
+SigmoidTwoTower = Annotated[TwoTowerConfig, BeforeValidator(_with_bias)]
+"""Of a recipe that needs the logits' bias."""
 
 
 def _unknown_preset(name: Any) -> ValidationError:
@@ -194,7 +216,11 @@ def _unknown_preset(name: Any) -> ValidationError:
 
 
 def _check_patches(config: ModelConfig) -> None:
-    if config.image.path is None and config.image_size % config.patch_size:
+    if config.image.path is not None:
+        return
+    if config.patch_size is None:
+        raise ValueError("patch_size is null, and there is no model at image.path to have one")
+    if config.image_size % config.patch_size:
         lower = config.image_size // config.patch_size * config.patch_size
         raise ValueError(
             f"image_size {config.image_size} is not divisible by patch_size {config.patch_size}; "

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
+from trainer.errors import ConfigError
 from trainer.hashing import key_of
 from trainer.models.config import HeadConfig, ModelConfig, TowerConfig, TwoTowerConfig
 from trainer.models.head import ProjectionHead
@@ -87,7 +88,7 @@ class TwoTower(Model):
 
 def build_two_tower(
     config: TwoTowerConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     comm: Comm | None = None,
     *,
     seed: int = 0,
@@ -95,8 +96,11 @@ def build_two_tower(
     """The model of `config`, initialised on the CPU; equal on all ranks.
 
     Every part draws from a generator of its own, keyed by the seed and the part's name, so the
-    towers start from the same weights whether there are heads or not.
+    towers start from the same weights whether there are heads or not. ConfigError without a
+    tokenizer.
     """
+    if tokenizer is None:
+        raise ConfigError("a model with a text tower needs a tokenizer")
     with seeded(seed, "image"):
         image = image_tower(config)
     with seeded(seed, "text"):

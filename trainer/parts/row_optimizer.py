@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 
-from trainer.config import Frozen
+from trainer.config import Frozen, OnlyWhere
 
 Places = Int64[Tensor, " touched"] | None
 """Where rows stand in a table; None is all of them, in order."""
@@ -29,9 +29,9 @@ class RowOptimizerConfig(Frozen):
     weight_decay: NonNegativeFloat = 0.05
     """As in torch.optim: beside the gradient in AdamW, added to it in SGD. An untouched row's
     decay is made up for when it is touched again."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    epsilon: float = Field(default=1e-8, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    betas: Annotated[tuple[float, float], OnlyWhere("optimizer", "adamw")] = (0.9, 0.98)
+    epsilon: Annotated[float, OnlyWhere("optimizer", "adamw"), Field(gt=0)] = 1e-8
+    momentum: Annotated[float, OnlyWhere("optimizer", "sgd"), Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
     dense: bool = False
     """Move all rows in every step, with a gradient of zero where there is none: torch.optim."""

@@ -129,7 +129,7 @@ def _trained_tower(spec: TeacherSpec, comm: Comm) -> ImageTeacher:
     trained = open_workdir(Path(spec.model), comm)
     tower: Any = trained.model.image
     pixels = Pixels(
-        size=trained.model.config.image_size,
+        size=trained.run.recipe.model.image_size,
         mean=IMAGE_MEAN,
         deviation=IMAGE_STD,
         background=trained.run.data.background,

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
+from trainer.checkpoint.run_state import frozen_digest
 from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.evals import evaluate_all
-from trainer.export.transformers_folder import Rebuilt, rebuild_model
+from trainer.export.native import load_trained
 from trainer.models.model import Model
-from trainer.recipe import Encode
+from trainer.recipe import Encode, build_model
 from trainer.run import eval_context, tokenizer_of
 from trainer.types import Batch, Features
 
@@ -30,22 +31,62 @@ class Trained(NamedTuple):
     """A run's newest checkpoint, ready to be used. Whole on every rank."""
 
     run: RunConfig
-    model: Rebuilt
+    model: Model
     tokenizer: PreTrainedTokenizerFast | None
     """None where the model reads no text."""
     restored: Restored
 
 
-def open_workdir(workdir: Path, comm: Comm) -> Trained:
-    """Rebuild the model of the newest good checkpoint, in evaluation mode."""
+def open_workdir(workdir: Path, comm: Comm, overrides: Sequence[str] = ()) -> Trained:
+    """Rebuild the model of the newest good checkpoint, in evaluation mode.
+
+    `overrides` are dotted `key=value`, for folders that have moved since. CheckpointError where
+    the frozen weights, which no checkpoint holds, are not those that the run was trained with.
+    """
     restored = Checkpointer(workdir / "checkpoints", comm).latest()
     if restored is None:
         raise CheckpointError(f"{workdir}/checkpoints holds no checkpoint; train first")
     source = f"{restored.folder}/run.yaml"
-    run = parse_run(restored.texts["run.yaml"], [f"workdir={workdir}"], source=source)
-    tokenizer = tokenizer_of(run, comm)
-    model = rebuild_model(run, dict(restored.tensors("weights")), tokenizer)
-    return Trained(run, model.to(comm.device), tokenizer, restored)
+    places = [f"workdir={workdir}", *overrides]
+    run = parse_run(restored.texts["run.yaml"], places, source=source)
+    try:
+        tokenizer = tokenizer_of(run, comm)
+        model = build_model(run.recipe, tokenizer, comm, seed=run.seed)
+    except ConfigError as error:
+        raise _told_of_moved_folders(error, run) from error
+    if restored.state["frozen_weights"] != frozen_digest(model):
+        raise CheckpointError(
+            f"the frozen weights in {' and '.join(_folders(run).values()) or 'the model'} are not "
+            f"those that {workdir} was trained with; restore the model they came from, and give "
+            "its place if that is another one"
+        )
+    load_trained(model, dict(restored.tensors("weights")))
+    return Trained(run, model.to(comm.device).eval(), tokenizer, restored)
+
+
+def _folders(run: RunConfig) -> dict[str, str]:
+    """What the model of a run is loaded from, by key."""
+    model: Any = run.recipe.model
+    found = {
+        "recipe.model.tokenizer": getattr(model, "tokenizer", None),
+        **{
+            f"recipe.model.{tower}.path": getattr(getattr(model, tower, None), "path", None)
+            for tower in ("image", "text")
+        },
+    }
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def _told_of_moved_folders(error: ConfigError, run: RunConfig) -> ConfigError | CheckpointError:
+    """The error itself, or that a folder is not where the run found it."""
+    gone = {key: path for key, path in _folders(run).items() if not Path(path).exists()}
+    if not gone:
+        return error
+    key, path = next(iter(gone.items()))
+    return CheckpointError(
+        f"{key} of the run is {path}, which is not there (now in {Path.cwd()}); if it has moved, "
+        f"add its place to the command: {key}=FOLDER"
+    )
 
 
 def encoder(model: Model) -> Encode:
@@ -57,9 +98,11 @@ def encoder(model: Model) -> Encode:
     return encode
 
 
-def evaluate_workdir(workdir: Path, comm: Comm) -> dict[str, dict[str, float]]:
+def evaluate_workdir(
+    workdir: Path, comm: Comm, overrides: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
     """The run's evaluations on its newest weights, spread over the ranks."""
-    trained = open_workdir(workdir, comm)
+    trained = open_workdir(workdir, comm, overrides)
     context = eval_context(trained.run, comm, trained.tokenizer)
     return evaluate_all(trained.run.evals, encoder(trained.model), context)
 

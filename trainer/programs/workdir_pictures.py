@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +36,9 @@ class Written(NamedTuple):
     retrieval: Path | None
 
 
-def inspect_workdir(workdir: Path) -> Written:
+def inspect_workdir(workdir: Path, overrides: Sequence[str] = ()) -> Written:
     """Write PNGs, an HTML page and TensorBoard images into the workdir."""
-    trained = open_workdir(workdir, Comm.solo())
+    trained = open_workdir(workdir, Comm.solo(), overrides)
     run, step = trained.run, trained.restored.step
     board = TensorBoard(workdir / "tensorboard", first_step=step)
     folder = workdir / "pictures"

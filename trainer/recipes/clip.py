@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from transformers import PreTrainedTokenizerFast
+
+from trainer.comm import Comm
 from trainer.config import RecipeConfig
 from trainer.losses.contrastive import info_nce
-from trainer.models.two_tower import TwoTowerConfig, build_two_tower
+from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.parts.distillation import DistillConfig, TeacherPair, distillation, teacher_part
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
@@ -26,11 +29,20 @@ class Config(RecipeConfig):
         return None if self.distill is None else self.distill.join()
 
 
+def build_model(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast | None,
+    comm: Comm | None = None,
+    *,
+    seed: int = 0,
+) -> TwoTower:
+    return build_two_tower(config.model, tokenizer, comm, seed=seed)
+
+
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm, self.distill = context.comm, config.distill
-        model = config.model.model_copy(update={"bias": False, "head": None})
-        self.model = build_two_tower(model, context.tokenizer, context.comm, seed=context.seed)
+        self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
         self.parts: Mapping[str, Part] = (
             {}
             if config.distill is None

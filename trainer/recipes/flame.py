@@ -13,20 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float32, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerFast
 
-from trainer.config import LocalPath, PositiveInt, RecipeConfig
+from trainer.comm import Comm
+from trainer.config import LocalPath, OnlyWhere, PositiveInt, RecipeConfig
 from trainer.errors import ConfigError
 from trainer.hashing import hash_bits, key_of
 from trainer.losses.multi_positive import multi_positive_nce, multi_positive_sigmoid
 from trainer.models.config import ImageTowerConfig
-from trainer.models.patch_tower import build_patch_tower
+from trainer.models.patch_tower import PatchTower, build_patch_tower
 from trainer.parts.teacher_digests import TeacherDigests, store_digest
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.store import EmbeddingStore
@@ -70,7 +72,7 @@ class Config(RecipeConfig):
     """Hidden width of the head; that of the vectors, but at least 4096, where None."""
     logit_scale_init: float | None = Field(default=None, gt=0)
     """Where None, 10 for mp_sigmoid and 1 / 0.07 for mp_nce."""
-    logit_bias_init: float = -10.0
+    logit_bias_init: Annotated[float, OnlyWhere("loss", "mp_sigmoid")] = -10.0
     """Of mp_sigmoid."""
     scale_max: float = Field(default=100.0, gt=1)
     """The scale is kept within [1, scale_max]."""
@@ -86,19 +88,29 @@ class Config(RecipeConfig):
         return self.logit_scale_init or (10.0 if self.loss == "mp_sigmoid" else 1 / 0.07)
 
 
+def build_model(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast | None,
+    comm: Comm | None = None,
+    *,
+    seed: int = 0,
+) -> PatchTower:
+    return build_patch_tower(
+        config.model,
+        hidden=config.head_hidden,
+        logit_scale=config.initial_logit_scale,
+        scale_max=config.scale_max,
+        logit_bias=config.logit_bias_init if config.loss == "mp_sigmoid" else None,
+        seed=seed,
+    )
+
+
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.comm = config, context.comm
         store = EmbeddingStore.open(config.store)
         _check(config, store)
-        self.model = build_patch_tower(
-            config.model,
-            hidden=config.head_hidden,
-            logit_scale=config.initial_logit_scale,
-            scale_max=config.scale_max,
-            logit_bias=config.logit_bias_init if config.loss == "mp_sigmoid" else None,
-            seed=context.seed,
-        )
+        self.model = build_model(config, context.text_tokenizer, context.comm, seed=context.seed)
         digests = {"texts": store_digest(store)}
         self.parts: Mapping[str, Part] = {"store": TeacherDigests(digests, context.comm)}
 

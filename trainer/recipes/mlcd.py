@@ -14,13 +14,15 @@ so the loss stays large while the features get better; both are logged apart.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from trainer.config import LocalPath, PositiveInt, RecipeConfig
+from trainer.comm import Comm
+from trainer.config import LocalPath, OnlyWhere, PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
 from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
@@ -32,7 +34,7 @@ from trainer.losses.learned_prototypes import ActiveRows, negative_figures, prot
 from trainer.losses.margin import Margin, MarginKind, coordinate_subset
 from trainer.losses.multilabel import LossKind, MultilabelLoss, multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
-from trainer.models.image_tower import ImageTowerConfig, build_image_tower
+from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
@@ -47,6 +49,7 @@ class Config(RecipeConfig):
 
     name: Literal["mlcd"] = "mlcd"
     model: ImageTowerConfig = ImageTowerConfig()
+    reads = frozenset({"head"})
     labels: LocalPath | None = None
     """Folder of cluster labels by sample id, the nearest first."""
     classes: tuple[str, ...] = ()
@@ -67,7 +70,7 @@ class Config(RecipeConfig):
     """The inter-class filter: negatives of a higher cosine count as a logit of zero."""
     features_kept: PositiveInt | None = None
     """Coordinates that a step compares, drawn anew for each; all where None."""
-    drop_unlabelled: bool = False
+    drop_unlabelled: Annotated[bool, OnlyWhere("loss", "mlcd")] = False
     """Leave samples without a label out of `mlcd`'s negative term too."""
     kernel_sizes: KernelSizes = "fixed"
     """Of the programs on a GPU: `fixed` gives every run the same bits; `timed` tries a few in the
@@ -96,11 +99,21 @@ class Config(RecipeConfig):
         return self.model.head.dim if self.model.head else self.model.embed_dim
 
 
+def build_model(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast | None,
+    comm: Comm | None = None,
+    *,
+    seed: int = 0,
+) -> ImageTower:
+    return build_image_tower(config.model, comm, seed=seed)
+
+
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context
         self.labels = _labels(config, context)
-        self.model = build_image_tower(config.model, context.comm, seed=context.seed)
+        self.model = build_model(config, context.text_tokenizer, context.comm, seed=context.seed)
         self.head = PrototypeHead(
             config.head,
             num_prototypes=config.num_prototypes or self.labels.num_clusters,

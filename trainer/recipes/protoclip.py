@@ -20,12 +20,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, kmeans
 from trainer.cluster.progress import Interruptible
 from trainer.cluster.quality import normalized_mutual_information
 from trainer.cluster.report import agreement, unknown_rate
 from trainer.cluster.translate import group_means
+from trainer.comm import Comm
 from trainer.config import PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
 from trainer.data.labels import ClusterLabels
@@ -39,7 +41,8 @@ from trainer.losses.constant_prototypes import (
     unit_rows,
 )
 from trainer.losses.contrastive import info_nce
-from trainer.models.two_tower import TwoTowerConfig, build_two_tower
+from trainer.models.config import HeadedTwoTower
+from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.parts.episode import EpisodeTables
 from trainer.parts.teacher import TeacherConfig, load_teachers
 from trainer.parts.teacher_digests import TeacherDigests
@@ -54,7 +57,8 @@ class Config(RecipeConfig):
     """Defaults are the recipe of the paper's 8-GPU run; K is a tenth of an episode."""
 
     name: Literal["protoclip"] = "protoclip"
-    model: TwoTowerConfig = TwoTowerConfig()
+    model: HeadedTwoTower = Field(default=TwoTowerConfig(), validate_default=True)
+    reads = frozenset({"head"})
     episode_samples: PositiveInt = 200_000
     """Samples between two clusterings, over all ranks; rounded up to whole global batches."""
     clusters: PositiveInt = 20_000
@@ -96,12 +100,20 @@ class Extracted(NamedTuple):
     text: Tensor
 
 
+def build_model(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast | None,
+    comm: Comm | None = None,
+    *,
+    seed: int = 0,
+) -> TwoTower:
+    return build_two_tower(config.model, tokenizer, comm, seed=seed)
+
+
 class Recipe:
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context, self.comm = config, context, context.comm
-        self.model = build_two_tower(
-            config.model.with_head(), context.tokenizer, context.comm, seed=context.seed
-        )
+        self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
         self.episode = EpisodeTables(context.comm)
         self.parts: dict[str, Part] = {"episode": self.episode}
         batch = context.global_batch

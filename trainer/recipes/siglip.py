@@ -5,23 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from pydantic import Field
+from transformers import PreTrainedTokenizerFast
+
+from trainer.comm import Comm
 from trainer.config import RecipeConfig
 from trainer.losses.sigmoid import sigmoid_loss
-from trainer.models.two_tower import TwoTowerConfig, build_two_tower
+from trainer.models.config import SigmoidTwoTower
+from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
 class Config(RecipeConfig):
     name: Literal["siglip"] = "siglip"
-    model: TwoTowerConfig = TwoTowerConfig()
+    model: SigmoidTwoTower = Field(default=TwoTowerConfig(), validate_default=True)
+    reads = frozenset({"bias"})
+
+
+def build_model(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast | None,
+    comm: Comm | None = None,
+    *,
+    seed: int = 0,
+) -> TwoTower:
+    return build_two_tower(config.model, tokenizer, comm, seed=seed)
 
 
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm = context.comm
-        model = config.model.model_copy(update={"head": None}).with_bias()
-        self.model = build_two_tower(model, context.tokenizer, context.comm, seed=context.seed)
+        self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
         self.parts: Mapping[str, Part] = {}
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:

@@ -1,0 +1,54 @@
+"""What feeds an exported model: its tokenizer and image processor, as the trainer feeds it.
+
+folder/                tokenizer.json and tokenizer_config.json (if there is a text tower),
+                       processor_config.json, preprocessor_config.json
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from trainer.data.tokenize import save_tokenizer
+from trainer.data.views import IMAGE_MEAN, IMAGE_STD
+
+
+def image_processor(size: int) -> CLIPImageProcessorPil:
+    """The pixels of an evaluation: `trainer.data.decode.centre_crop`, then mean and deviation."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+
+
+def save_inputs(
+    folder: Path, *, image_size: int, tokenizer: PreTrainedTokenizerFast | None, text_length: int
+) -> None:
+    """Write both so that `AutoProcessor`, `AutoTokenizer`, `AutoImageProcessor` and the pipelines
+    need no further arguments: texts are cut at `text_length`, special tokens written in a text are
+    text, and nothing is returned that the model was not trained on."""
+    pixels = image_processor(image_size)
+    if tokenizer is not None:
+        words = copy.deepcopy(tokenizer)
+        words.model_max_length = text_length
+        words.padding_side = "right"
+        CLIPProcessor(pixels, words).save_pretrained(folder)
+        save_tokenizer(words, folder)
+        _say_as_trained(folder / "tokenizer_config.json")
+    pixels.save_pretrained(folder)
+
+
+def _say_as_trained(path: Path) -> None:
+    settings: dict[str, Any] = json.loads(path.read_text())
+    settings |= {
+        "model_input_names": ["input_ids", "attention_mask"],
+        "split_special_tokens": True,
+    }
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

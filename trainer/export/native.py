@@ -1,0 +1,157 @@
+"""An exported folder's own form: every weight by our names, and what the model is built from.
+
+folder/native/         model.safetensors, prototype heads included; model.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trainer.config import Frozen, PositiveInt
+from trainer.data.tokenize import load_tokenizer
+from trainer.errors import CheckpointError
+from trainer.models.config import ImageTowerConfig, ModelConfig, TowerConfig, TwoTowerConfig
+from trainer.models.image_tower import ImageTower, build_image_tower
+from trainer.models.model import Model
+from trainer.models.patch_tower import PatchTower, build_patch_tower
+from trainer.models.two_tower import TwoTower, build_two_tower
+from trainer.store import Identity
+
+Exportable = TwoTower | ImageTower | PatchTower
+Section = TypeVar("Section", TwoTowerConfig, ImageTowerConfig)
+Form = TypeVar("Form", bound=Frozen)
+
+NATIVE = Path("native")
+OURS = (
+    *("image.", "text.", "image_head.", "text_head."),
+    *("logit_scale.", "logit_bias.", "prototype_scale."),
+)
+"""Beginnings of the names that a model is built with; what else trained beside it stays behind."""
+
+
+class PatchForm(Frozen):
+    """native/model.json of a model whose patches are compared with stored texts."""
+
+    model: ImageTowerConfig
+    hidden: PositiveInt
+    """Width of the head between its two layers."""
+    logit_scale: float
+    """At the start of training; the weights hold the distance from it."""
+    scale_max: float
+    logit_bias: float | None
+    """At the start of training."""
+    texts: Identity | None
+    """The vectors that it was trained against."""
+
+
+def load_exported(folder: Path | str) -> tuple[TwoTower, PreTrainedTokenizerFast]:
+    """The model and tokenizer of an exported folder, prototype heads included."""
+    folder = Path(folder)
+    values, weights = _native(folder, TwoTowerConfig)
+    if not any(name.startswith("text.") for name in weights):
+        raise CheckpointError(f"{folder} is no exported model with texts; it has no text tower")
+    tokenizer = load_tokenizer(str(folder))
+    model = build_two_tower(_with_paths_in(folder, values), tokenizer)
+    load_trained(model, weights)
+    return model.eval(), tokenizer
+
+
+def load_exported_image_tower(folder: Path | str) -> ImageTower:
+    """The image tower of a folder that was exported from a model without a text tower."""
+    folder = Path(folder)
+    values, weights = _native(folder, ImageTowerConfig)
+    model = build_image_tower(_with_paths_in(folder, values))
+    load_trained(model, weights)
+    return model.eval()
+
+
+def load_exported_patch_tower(folder: Path | str) -> PatchTower:
+    """The model of a folder that was exported from a run against stored texts."""
+    folder = Path(folder)
+    form, weights = _native(folder, PatchForm)
+    model = build_patch_tower(
+        _with_paths_in(folder, form.model),
+        hidden=form.hidden,
+        logit_scale=form.logit_scale,
+        scale_max=form.scale_max,
+        logit_bias=form.logit_bias,
+    )
+    load_trained(model, weights)
+    return model.eval()
+
+
+def load_trained(model: Model, weights: Mapping[str, Tensor]) -> None:
+    """Load weights by name; only frozen ones, which the model has from its files, may be absent."""
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    expected = set(model.state_dict())
+    known = expected | {name for name, _ in model.named_buffers()}  # tables that no state holds
+    if wrong := sorted((expected - frozen - weights.keys()) | (weights.keys() - known)):
+        raise CheckpointError(
+            f"{len(wrong)} tensors stand on one side only, as {wrong[0]}; "
+            "the weights are of another model"
+        )
+    try:
+        model.load_state_dict(dict(weights), strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"the weights are of another model: {reason}") from error
+
+
+def _native(folder: Path, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
+    try:
+        values = kind.model_validate_json((folder / NATIVE / "model.json").read_text())
+        return values, load_file(folder / NATIVE / "model.safetensors")
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder} is no exported model: {reason}") from error
+
+
+def _sections(config: ModelConfig) -> dict[str, TowerConfig]:
+    """The towers of a model by name."""
+    towers = {"image": config.image}
+    return towers | ({"text": config.text} if isinstance(config, TwoTowerConfig) else {})
+
+
+def save_native(model: Exportable, folder: Path, form: Frozen) -> None:
+    """All weights but those of loaded and frozen backbones, which stand in their own folders;
+    `form` is what the model is built from again."""
+    (folder / NATIVE).mkdir(exist_ok=True)
+    elsewhere = tuple(
+        f"{name}.backbone."
+        for name, section in _sections(model.config).items()
+        if section.path is not None and not section.trained
+    )
+    weights = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+        if name.startswith(OURS) and not name.startswith(elsewhere)
+    }
+    save_file(weights, folder / NATIVE / "model.safetensors", metadata={"format": "pt"})
+    (folder / NATIVE / "model.json").write_text(form.model_dump_json(indent=2) + "\n")
+
+
+def with_exported_paths(config: ModelConfig, *, is_clip: bool) -> ModelConfig:
+    """Towers that were loaded from somewhere are found in the exported folder from now on."""
+    changes: dict[str, Any] = {}
+    if isinstance(config, TwoTowerConfig):
+        changes = {"tokenizer": ".", "vocabulary": None}
+    for name, section in _sections(config).items():
+        if section.path is not None:
+            changes[name] = section.model_copy(update={"path": "." if is_clip else name})
+    return config.model_copy(update=changes)
+
+
+def _with_paths_in(folder: Path, config: Section) -> Section:
+    is_pair = isinstance(config, TwoTowerConfig)
+    changes: dict[str, Any] = {"tokenizer": str(folder)} if is_pair else {}
+    for name, section in _sections(config).items():
+        if section.path is not None:
+            changes[name] = section.model_copy(update={"path": str(folder / section.path)})
+    return config.model_copy(update=changes)
