@@ -29,6 +29,7 @@ from trainer.data.stream import Stream
 from trainer.engine.accumulate import accumulate
 from trainer.engine.schedule import warmup_cosine
 from trainer.engine.zero import Engine, persistent_buffers
+from trainer.engine.zero_file import Decided, completed
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
 from trainer.evals import evaluate_each
 from trainer.evals.check import check_evaluations
@@ -143,9 +144,11 @@ def _built(
     check: Check,
 ) -> Run:
     """Everything that a run needs, as it was at the checkpoint; mistakes are told on the way."""
-    micro_batch, _ = micro_batches(
+    micro_batch, accumulation = micro_batches(
         global_batch=config.global_batch, micro_batch=config.micro_batch, world_size=comm.world_size
     )
+    decided = Decided(micro_batch, accumulation, config.optim)
+    agreed(comm, lambda: completed(config.deepspeed, comm, decided))
     agreed(comm, lambda: refuse_text_evals(config))
     check_evaluations(config.evals, comm, dim=config.recipe.model.embed_dim)
     tokenizer = tokenizer_of(config, comm)
@@ -163,6 +166,7 @@ def _built(
         comm,
         deepspeed_config=config.deepspeed,
         micro_batch=micro_batch,
+        accumulation=accumulation,
     )
     start = Place(Progress())
     if restored:
@@ -177,7 +181,7 @@ def _built(
         epoch_size=stream.epoch_size,
     )
     log.resume(start.progress, phase_begun=start.phase_begun)
-    log.say(describe(config, parameters, stream, world_size=comm.world_size))
+    log.say(describe(config, parameters, stream, world_size=comm.world_size, stage=engine.stage))
     if restored:
         log.say(f"going on from step {restored.step} in {restored.folder}")
     return Run(

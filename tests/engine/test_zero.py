@@ -224,7 +224,7 @@ def test_bfloat16_takes_steps_at_every_stage():
 
 def train_in_bfloat16(comm: Comm) -> dict[str, tuple[dict, dict]]:
     results = {}
-    for stage in ("zero1", "zero2", "zero3"):
+    for stage in ("zero0", "zero1", "zero2", "zero3"):
         engine = new_engine(comm, stage, bf16=True)
         run_steps(engine, comm, range(3), 1)
         weights, moments = engine.weights_share(), engine.moments_share()

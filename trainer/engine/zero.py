@@ -14,22 +14,15 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-    set_z3_leaf_module,
-)
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.comm import Comm
 from trainer.config import OptimConfig
 from trainer.engine.groups import parameter_groups, set_learning_rate
-from trainer.engine.zero_file import completed, for_frozen
+from trainer.engine.masters import Masters
+from trainer.engine.zero_file import Decided, completed, for_frozen
 from trainer.errors import CheckpointError
 from trainer.models.model import Model
 from trainer.types import Batch, Features, TowerName
@@ -61,26 +54,28 @@ class Engine:
         *,
         deepspeed_config: Path,
         micro_batch: int,
+        accumulation: int = 1,
     ) -> None:
         self.comm = comm
-        self._config = completed(deepspeed_config, comm, optim, micro_batch)
-        self._stage = int(self._config["zero_optimization"]["stage"])
+        self._config = completed(deepspeed_config, comm, Decided(micro_batch, accumulation, optim))
+        self.stage = int(self._config["zero_optimization"]["stage"])
         bf16 = bool(self._config.get("bf16", {}).get("enabled"))
         if bf16 and comm.device.type == "cpu":
             # The CPU's fused attention takes five times the plain products' time backward in bf16.
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        if clips_itself := self._stage == 0 and not bf16:
+        if clips_itself := self.stage == 0 and not bf16:
             # DeepSpeed clips here too, but doesn't say what the norm was.
             self._config["gradient_clipping"] = 0.0
         self._optimizer = _adamw(model, optim, self._config)
-        if self._stage == 3:
+        if self.stage == 3:
             # A block is gathered whole: one collective instead of one per Linear, and a fifth less
             # time spent in hooks. What is live at a time is a block, as with checkpointing.
             _gather_whole_blocks(model)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )
+        self._masters = Masters(self._engine, self._optimizer, comm, self.stage)
         self.gradient_norm: float | Tensor = 0.0
         """Global norm before clipping, of the last step; NaN if it was not finite."""
         if clips_itself:
@@ -111,7 +106,7 @@ class Engine:
         finite.
         """
         set_learning_rate(self._optimizer.param_groups, learning_rate_factor, locked)
-        if self._stage == 0 and self.comm.any(not _all_finite(self._engine.module)):
+        if self.stage == 0 and self.comm.any(not _all_finite(self._engine.module)):
             self._engine.module.zero_grad()
             self.gradient_norm = float("nan")
             return False
@@ -155,7 +150,7 @@ class Engine:
         """All weights and buffers, frozen ones too, in float32 on the CPU; empty off rank 0."""
         weights: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                 full = parameter.detach().float()
             full = self._weight(parameter) if parameter.requires_grad else full
             if self.comm.is_main:
@@ -174,9 +169,10 @@ class Engine:
         self._step_on_nothing(batch)
         self._link_moments()
         for name, parameter in self._trained():
-            self._set_weight(parameter, weights[name])
+            self._masters.write(parameter, weights[name])
             for key in MOMENTS:
-                self._set_moment(parameter, key, moments[f"{key}/{name}"])
+                self._masters.write(parameter, moments[f"{key}/{name}"], key)
+        self._masters.refresh()
         for name, buffer in persistent_buffers(self.module).items():
             buffer.copy_(weights[name])
         for state in self._optimizer.state.values():
@@ -215,29 +211,10 @@ class Engine:
         return {n: b.detach().cpu().clone() for n, b in persistent_buffers(self.module).items()}
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
-        full = safe_get_full_fp32_param(parameter)
-        value: Tensor = parameter if full is None else full
-        return value.detach().float()
+        return self._masters.whole(parameter, self._masters.piece(parameter))
 
     def _moment(self, key: str, parameter: nn.Parameter) -> Tensor:
-        full = safe_get_full_optimizer_state(parameter, key)
-        value: Tensor = self._optimizer.state[parameter][key] if full is None else full
-        return value
-
-    def _set_weight(self, parameter: Any, value: Tensor) -> None:
-        if self._stage == 3:
-            safe_set_local_fp32_param(parameter, self._local(parameter, value))
-            parameter.ds_tensor.data.copy_(self._local(parameter, value))
-        elif hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, value)
-
-    def _set_moment(self, parameter: Any, key: str, value: Tensor) -> None:
-        if self._stage == 3:
-            safe_set_local_optimizer_state(parameter, self._local(parameter, value), key)
-        elif hasattr(parameter, "_hp_mapping"):
-            safe_set_full_optimizer_state(parameter, value, key)
-        else:
-            self._optimizer.state[parameter][key].copy_(value)
+        return self._masters.whole(parameter, self._masters.piece(parameter, key))
 
     def _link_moments(self) -> None:
         """Let DeepSpeed's ZeRO-1 and 2 find the moments of every parameter group.
@@ -245,16 +222,9 @@ class Engine:
         0.19.8 links them once, after the first group of the first step, when the other groups
         have none yet; linking again finds them all.
         """
-        if self._stage in (1, 2):
+        if self.stage in (1, 2):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _local(self, parameter: Any, value: Tensor) -> Tensor:
-        """This rank's slice of a ZeRO-3 parameter's value, padded as DeepSpeed pads it."""
-        size: int = parameter.ds_tensor.numel()
-        flat = value.flatten()
-        padded = torch.nn.functional.pad(flat, (0, size * self.comm.world_size - flat.numel()))
-        return padded[self.comm.rank * size : (self.comm.rank + 1) * size]
 
     def _step_on_nothing(self, batch: Batch) -> None:
         said = self(batch).tensors().values()
@@ -315,7 +285,8 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 def _adamw(model: Model, optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     groups = parameter_groups(named, optim, model.parameter_depth)
-    offloaded = "offload_optimizer" in config["zero_optimization"]
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    offloaded = offload.get("device", "none") != "none"
     on_gpu = torch.cuda.is_available()
     if offloaded and on_gpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 from trainer.config import RunConfig
 from trainer.data.stream import Stream
 
 
 def describe(
-    config: RunConfig, parameters: dict[str, int], stream: Stream, *, world_size: int
+    config: RunConfig, parameters: dict[str, int], stream: Stream, *, world_size: int, stage: int
 ) -> str:
     """Batch split, sizes and length of the run, one fact a line.
 
     Bytes are of weights and Adam's two moments in float32, which ZeRO divides by the ranks from
     stage 3 and stage 1 on; activations come on top.
     """
-    stage = int(json.loads(config.deepspeed.read_text())["zero_optimization"]["stage"])
     trained = parameters["trained"]
     weights = 4 * parameters["total"] / (world_size if stage == 3 else 1)
     moments = 8 * trained / (world_size if stage >= 1 else 1)
