@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cluster.stores import write_store
 from tests.evals.test_sets import png_of, random_pictures, write_set
 from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.config import EvalConfig
+from trainer.data.texts import text_id
 from trainer.errors import ConfigError, TrainerError
 from trainer.evals.check import check_evaluations
 
@@ -89,6 +91,28 @@ def test_a_damaged_sample_is_passed_over_and_a_set_of_them_is_refused(
     broken = write_set(tmp_path / "broken.tar", [(b"", ["no", "object"])])
     with pytest.raises(TrainerError, match=r"none of the samples of .* can be read"):
         check_evaluations([entry(data=broken)], SOLO, dim=16)
+
+
+def test_a_store_of_other_texts_or_another_width_is_refused(spec: str, tmp_path: Path) -> None:
+    """The right one holds a prompt of a class that the shards have."""
+    ids = torch.tensor([text_id(f"a {number}") for number in range(3)])
+    for name, dim in (("right", 16), ("wide", 20)):
+        write_store(tmp_path / name, torch.eye(3, dim), ids, sizes=[3])
+    right, wide = tmp_path / "right", tmp_path / "wide"
+    check_evaluations([entry(data=spec, templates=["a {}"], text_store=right)], SOLO, dim=16)
+    for values, message in [
+        (
+            {"templates": ["the {}"], "text_store": right},
+            r"a class whose prompts are in .*right \(set templates",
+        ),
+        ({"text_store": wide}, "wide holds vectors of 20 numbers, the model gives 16"),
+        (
+            {"name": "retrieval", "text_store": right},
+            r"a vector in .*right \(it must be made from these shards\)",
+        ),
+    ]:
+        with pytest.raises(TrainerError, match=message):
+            check_evaluations([entry(data=spec, **values)], SOLO, dim=16)
 
 
 def one_rank_lacks(comm: Comm, good: str) -> str:

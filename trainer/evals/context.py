@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.evals.samples import Record
 from trainer.stop import Check, go_on
+from trainer.store import EmbeddingStore
 
 
 class EvalContext(NamedTuple):
@@ -38,3 +43,18 @@ class Wanted(NamedTuple):
     what: str
     """In words, with the key to set: `a class under 'label' (set target)`."""
     found: Callable[[Record], bool]
+
+
+def holder(folder: Path) -> Callable[[int], bool]:
+    """Whether a store has vectors of an id; 8 bytes a vector from the first question on."""
+
+    @cache
+    def sorted_ids() -> NDArray[np.int64]:
+        return np.sort(EmbeddingStore.open(folder).ids)
+
+    def holds(sample_id: int) -> bool:
+        ids = sorted_ids()
+        place = int(np.searchsorted(ids, sample_id))
+        return place < len(ids) and int(ids[place]) == sample_id
+
+    return holds

@@ -25,7 +25,7 @@ from trainer.comm import Comm
 from trainer.config import EvalConfig
 from trainer.data.tokenize import token_ids
 from trainer.errors import ConfigError
-from trainer.evals.context import EvalContext, Wanted
+from trainer.evals.context import EvalContext, Wanted, holder
 from trainer.evals.features import Share, embed_images, embed_texts
 from trainer.evals.pairing import Groups, Pairs, paired, texts_of, with_text
 from trainer.evals.scores import chance, percent
@@ -52,9 +52,9 @@ def texts_wanted(config: EvalConfig, caption: str, store: Path | None) -> list[W
     what = f"a text under {caption!r} (set caption)"
     wishes = [Wanted(config.data, what, lambda record: bool(texts_of(record, caption)))]
     if store is not None:
-        known = frozenset(EmbeddingStore.open(store).ids.tolist())
+        holds = holder(store)
         what = f"a vector in {store} (it must be made from these shards)"
-        wishes.append(Wanted(config.data, what, lambda record: record.sample_id in known))
+        wishes.append(Wanted(config.data, what, lambda record: holds(record.sample_id)))
     return wishes
 
 

@@ -20,7 +20,7 @@ from trainer.data.decode import BadSample
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.data.texts import text_id
 from trainer.errors import ConfigError, DataError
-from trainer.evals.context import EvalContext, Wanted
+from trainer.evals.context import EvalContext, Wanted, holder
 from trainer.evals.features import embed_images, embed_texts
 from trainer.evals.floors import LARGEST_BANK, chances, pixel_floor
 from trainer.evals.labels import answers, class_names, class_of, class_wanted, with_class
@@ -59,11 +59,11 @@ def wanted(config: EvalConfig) -> list[Wanted]:
     if config.train is not None:
         wishes.append(Wanted(config.train, "anything", lambda record: True))
     if config.text_store is not None:
-        known = frozenset(EmbeddingStore.open(config.text_store).ids.tolist())
+        holds = holder(config.text_store)
 
         def is_stored(record: Record) -> bool:
             name = class_of(record, config.target)
-            return name is not None and text_id(prompts([name], config.templates)[0]) in known
+            return name is not None and holds(text_id(prompts([name], config.templates)[0]))
 
         what = f"a class whose prompts are in {config.text_store} (set templates and target)"
         wishes.append(Wanted(config.data, what, is_stored))
