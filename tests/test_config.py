@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import dump_run, load_run, parse_run
+from trainer.config import RunConfig, dump_run, load_run, parse_run
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -244,3 +244,62 @@ def test_help_names_files_that_exist():
     assert named
     assert all((ROOT / name).is_file() for name in named)
     assert yaml.safe_load((ROOT / named[0]).read_text())["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"name": "clip", "model": {"bias": True}}, "clip trains no model.bias; drop it, or use"),
+        ({"name": "clip", "model": {"head": {}}}, "clip trains no model.head; drop it, or use"),
+        ({"name": "siglip", "model": {"head": {"dim": 8}}}, "siglip trains no model.head"),
+        ({"name": "siglip", "model": {"bias": False}}, "siglip trains with a bias; drop `bias:"),
+        ({"name": "protoclip", "model": {"bias": True}}, "protoclip trains no model.bias"),
+        ({"name": "flame", "store": "s", "model": {"head": {}}}, "flame trains no model.head"),
+        ({"name": "clip", "model": {"logit_bias_init": -5}}, "logit_bias_init is not read"),
+        ({"name": "clip", "model": {"prototype_scale_init": 5}}, "prototype_scale_init is not"),
+        ({"name": "flame", "store": "s", "loss": "mp_nce", "logit_bias_init": 1}, "is not read"),
+        ({"name": "mlcd", "classes": ["a"], "loss": "mlc", "drop_unlabelled": True}, "not read"),
+        ({"name": "mlcd", "classes": ["a"], "head": {"momentum": 0.5}}, "set optimizer to sgd"),
+        (
+            {"name": "mlcd", "classes": ["a"], "head": {"optimizer": "sgd", "epsilon": 1.0}},
+            "epsilon is not read where optimizer is sgd",
+        ),
+        ({"name": "protoclip", "model": {"head": {"layers": 0, "hidden": 5}}}, "hidden is not"),
+        (
+            {"name": "clip", "model": {"text": {"path": "b"}, "vocabulary": 300}},
+            "vocabulary is that of the tokenizer in b; drop it",
+        ),
+        ({"name": "clip", "model": {"tokenizer": "t", "vocabulary": 300}}, "in t; drop it"),
+        ({"name": "clip", "model": {"vocabulary": None}}, "vocabulary is null, and no tokenizer"),
+    ],
+)
+def test_a_part_of_the_model_that_a_recipe_does_not_train_is_refused(recipe, says):
+    values = {**yaml.safe_load(RUN), "recipe": recipe, "evals": []}
+    assert says in refused(text=yaml.safe_dump(values))
+
+
+def test_the_resolved_text_says_which_model_a_recipe_makes():
+    siglip = parse_run(RUN, ["recipe.name=siglip"]).recipe
+    protoclip = parse_run(RUN, ["recipe.name=protoclip", "recipe.model.head.layers=0"]).recipe
+    assert (siglip.model.bias, siglip.model.head) == (True, None)
+    assert (protoclip.model.bias, protoclip.model.head.layers) == (False, 0)
+    for name in ("clip", "siglip", "protoclip"):
+        run = parse_run(RUN, [f"recipe.name={name}"])
+        assert parse_run(dump_run(run)) == run
+
+
+def test_every_mark_names_a_key_of_its_section_and_holds_for_some_value_of_it():
+    from trainer.config_section import OnlyWhere, OnlyWith
+    from trainer.recipe_files import recipe_module, recipe_names
+
+    roots = [recipe_module(name).Config for name in recipe_names()]
+    found = 0
+    for section in {below for root in (RunConfig, *roots) for below in sections_below(root)}:
+        for name, field in section.model_fields.items():
+            for mark in (m for m in field.metadata if isinstance(m, OnlyWhere)):
+                found += 1
+                assert mark.key in section.model_fields, (section, name)
+                if not isinstance(mark, OnlyWith):
+                    known = str(section.model_fields[mark.key].annotation)
+                    assert all(repr(value) in known for value in mark.values), (section, name)
+    assert found >= 20

@@ -12,8 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer, CLIPModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPModel, pipeline
 
 from tests.models.small import (
     LENGTH,
@@ -28,12 +27,16 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import parse_run
 from trainer.data.decode import decode_image
+from trainer.data.tokenize import tokenize
 from trainer.data.views import normalize
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
+from trainer.export.inputs import image_processor
 from trainer.export.native import load_exported, load_trained
 from trainer.export.transformers_folder import export_model
+from trainer.models.model import Model
 from trainer.models.two_tower import TwoTower, build_two_tower
 from trainer.recipe import build_model
+from trainer.types import Batch
 
 HEAD = {"hidden": 16, "dim": 8}
 
@@ -88,18 +91,96 @@ def test_tokenizer_and_image_processor_feed_the_model_as_the_trainer_does(tmp_pa
     theirs = theirs / theirs.norm(dim=1, keepdim=True)
     torch.testing.assert_close(theirs, model(batch).text, rtol=0, atol=1e-5)
 
-    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
-    for size in [(50, 50), (32, 32), (96, 40)]:
-        file = io.BytesIO()
-        picture(*size).save(file, "PNG")
-        pixels = decode_image(
-            file.getvalue(), size=32, background=(255, 255, 255), max_pixels=10_000
-        )
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("PNG", mode) for mode in ("RGB", "L", "P", "1", "I;16")),
+        *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+        ("WEBP", "RGB"),
+    ],
+)
+def test_the_exported_processor_gives_the_very_pixels_of_an_evaluation(kind, mode) -> None:
+    """Odd shapes: the long side's rounding, the crop's offset, sizes that a JPEG draft would take,
+    pictures of one column."""
+    processor = image_processor(33)
+    for size in [(33, 33), (34, 33), (75, 100), (100, 75), (41, 30), (200, 333), (1, 50), (3, 7)]:
+        file, image = io.BytesIO(), picture(*size)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 256 + 77)
+        else:
+            image = image.convert(mode)
+        image.save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+        pixels = decode_image(file.getvalue(), size=33, background=(255,) * 3, max_pixels=10**6)
         ours = normalize(pixels.unsqueeze(0))
-        processed = processor(picture(*size), return_tensors="pt")["pixel_values"]
-        assert processed.shape == ours.shape
-        if size[0] == size[1]:
-            torch.testing.assert_close(processed, ours, rtol=0, atol=1e-5)
+        read = Image.open(file)
+        if mode == "I;16":
+            read = Image.fromarray((np.asarray(read) // 256).astype(np.uint8))
+        theirs = processor(read.convert("RGB"), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pipelines_and_auto_processor_need_no_further_arguments(tmp_path: Path) -> None:
+    model = moved_model()
+    export_model(model, word_tokenizer(), tmp_path)
+    image, names = picture(50, 40), ["word3 word1", " ".join(["word7"] * 40)]
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    batch = processor(text=names, images=image, padding=True, truncation=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
+    assert batch["input_ids"].shape[1] == LENGTH
+    logits = CLIPModel.from_pretrained(tmp_path).eval()(**batch).logits_per_image
+    tokens, mask = tokenize(word_tokenizer(), names, length=LENGTH)
+    ours = model(Batch(batch["pixel_values"], tokens, mask, torch.arange(2)))
+    expected = ours.logit_scale * ours.image @ ours.text.T
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    ask = pipeline("zero-shot-image-classification", model=str(tmp_path))
+    found = {row["label"]: row["score"] for row in ask(image, candidate_labels=["word3", "word1"])}
+    assert set(found) == {"word3", "word1"}
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
+@torch.no_grad()
+def test_a_sigmoid_model_says_its_scale_and_bias(tmp_path: Path) -> None:
+    model = build_two_tower(small_config(bias=True), word_tokenizer()).eval()
+    model.logit_bias.shift.add_(1.25)
+    exported = export_model(model, word_tokenizer(), tmp_path)
+    assert "sigmoid(logit + config.logit_bias), here -8.7500" in exported.beside
+    clip, batch = CLIPModel.from_pretrained(tmp_path).eval(), small_batch()
+    logits = clip(
+        input_ids=batch.tokens, attention_mask=batch.token_mask, pixel_values=batch.images
+    ).logits_per_image
+    ours = model(batch)
+    expected = torch.sigmoid(ours.logit_scale * ours.image @ ours.text.T + ours.logit_bias)
+    found = torch.sigmoid(logits + clip.config.logit_bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    card = (tmp_path / "README.md").read_text()
+    assert "10.0000 times the cosine, plus a bias of -8.7500" in card
+    assert "torch.sigmoid(logits + model.config.logit_bias)" in card
+    assert "softmax(" not in card
+
+
+@torch.no_grad()
+def test_what_a_method_trains_beside_two_towers_stays_behind(tmp_path: Path) -> None:
+    model = moved_model()
+    model.extra = torch.nn.Linear(3, 3)
+    export_model(model, word_tokenizer(), tmp_path)
+    loaded, _ = load_exported(tmp_path)
+    assert torch.equal(loaded(small_batch()).image, model(small_batch()).image)
+
+
+class Stranger(Model):
+    """A model of a method that nobody here knows."""
+
+    def gradient_checkpointing(self, enabled: bool) -> None: ...
+
+    def parameter_depth(self, name: str) -> tuple[str, int]:
+        return "other", 0
+
+
+def test_a_model_of_no_known_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no form is known to export a Stranger"):
+        export_model(Stranger(), None, tmp_path)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.comm import Comm
-from trainer.config import CaptionConfig, Frozen
+from trainer.config import CaptionConfig, Frozen, LocalPath
 from trainer.errors import ConfigError
 from trainer.losses.distill import soft_distillation
 from trainer.parts.teacher_digests import TeacherDigests, store_digest
@@ -26,9 +26,9 @@ from trainer.types import Batch, Features
 class DistillConfig(Frozen):
     """A frozen pair of towers whose similarities the student learns besides its own task."""
 
-    image_store: Path
+    image_store: LocalPath
     """What the teacher says of the images; made by `tools/embed.py`, one vector a sample."""
-    text_store: Path
+    text_store: LocalPath
     """What it says of the texts, in the same space."""
     logit_scale: float = Field(default=100.0, gt=0)
     """The teacher's multiplier of cosines; 100 is that of trained CLIP models."""
