@@ -1,6 +1,7 @@
 """What every rank computes for the sharded multi-label losses: one launch per world size.
 
-Row gradients come back with the shards joined; feature gradients are those of W times the loss.
+Gradients are those of the sum of the ranks' losses. Rows' come back divided by the ranks, as a
+head does it.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def one_pass_case(
     return {
         "one_pass_loss": result.loss.detach().numpy(),
         "one_pass_features": features.grad.numpy() / 3,
-        "one_pass_rows": rows.grad.numpy() / 3,
+        "one_pass_rows": rows.grad.numpy() / 3 / comm.world_size,
         "one_pass_ids": active.ids.numpy(),
     }
 
@@ -135,7 +136,7 @@ def multilabel_case(comm: Comm, arrays: Arrays) -> Arrays:
         "loss": result.loss.detach().numpy(),
         "row_loss": result.rows.detach()[statistics.present].numpy(),
         "grad_features": features.grad[present].numpy(),
-        "grad_weight": rows.grad.numpy(),
+        "grad_weight": rows.grad.numpy() / comm.world_size,
         **{f"row_{name}": value.numpy() for name, value in result.figures.items()},
     }
 
@@ -156,7 +157,7 @@ def unbounded_case(comm: Comm) -> Arrays:
     return {
         "loss": result.loss.detach().numpy(),
         "grad_features": features.grad[present].numpy(),
-        "grad_weight": rows.grad.numpy(),
+        "grad_weight": rows.grad.numpy() / comm.world_size,
         **(
             {name: value.numpy() for name, value in _figures(features, mine, active, comm).items()}
             if comm.world_size != 4
@@ -214,7 +215,7 @@ def partial_fc_case(comm: Comm, arrays: Arrays) -> Arrays:
         "row_loss": result.rows.detach().numpy(),
         "loss": result.loss.detach().numpy(),
         "grad_features": features.grad.numpy(),
-        "grad_weight": rows.grad.numpy(),
+        "grad_weight": rows.grad.numpy() / comm.world_size,
     }
 
 
@@ -230,7 +231,6 @@ def _diverging_statistics(
     """The original's defect: each rank compares other coordinates of everybody's features."""
     everyones = comm.all_gather(features)[:, kept]
     unit = torch.nn.functional.normalize(everyones, dim=1)
-    unit.register_hook(lambda gradient: gradient * comm.world_size)
     everyones_labels = comm.all_gather(labels)
     present = torch.ones(len(everyones_labels), dtype=torch.bool)
     return statistics_of_gathered(
@@ -262,5 +262,5 @@ def slots_case(comm: Comm, arrays: Arrays) -> Arrays:
     return {
         "row_loss": torch.stack([slot.rows for slot in slots]).detach().numpy(),
         "grad_features": features.grad.numpy(),
-        "grad_weight": rows.grad.numpy(),
+        "grad_weight": rows.grad.numpy() / comm.world_size,
     }

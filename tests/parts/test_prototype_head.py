@@ -22,6 +22,7 @@ from tests.parts.head_cases import (
     count_of,
     dense_steps,
     new_head,
+    rank_mean_on_one_table,
     results,
     sharded_steps,
     share_of,
@@ -54,6 +55,16 @@ def test_9_11_12_steps_are_those_of_a_whole_table(name, world_size):
         )
         moved = (found["rows"] - found["start"]).abs().max()
         assert moved > 1e-3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_loss_that_is_the_mean_of_own_samples_moves_rows_the_same_over_any_ranks(world_size):
+    """What the contract for recipes promises, for a loss that knows nothing of the head; also
+    where the ranks share the table in groups."""
+    expected = rank_mean_on_one_table()
+    for rank in results(world_size):
+        for name in ("rank mean", "rank mean in groups"):
+            torch.testing.assert_close(rank[name]["rows"], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -117,13 +117,14 @@ def prototype_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of `softmax(scale * features @ P.T)` from the table's targets, in nats.
 
-    The mean is over the known labels of all ranks: this rank's sum, times ranks over known
-    labels, so that the mean over ranks is the same for every split of a global batch. Where no
-    label is known anywhere it is zero, and so are the gradients.
+    This rank's sum over the known labels that a rank has on average, so that the mean over ranks
+    is that over all known labels, for every split of a global batch. Where no label is known
+    anywhere it is zero, and so are the gradients.
     """
     losses, known = prototype_losses(features, labels, table, scale, comm)
-    num_known = comm.sum(known.sum())
-    return losses.sum() * comm.world_size / num_known.clamp_min(1)
+    num_known = comm.sum(known.sum()).clamp_min(1)
+    known_per_rank = num_known.to(losses.dtype) / comm.world_size
+    return losses.sum() / known_per_rank
 
 
 def prototype_losses(

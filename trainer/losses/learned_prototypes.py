@@ -75,8 +75,9 @@ def prototype_statistics(
     Features travel in `gather_dtype`, their gradients in full. Batches are equally long on all
     ranks; `present` says which samples are real.
 
-    A loss made of these is the same on all ranks. Its gradient in the rows is complete, and that
-    in the features is multiplied by the number of ranks, to be averaged with the encoder's.
+    Differentiable exactly: a loss of these may be of this rank's samples or of all, and its
+    gradients are those of the sum of all ranks' losses. The objective is their mean, so the engine
+    averages the encoder's and a head divides its own by the number of ranks.
     """
     everyones = gathered_units(features, comm, gather_dtype=gather_dtype)
     return statistics_of_gathered(
@@ -97,7 +98,7 @@ def gathered_units(
     features: Float[Tensor, "batch dim"], comm: Comm, *, gather_dtype: torch.dtype | None = None
 ) -> Float[Tensor, "global_batch dim"]:
     """All ranks' features as directions, in float32 or better, having travelled in
-    `gather_dtype`. The gradient is not rounded, and is that of W times the loss."""
+    `gather_dtype`. The gradient is not rounded."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     result: Tensor = _Gathered.apply(unit(features.to(dtype)), comm, gather_dtype or dtype)
     return result
@@ -149,7 +150,7 @@ def summed_over_ranks(
     shift = _shift(log_local, scale, comm)
     found = (positions >= 0).sum(dim=1, dtype=cosines.dtype)
     columns = [(log_local - shift).exp()[:, None], cosines, found[:, None]]
-    total: Tensor = _SharedSum.apply(torch.cat(columns, dim=1), comm)
+    total = comm.sum(torch.cat(columns, dim=1))
     is_positive = labels >= 0
     poison = _poison(total[:, -1], is_positive)
     log_negatives = _logarithm(total[:, 0]) + shift + poison
@@ -255,16 +256,4 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.comm.reduce_scatter(gradients[0]) * ctx.comm.world_size, None, None
-
-
-class _SharedSum(torch.autograd.Function):
-    """A sum over ranks from which all ranks compute the same loss: each part has its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, comm: Comm) -> Tensor:
-        return comm.sum(parts.detach())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+        return ctx.comm.reduce_scatter(gradients[0]), None, None

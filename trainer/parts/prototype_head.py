@@ -123,14 +123,15 @@ class PrototypeHead:
         return ActiveRows(rows, ids, num_negatives, bias)
 
     def gradients_finite(self) -> bool:
-        """Whether this rank's gradient is; averages it over the copies of the table first."""
+        """Whether this rank's gradient is. Makes it that of the objective, the mean of all ranks'
+        losses: sums it over the copies of the table, and divides by the number of ranks."""
         if self._touched is None or self._touched.leaf.grad is None:
             self._gradient = None
             return True
-        gradient = self._touched.leaf.grad
+        gradient, self._touched.leaf.grad = self._touched.leaf.grad, None
         if self._replicas.world_size > 1:
-            gradient = self._replicas.sum(gradient).div_(self._replicas.world_size)
-        self._gradient = gradient
+            gradient = self._replicas.sum(gradient)
+        self._gradient = gradient = gradient.div_(self.world.world_size)
         return bool(torch.isfinite(torch.linalg.vector_norm(gradient)))
 
     def after_step(self, step: int, *, applied: bool, learning_rate_factor: float) -> None:
