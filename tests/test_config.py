@@ -265,6 +265,7 @@ def test_help_names_files_that_exist():
             "epsilon is not read where optimizer is sgd",
         ),
         ({"name": "protoclip", "model": {"head": {"layers": 0, "hidden": 5}}}, "hidden is not"),
+        ({"name": "mlcd", "classes": ["a"], "labels_per_sample": 2}, "1 keys of `classes` give"),
         (
             {"name": "clip", "model": {"text": {"path": "b"}, "vocabulary": 300}},
             "vocabulary is that of the tokenizer in b; drop it",

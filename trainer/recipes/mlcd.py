@@ -86,6 +86,11 @@ class Config(RecipeConfig):
             raise ValueError("give either `labels`, a folder, or `classes`, json keys")
         if self.loss == "pfc_ce" and self.wanted != 1:
             raise ValueError("pfc_ce takes labels_per_sample=1; `slots` takes several")
+        if self.classes and (self.labels_per_sample or 0) > len(self.classes):
+            raise ValueError(
+                f"labels_per_sample is {self.labels_per_sample}, but {len(self.classes)} keys of "
+                "`classes` give one label each; ask for fewer"
+            )
         return self
 
     @property
