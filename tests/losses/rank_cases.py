@@ -60,7 +60,7 @@ def results(world_size: int) -> list[dict[str, Arrays]]:
     """Every case on every rank of a group of this size, in rank order."""
     if world_size == 1:
         return [every_case(Comm.solo())]
-    return run_ranks(every_case, world_size)
+    return run_ranks(every_case, world_size, timeout_seconds=300)
 
 
 def every_case(comm: Comm) -> dict[str, Arrays]:

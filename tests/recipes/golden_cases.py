@@ -213,7 +213,7 @@ def external_groups(values: Mapping[str, Tensor], ids: Tensor, comm: Comm) -> Te
 
 def write_one(folder: Path, reads: str, *, dim: int, vectors: int = 1) -> None:
     """A store of one sample: what a recipe checks of a store, and no vector that is used."""
-    what = identity(dim, vectors).model_copy(update={"reads": reads})
+    what = identity(dim, vectors).model_copy(update={"reads": reads, "pooling": "projected"})
     writer = StoreWriter.begin(folder, what, {"one": ("one", 1)})
     writer.announce()
     writer.write("one", np.array([1], dtype=np.int64), torch.ones(1, vectors, dim))

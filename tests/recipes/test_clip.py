@@ -47,8 +47,8 @@ log_every: 1 steps
 def config_in(folder: Path, *overrides: str) -> RunConfig:
     spec = write_shards(folder / "shards", count=24, per_shard=12)
     if not (folder / "image").exists():
-        write_vectors(folder / "image", spec, dim=10, seed=1, field="image")
-        write_vectors(folder / "text", spec, dim=10, seed=2)
+        write_vectors(folder / "image", spec, dim=10, seed=1, field="image", model="pair")
+        write_vectors(folder / "text", spec, dim=10, seed=2, model="pair")
     return parse_run(RUN.format(folder=folder, spec=spec), overrides)
 
 
@@ -116,9 +116,11 @@ def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def test_mistakes_in_one_sentence(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     spec = config.data.train
-    write_vectors(tmp_path / "wide", spec, dim=12, field="txt")
-    write_vectors(tmp_path / "several", spec, dim=10, vectors=3, field="txt")
-    write_vectors(tmp_path / "long", spec, dim=10, field="long | txt")
+    write_vectors(tmp_path / "wide", spec, dim=12, model="pair")
+    write_vectors(tmp_path / "several", spec, dim=10, vectors=3, model="pair")
+    write_vectors(tmp_path / "long", spec, dim=10, field="long | txt", model="pair")
+    write_vectors(tmp_path / "other", spec, dim=10)
+    write_vectors(tmp_path / "states", spec, dim=10, model="pair", pooling="mean of 77 tokens")
     stores = (
         f"recipe.distill.image_store={tmp_path}/text",
         f"recipe.distill.text_store={tmp_path}/image",
@@ -127,6 +129,8 @@ def test_mistakes_in_one_sentence(tmp_path: Path) -> None:
         ([f"recipe.distill.text_store={tmp_path}/wide"], "of 10 numbers and .* of 12; both must"),
         ([f"recipe.distill.text_store={tmp_path}/several"], "has 3 vectors a sample"),
         ([f"recipe.distill.text_store={tmp_path}/long"], r"made of long \| txt, and .* are txt"),
+        ([f"recipe.distill.text_store={tmp_path}/other"], "two models, whose vectors can't be"),
+        ([f"recipe.distill.text_store={tmp_path}/states"], "pooled states.*pooling=projected"),
         (["data.captions.fields=[txt, name]"], "fields are txt, name; the student must read the"),
         (stores, "exchange image_store and text_store"),
     ):
@@ -140,7 +144,7 @@ def test_a_run_does_not_go_on_with_another_teacher(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     state = dict(built(config).parts["teacher"].state_share())
     built(config).parts["teacher"].load_state_dict(state)
-    write_vectors(tmp_path / "other", config.data.train, dim=10, seed=3)
+    write_vectors(tmp_path / "other", config.data.train, dim=10, seed=3, model="pair")
     other = built(config_in(tmp_path, f"recipe.distill.text_store={tmp_path}/other"))
     with pytest.raises(CheckpointError, match="teacher text are not those"):
         other.parts["teacher"].load_state_dict(state)

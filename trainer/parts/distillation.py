@@ -22,6 +22,9 @@ from trainer.parts.teacher_digests import TeacherDigests, store_digest
 from trainer.store import EmbeddingStore
 from trainer.types import Batch, Features
 
+_STATES = ("mean", "cls", "last")
+"""Poolings that end before a pair's own map into its joint space."""
+
 
 class DistillConfig(Frozen):
     """A frozen pair of towers whose similarities the student learns besides its own task."""
@@ -107,6 +110,18 @@ def _refuse_no_pair(image: EmbeddingStore, text: EmbeddingStore) -> None:
             f"recipe.distill: {image.folder} holds vectors of {image.dim} numbers and "
             f"{text.folder} of {text.dim}; both must be of the teacher's joint space"
         )
+    if image.identity.model != text.identity.model:
+        raise ConfigError(
+            f"recipe.distill: {image.folder} ({image.identity.teacher}) and {text.folder} "
+            f"({text.identity.teacher}) are of two models, whose vectors can't be compared; make "
+            "both of one pair of towers"
+        )
+    for store in (image, text):
+        if store.identity.pooling.startswith(_STATES):
+            raise ConfigError(
+                f"recipe.distill: {store.folder} holds pooled states ({store.identity.pooling}), "
+                "which lie in no joint space; make it with pooling=projected"
+            )
 
 
 def _refuse_other_texts(text: EmbeddingStore, captions: CaptionConfig) -> None:
