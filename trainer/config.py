@@ -230,6 +230,15 @@ _OF_TEXTS = OnlyWhere("name", "zero_shot", "retrieval", "cross_lingual")
 _OF_PAIRS = OnlyWhere("name", "retrieval", "cross_lingual")
 
 
+class AverageConfig(Frozen):
+    """A momentum copy of the trained weights, averaged after each step in float32."""
+
+    momentum: float = Field(default=0.996, ge=0, le=1)
+    """Share of the average that stays, at the first step."""
+    final_momentum: float = Field(default=1.0, ge=0, le=1)
+    """The same at the last step; from one to the other by half a cosine."""
+
+
 class EvalConfig(Frozen):
     """One evaluation: what, on which shards, how often."""
 

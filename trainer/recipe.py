@@ -92,6 +92,15 @@ class Part(Protocol):
 
 
 @runtime_checkable
+class FollowsWeights(Protocol):
+    """A part that needs the engine, once it is there: an average of weights, for example."""
+
+    def attach(self, engine: Any) -> None:
+        """Called once, after the engine is made and before anything is restored."""
+        ...
+
+
+@runtime_checkable
 class Recipe(Protocol):
     """A method: a model for ZeRO, parts beside it, and a loss."""
 

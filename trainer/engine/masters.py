@@ -88,7 +88,7 @@ class Masters:
 
 
 def write_piece(piece: Piece, value: Tensor) -> None:
-    """Copy into a piece its values of a whole parameter."""
+    """Copy into a piece its values of a whole parameter; ValueError if they are too few."""
     end = piece.start + piece.values.numel()
     piece.values.copy_(value.reshape(-1)[piece.start : end])
 

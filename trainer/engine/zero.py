@@ -6,6 +6,7 @@ The engine hides the ZeRO stage: `engine(batch)` runs the sharded model, `backwa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,7 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainer.comm import Comm
 from trainer.config import OptimConfig
 from trainer.engine.groups import parameter_groups, set_learning_rate
-from trainer.engine.masters import Masters
+from trainer.engine.kept import Kept
+from trainer.engine.masters import Masters, Piece
+from trainer.engine.once import OncePerPass
 from trainer.engine.zero_file import Decided, completed, for_frozen
 from trainer.errors import CheckpointError
 from trainer.models.model import Model
@@ -57,6 +60,7 @@ class Engine:
         accumulation: int = 1,
     ) -> None:
         self.comm = comm
+        self._optim = optim
         self._config = completed(deepspeed_config, comm, Decided(micro_batch, accumulation, optim))
         self.stage = int(self._config["zero_optimization"]["stage"])
         bf16 = bool(self._config.get("bf16", {}).get("enabled"))
@@ -64,27 +68,33 @@ class Engine:
             # The CPU's fused attention takes five times the plain products' time backward in bf16.
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        if clips_itself := self.stage == 0 and not bf16:
+        self._clips_itself = self.stage == 0 and not bf16
+        if self._clips_itself:
             # DeepSpeed clips here too, but doesn't say what the norm was.
             self._config["gradient_clipping"] = 0.0
-        self._optimizer = _adamw(model, optim, self._config)
+        self.gradient_norm: float | Tensor = 0.0
+        """Global norm before clipping, of the last step; NaN if it was not finite."""
+        self._start(model)
+
+    def _start(self, model: Model) -> None:
+        self._optimizer = _adamw(model, self._optim, self._config)
+        self._once: OncePerPass | None = None
         if self.stage == 3:
             # A block is gathered whole: one collective instead of one per Linear, and a fifth less
             # time spent in hooks. What is live at a time is a block, as with checkpointing.
-            _gather_whole_blocks(model)
+            self._once = OncePerPass(_gather_whole_blocks(model))
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )
-        self._masters = Masters(self._engine, self._optimizer, comm, self.stage)
-        self.gradient_norm: float | Tensor = 0.0
-        """Global norm before clipping, of the last step; NaN if it was not finite."""
-        if clips_itself:
-            self._optimizer.register_step_pre_hook(lambda *_: self._clip(optim.clip_norm))
+        self._masters = Masters(self._engine, self._optimizer, self.comm, self.stage)
+        if self._clips_itself:
+            self._optimizer.register_step_pre_hook(lambda *_: self._clip(self._optim.clip_norm))
 
     # -- training -------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch) -> Features:
-        features: Features = self._engine(batch)
+        with self._once or contextlib.nullcontext():
+            features: Features = self._engine(batch)
         return features
 
     @torch.no_grad()
@@ -175,6 +185,72 @@ class Engine:
         self._masters.refresh()
         for name, buffer in persistent_buffers(self.module).items():
             buffer.copy_(weights[name])
+        self._count_steps(steps)
+
+    # -- other weights and other models ---------------------------------------------------------
+
+    def pieces(self) -> dict[str, Piece]:
+        """This rank's float32 values of each trained weight, as the optimizer holds them."""
+        return {name: self._masters.piece(parameter) for name, parameter in self._trained()}
+
+    def wholes_share(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Tensor]]:
+        """This rank's disjoint share of what the ranks' pieces make, in full, on the CPU."""
+        names = {parameter: name for name, parameter in self._trained()}
+        return self._shared(lambda p: self._masters.whole(p, pieces[names[p]]))
+
+    @contextlib.contextmanager
+    def running_on(self, pieces: Mapping[str, Piece]) -> Iterator[None]:
+        """The model with other weights, of which each rank has its piece; then as it was.
+
+        The two change places, so it costs no memory. All ranks enter and leave together, and take
+        no step in between.
+        """
+        self._exchange(pieces)
+        try:
+            yield
+        finally:
+            self._exchange(pieces)
+
+    def rebuild(self, model: Model, batch: Batch, *, keep: Mapping[str, Kept]) -> None:
+        """Go on with another model: a smaller one, or one with other layers.
+
+        What `keep` says of a trained parameter of `model` is cut from the old float32 weights and
+        moments; one that it does not name is carried over whole where the old model has that name,
+        else it starts as `model` has it, with moments of zero. The number of steps goes on. `model`
+        brings its own buffers and frozen weights. Both models are in memory until this returns.
+        """
+        old, masters, before = self._engine, self._masters, dict(self._trained())
+        steps = self._num_steps()
+        self._link_moments()
+        self._start(model)
+        if steps:
+            self._step_on_nothing(batch)
+            self._link_moments()
+            self._count_steps(steps)
+        for name, parameter in self._trained():
+            kept = keep.get(name, Kept(name))
+            source = before.get(kept.name)
+            for key in (None, *MOMENTS) if steps else (None,):
+                if source is not None:
+                    whole = masters.whole(source, masters.piece(source, key))
+                    self._masters.write(parameter, kept.of(whole), key)
+        self._masters.refresh()
+        old.destroy()
+
+    def _exchange(self, pieces: Mapping[str, Piece]) -> None:
+        for name, mine in self.pieces().items():
+            kept = mine.values.clone()
+            mine.values.copy_(pieces[name].values)
+            pieces[name].values.copy_(kept)
+        self._masters.refresh()
+
+    def _num_steps(self) -> int:
+        """Steps that the optimizer has taken."""
+        return max(
+            (int(state.get("step", 0)) for state in self._optimizer.state.values()), default=0
+        )
+
+    def _count_steps(self, steps: int) -> None:
         for state in self._optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].fill_(steps)
@@ -222,7 +298,7 @@ class Engine:
         0.19.8 links them once, after the first group of the first step, when the other groups
         have none yet; linking again finds them all.
         """
-        if self.stage in (1, 2):
+        if self.stage in (1, 2) and self._num_steps():
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -264,16 +340,20 @@ class FrozenEngine:
             self._engine(**spare)
 
 
-def _gather_whole_blocks(model: nn.Module) -> None:
-    """Make each transformer block one unit of ZeRO-3's gathering.
+def _gather_whole_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Make each transformer block one unit of ZeRO-3's gathering; returns those by name.
 
     Not blocks of which a part is frozen (low-rank additions): in 0.19.8 their parameters are
     released before the backward pass has used them.
     """
-    for block in model.modules():
+    gathered: dict[str, nn.Module] = {}
+    for name, block in model.named_modules():
         if isinstance(block, GradientCheckpointingLayer):
             uniform = len({parameter.requires_grad for parameter in block.parameters()}) == 1
             set_z3_leaf_module(block, uniform)
+            if uniform:
+                gathered[name] = block
+    return gathered
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
