@@ -38,7 +38,7 @@ from trainer.log.opening_lines import describe
 from trainer.log.skipped_step import SkippedSteps, explain_skip, one_line
 from trainer.periods import Clock
 from trainer.pictures.run import training_pictures
-from trainer.recipe import Recipe, load_recipe
+from trainer.recipe import Recipe, attach_parts, load_recipe
 from trainer.run import context_of, eval_context, refuse_text_evals, stream_of, tokenizer_of
 from trainer.stop import Check, Stopped, StopRequest, go_on
 from trainer.types import Batch, Features, Losses, Progress
@@ -168,6 +168,7 @@ def _built(
         micro_batch=micro_batch,
         accumulation=accumulation,
     )
+    attach_parts(recipe, engine)
     start = Place(Progress())
     if restored:
         load_rest(restored, engine, recipe, stream.take_one())

@@ -170,6 +170,13 @@ def build_model(
     return model
 
 
+def attach_parts(recipe: Recipe, engine: Any) -> None:
+    """Show the engine to the parts that follow its weights."""
+    for part in recipe.parts.values():
+        if isinstance(part, FollowsWeights):
+            part.attach(engine)
+
+
 def every_nth(state: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
     """This rank's share of a state that all ranks know."""
     return {name: state[name] for name in sorted(state)[comm.rank :: comm.world_size]}
