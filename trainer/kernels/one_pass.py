@@ -24,6 +24,8 @@ FEWEST_QUERIES = 64
 WHOLE_QUERIES = 32
 """...as they do where a block is no multiple of the processor's vectors."""
 ROWS_PER_TILE = 2048
+LARGEST_SCALE = 80.0
+"""Of cosines: above, float32 has no fixed reference."""
 
 Upstream = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]]
 """For a block of queries, their `log sum_j exp(logit_j)` and cosines with the positives: the
@@ -84,6 +86,11 @@ def fits_one_pass(num_rows: int, dim: int, element_size: int) -> bool:
     bargain: a third more products, and memory of one tile."""
     buffer = FEWEST_QUERIES * num_rows * element_size
     return buffer <= max(BUFFER_BYTES, num_rows * dim * element_size // 4)
+
+
+def serves_one_pass(num_rows: int, dim: int, *, scale: float) -> bool:
+    """Whether float32 rows, so many, at this scale, are for this form rather than for tiles."""
+    return scale <= LARGEST_SCALE and fits_one_pass(num_rows, dim, 4)
 
 
 def _tiles(count: int) -> list[slice]:

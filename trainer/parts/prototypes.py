@@ -1,0 +1,193 @@
+"""Sharded learnable prototypes as a term of any recipe with an image tower.
+
+A sample belongs to several clusters, found beforehand by another model, or to classes that its
+shard names; image features are compared with a learnable row for each, sharded over the ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from trainer.config import Frozen, LocalPath, OnlyWhere, PositiveInt
+from trainer.data.classes import class_labels
+from trainer.data.labels import ClusterLabels
+from trainer.data.shards import ShardSet
+from trainer.errors import ConfigError, DataError
+from trainer.hashing import hash_bits, key_of
+from trainer.kernels.autotune import KernelSizes
+from trainer.losses.learned_prototypes import ActiveRows, negative_figures
+from trainer.losses.margin import Margin, MarginKind, coordinate_subset
+from trainer.losses.multilabel import LossKind
+from trainer.losses.prototype_loss import LogitOptions, prototype_loss
+from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
+from trainer.recipe import Context
+from trainer.types import Batch, Features, Losses
+
+LOOKED_UP = 10_000
+"""Samples of the shards whose labels are looked up before a run starts."""
+
+
+class PrototypesConfig(Frozen):
+    """Labels of images, and the loss that compares features with a row for each."""
+
+    labels: LocalPath | None = None
+    """Folder of cluster labels by sample id, the nearest first."""
+    classes: tuple[str, ...] = ()
+    """Instead of `labels`: json keys of the shards. Every value of each is a class."""
+    num_prototypes: PositiveInt | None = None
+    """Rows of the head; one for each label that occurs where None."""
+    labels_per_sample: PositiveInt | None = None
+    """At most; 8 where None, and 1 for `pfc_ce`."""
+    label_choice: Literal["nearest", "random"] = "nearest"
+    """Which of a sample's labels; `random` draws again in every step."""
+    loss: LossKind = "mlcd"
+    scale: float = Field(default=64.0, gt=0)
+    """Of cosines."""
+    margin: MarginKind = "cosine"
+    margin_size: float = 0.3
+    """A cosine, or an angle in radians."""
+    ceiling: float | None = None
+    """The inter-class filter: negatives of a higher cosine count as a logit of zero."""
+    features_kept: PositiveInt | None = None
+    """Coordinates that a step compares, drawn anew for each; all where None."""
+    drop_unlabelled: Annotated[bool, OnlyWhere("loss", "mlcd")] = False
+    """Leave samples without a label out of `mlcd`'s negative term too."""
+    kernel_sizes: KernelSizes = "fixed"
+    """Of the programs on a GPU: `fixed` gives every run the same bits; `timed` tries a few in the
+    first step and keeps the fastest. Nothing to choose without a GPU."""
+    figures_every: PositiveInt = 10
+    """Steps between two readings of the negatives' mean cosine and the head's figures, which cost
+    an exchange of the features; `log_every` shows them if it is a multiple."""
+    head: PrototypeHeadConfig = PrototypeHeadConfig()
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> PrototypesConfig:
+        if (self.labels is None) == (not self.classes):
+            raise ValueError("give either `labels`, a folder, or `classes`, json keys")
+        if self.loss == "pfc_ce" and self.wanted != 1:
+            raise ValueError("pfc_ce takes labels_per_sample=1; `slots` takes several")
+        if self.classes and (self.labels_per_sample or 0) > len(self.classes):
+            raise ValueError(
+                f"labels_per_sample is {self.labels_per_sample}, but {len(self.classes)} keys of "
+                "`classes` give one label each; ask for fewer"
+            )
+        return self
+
+    @property
+    def wanted(self) -> int:
+        """Labels of a sample at most."""
+        return self.labels_per_sample or (1 if self.loss == "pfc_ce" else 8)
+
+
+class PrototypesTerm:
+    """Labels, and the head that the loss learns; `head` is the part that a recipe has to name."""
+
+    def __init__(self, config: PrototypesConfig, context: Context, *, dim: int) -> None:
+        self.config, self.context, self.dim = config, context, dim
+        self.labels = _labels(config, context)
+        self.head = PrototypeHead(
+            config.head,
+            num_prototypes=config.num_prototypes or self.labels.num_clusters,
+            dim=dim,
+            comm=context.comm,
+            seed=context.seed,
+        )
+        rows_per_rank = -(-self.head.num_prototypes // self.head.comm.world_size)
+        self._usual_negatives = round(rows_per_rank * config.head.sample_rate)
+        self._options = LogitOptions(
+            kind=config.loss,
+            scale=config.scale,
+            margin=Margin(config.margin, config.margin_size),
+            ceiling=config.ceiling,
+            drop_unlabelled=config.drop_unlabelled,
+            gather_dtype=self.head.gather_dtype,
+            kernel_sizes=config.kernel_sizes,
+        )
+
+    def losses(self, features: Features, batch: Batch, step: int) -> Losses:
+        """One loss over the batch of all ranks; its terms and figures, which have no weight."""
+        rows = features.image if features.image_projected is None else features.image_projected
+        assert rows is not None
+        labels = self._chosen(batch.sample_id, step)
+        rows, active = self._subspace(rows, self.head.active(labels, step), step)
+        result = prototype_loss(
+            *(rows, labels, active, self.head.comm, self._options),
+            usual_negatives=self._usual_negatives,
+        )
+        figures = {**result.figures, "labelled": (labels >= 0).any(dim=1).float().mean()}
+        if (step + 1) % self.config.figures_every == 0:
+            figures |= negative_figures(rows, labels, active, self.head.comm)
+            figures |= self.head.figures()
+        losses = Losses.of(**{self.config.loss: result.loss})
+        for name, value in figures.items():
+            losses = losses.with_term(name, value, 0.0)
+        return losses
+
+    def _chosen(self, sample_id: Tensor, step: int) -> Tensor:
+        """[batch, labels]: the nearest clusters of each sample, or drawn ones of all it has."""
+        table = self.labels.top(sample_id)
+        if self.config.label_choice == "random":
+            columns = torch.arange(table.shape[1], device=table.device)
+            key = key_of(self.context.seed, "labels", step)
+            bits = hash_bits(sample_id[:, None] ^ hash_bits(columns, key), key)
+            last = torch.iinfo(bits.dtype).max
+            order = bits.masked_fill(table < 0, last).argsort(dim=1, stable=True)
+            table = table.gather(1, order)
+        return table[:, : self.config.wanted].contiguous()
+
+    def _subspace(self, rows: Tensor, active: ActiveRows, step: int) -> tuple[Tensor, ActiveRows]:
+        """Features and prototypes cut to the coordinates of this step, the same on all ranks."""
+        if self.config.features_kept is None:
+            return rows, active
+        key = key_of(self.context.seed, "coordinates", step)
+        kept = coordinate_subset(self.dim, self.config.features_kept, key).to(rows.device)
+        return rows[:, kept], active._replace(rows=active.rows[:, kept])
+
+
+def _labels(config: PrototypesConfig, context: Context) -> ClusterLabels:
+    if config.labels is None:
+        return _classes(config.classes, context)
+    labels = ClusterLabels.open(config.labels)
+    if config.labels_per_sample and labels.per_sample < config.wanted:
+        raise ConfigError(
+            f"labels_per_sample is {config.wanted}, but {config.labels} has "
+            f"{labels.per_sample} a sample; ask for fewer or make more"
+        )
+    _check_join(labels, config.labels, context)
+    return labels
+
+
+def _classes(keys: tuple[str, ...], context: Context) -> ClusterLabels:
+    """A column for each key, its classes numbered behind those of the keys before."""
+    spec, comm = context.data.train, context.comm
+    found = [class_labels(spec, key, comm) for key in keys]
+    for key, each in zip(keys, found, strict=True):
+        if not len(each):
+            raise ConfigError(f"no sample of {spec} has the json key {key!r} of `classes`")
+    ids = torch.cat([each.ids for each in found]).unique()
+    columns, count = [], 0
+    for each in found:
+        own = each.of(ids)
+        columns.append(torch.where(own >= 0, own + count, -1))
+        count += each.num_clusters
+    table = torch.stack(columns, dim=1)
+    order = (table < 0).int().argsort(dim=1, stable=True)
+    return ClusterLabels(ids, table.gather(1, order))
+
+
+def _check_join(labels: ClusterLabels, folder: Path, context: Context) -> None:
+    """DataError where no sample has a label: most likely they are of other shards."""
+    if context.data.reader != "indexed":
+        return
+    ids = torch.as_tensor(ShardSet.open(context.data.train).ids)
+    some = ids[:: max(1, len(ids) // LOOKED_UP)]
+    if not bool((labels.of(some) >= 0).any()):
+        raise DataError(
+            f"none of {len(some)} samples of {context.data.train} has a label in {folder}; labels "
+            "are found by sample id (shard name and key), so they must be made from these shards"
+        )
