@@ -99,9 +99,10 @@ def one_loss(config: RunConfig, step: int = 0) -> tuple[Losses, Tensor, Tensor, 
     (batch,) = stream.take()
     features = recipe.model(batch)
     losses = recipe.losses(features, batch, step)
-    labels = recipe.labels.top(batch.sample_id)
+    term = recipe.term
+    labels = term.labels.top(batch.sample_id)
     rows = features.image if features.image_projected is None else features.image_projected
-    return losses.detach(), rows.detach().double(), labels, recipe.head.rows.double()
+    return losses.detach(), rows.detach().double(), labels, term.head.rows.double()
 
 
 # -- by the formulas --------------------------------------------------------------------------
@@ -151,6 +152,36 @@ def test_one_label_is_plain_softmax_cross_entropy_for_three_losses(base):
     others = logits.scatter(1, labels, -torch.inf).logsumexp(1)
     added = torch.log((1 + (-own).exp()) * (1 + others.exp()) / (1 + (others - own).exp()))
     assert values["mlcd"] == pytest.approx(values["mlc"] + float(added.mean()), rel=1e-5)
+
+
+def renamed(config: RunConfig, name: str, dropped: str, *overrides: str) -> RunConfig:
+    """The same run under another recipe's name, without a key that says what the name says."""
+    import yaml
+
+    from trainer.config import dump_run
+
+    values = yaml.safe_load(dump_run(config))
+    values["recipe"]["name"] = name
+    values["recipe"].pop(dropped)
+    return parse_run(yaml.safe_dump(values), overrides)
+
+
+def test_partial_fc_unicom_and_rice_are_what_the_old_spelling_computes(base):
+    """To the last bit; and both tell their parts by the same names, so a checkpoint goes on."""
+    one = ("recipe.classes=[subgroup]", "recipe.labels_per_sample=1")
+    union = "recipe.head.union_positives=true"
+    for name, old in {
+        "partial_fc": ("recipe.loss=pfc_ce", union),
+        "unicom": ("recipe.loss=pfc_ce", union, "recipe.margin=angular", "recipe.features_kept=5"),
+        "rice": (),
+    }.items():
+        expected = changed(base, *one, *old)
+        ours = renamed(expected, name, "loss")
+        values, ours_values = one_loss(expected)[0], one_loss(ours)[0]
+        assert dict(values.items()).keys() == dict(ours_values.items()).keys()
+        assert torch.equal(values.total, ours_values.total)
+        parts, ours_parts = (built(each, Comm.solo())[0].parts for each in (expected, ours))
+        assert parts.keys() == ours_parts.keys()
 
 
 def test_the_margin_is_taken_from_positives_alone_and_the_filter_from_negatives(base):

@@ -141,6 +141,11 @@ class ImageTowerConfig(ModelSection):
     head: HeadConfig | None = None
     """A projection head whose output stands beside the embedding; none where None."""
 
+    @property
+    def compared_dim(self) -> int:
+        """Width of what is compared with prototypes: the head's, where there is one."""
+        return self.head.dim if self.head else self.embed_dim
+
     def __init__(self, **values: Any) -> None:  # the validator below fills the fields in
         super().__init__(**values)
 

@@ -44,9 +44,7 @@ def build_model(
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.model = build_model(config, context.text_tokenizer, context.comm, seed=context.seed)
-        model = config.model
-        dim = model.head.dim if model.head else model.embed_dim
-        self.term = PrototypesTerm(config, context, dim=dim)
+        self.term = PrototypesTerm(config, context, dim=config.model.compared_dim)
         self.labels, self.head = self.term.labels, self.term.head
         self.parts: dict[str, Part] = {"head": self.head}
 
