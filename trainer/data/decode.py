@@ -107,6 +107,16 @@ def decode_image(
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
+def decode_whole(
+    data: bytes, *, background: tuple[int, int, int], max_pixels: int
+) -> Image.Image:
+    """Every pixel of an image, in RGB, over `background`; BadSample as `decode_image`."""
+    try:
+        return _flatten(_open(data, max_pixels), background)
+    except _DAMAGE as error:
+        raise BadSample(f"damaged image of {len(data)} bytes: {_first_line(error)}") from error
+
+
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """CLIP's evaluation view, pixel for pixel as `transformers` computes it.
 

@@ -1,0 +1,178 @@
+"""A folder that transformers saved, loaded whole: nothing random in it, nothing made up.
+
+What transformers raises on the way becomes a ConfigError that says what can be done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+from trainer.errors import ConfigError
+
+Part = Literal["text", "image"]
+
+RAISED = (
+    *(OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
+    *(ImportError, NotImplementedError, AssertionError),
+)
+"""What transformers raises on folders and inputs that it does not like."""
+
+_RANDOM = ("drop", "jitter", "mask_ratio", "mask_time_prob", "mask_feature_prob", "noise_std")
+_RANDOM_IF_GIVEN = ("pos_embed_rescale", "pos_embed_shift", "pos_embed_jitter")
+_NO_VALUE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+"""Keys of a configuration that change no output."""
+
+
+class Loaded(NamedTuple):
+    """One tower of a folder."""
+
+    backbone: Any
+    projection: nn.Module | None
+    """Into the space that a pair shares, behind the pooled state; None where the folder is no
+    pair and has none. The identity where a pair compares pooled states themselves."""
+    pair: Any
+    """The whole pair, which says features of its own; None where the folder is none."""
+
+
+def load_folder(
+    path: Path | str,
+    *,
+    part: Part,
+    dtype: torch.dtype = torch.float32,
+    local_files_only: bool = False,
+) -> Loaded:
+    """The image or text encoder at `path`, in evaluation mode and without anything random.
+
+    Of an encoder-decoder its encoder. Only safetensors are read. ConfigError where weights are
+    missing that the output would need.
+    """
+    settings = folder_settings(path, local_files_only=local_files_only)
+    calm_settings(settings)
+    kind = _class_of(settings)
+    try:
+        model, report = kind.from_pretrained(
+            path,
+            config=settings,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=local_files_only,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except RAISED as error:
+        raise ConfigError(_not_loaded(path, part, error)) from error
+    if settings.is_encoder_decoder and hasattr(model, "get_encoder"):
+        model = model.get_encoder()
+    _refuse_made_up(path, model, report["missing_keys"])
+    calm_modules(model)
+    return _part_of(model.eval(), part, path)
+
+
+def folder_settings(path: Path | str, *, local_files_only: bool = False) -> Any:
+    """The configuration at `path`, as it was saved."""
+    try:
+        return AutoConfig.from_pretrained(
+            path, local_files_only=local_files_only, trust_remote_code=False
+        )
+    except RAISED as error:
+        raise ConfigError(f"transformers can't load a model from {path}: {first_line(error)}") from error
+
+
+def settings_hash(settings: Any, **further: Any) -> str:
+    """SHA-256 of all that a configuration says, and of `further` settings."""
+    said = {k: v for k, v in settings.to_dict().items() if k not in _NO_VALUE}
+    text = json.dumps({"model": said, **further}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def calm_settings(settings: Any) -> None:
+    """No dropout of any kind, no jitter, no random masks, and no cache of keys and values."""
+    for name, value in list(vars(settings).items()):
+        if isinstance(value, float) and any(part in name for part in _RANDOM):
+            setattr(settings, name, 0.0)
+        elif name in _RANDOM_IF_GIVEN and value is not None:
+            setattr(settings, name, None)
+    if getattr(settings, "use_cache", False):
+        settings.use_cache = False
+    for name in ("vision_config", "text_config", "encoder", "decoder"):
+        if hasattr(getattr(settings, name, None), "to_dict"):
+            calm_settings(getattr(settings, name))
+
+
+def calm_modules(model: nn.Module) -> None:
+    """The same of modules that have numbers of their own."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and any(part in name for part in _RANDOM):
+                setattr(module, name, 0.0)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[0]
+
+
+def _class_of(settings: Any) -> Any:
+    """The class that keeps what the folder has: a projection, or an encoder without decoder."""
+    saved = (getattr(settings, "architectures", None) or [""])[0]
+    if saved.endswith("WithProjection") and hasattr(transformers, saved):
+        return getattr(transformers, saved)
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(settings.model_type, "")
+    if encoder.endswith("EncoderModel") and hasattr(transformers, encoder):
+        settings.is_encoder_decoder = False
+        return getattr(transformers, encoder)
+    return AutoModel
+
+
+def _not_loaded(path: Path | str, part: Part, error: BaseException) -> str:
+    folder = Path(path)
+    said = f"transformers can't load a {part} tower from {path}: {first_line(error)}"
+    if (folder / "config.json").exists() and not any(folder.glob("*.safetensors")):
+        if pickles := sorted(folder.glob("*.bin")):
+            return (
+                f"{path} has its weights in {pickles[0].name}, a pickle, which is not read; where "
+                "you trust it, convert it once: load it with transformers and save_pretrained it"
+            )
+        return f"{path} has no safetensors with weights, so no {part} tower can be loaded from it"
+    return said
+
+
+def _refuse_made_up(path: Path | str, model: nn.Module, missing: set[str]) -> None:
+    """ConfigError where weights were drawn at random because the folder lacks them.
+
+    Poolers made for another task are left out anyway.
+    """
+    unused = ("pooler.dense.", "decoder.", "lm_head.")
+    lacking = sorted(n for n in missing if not any(f".{part}" in f".{n}" for part in unused))
+    if lacking:
+        raise ConfigError(
+            f"{path} lacks {len(lacking)} tensors that a {type(model).__name__} needs, as "
+            f"{lacking[0]}; they would be random: save it from the model that was trained"
+        )
+
+
+def _part_of(model: Any, part: Part, path: Path | str) -> Loaded:
+    vision, text = (getattr(model, name, None) for name in ("vision_model", "text_model"))
+    if vision is None and text is None:
+        return Loaded(model, None, None)
+    tower = vision if part == "image" else text
+    if tower is None:
+        raise ConfigError(f"{path} is a {type(model).__name__}, which has no {part} tower")
+    name = "visual_projection" if part == "image" else "text_projection"
+    projection = getattr(model, name, None)
+    is_pair = vision is not None and text is not None
+    if projection is None and is_pair:
+        projection = nn.Identity()
+    return Loaded(tower, projection, model if is_pair else None)
