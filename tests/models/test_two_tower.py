@@ -8,13 +8,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import T5Config, ViTConfig, ViTModel
+from transformers import BartConfig, BartModel, ViTConfig, ViTModel
 
 from tests.models.small import small_batch, small_config, texts, word_tokenizer
 from trainer.errors import ConfigError
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.types import Batch
 
+HALVES = ("layers", "attention_heads", "ffn_dim")
 KINDS = ["clip", "llama", "bert"]
 FIRST_LAYER = {
     "clip_vision_model": "layer_norm1",
@@ -352,10 +353,11 @@ def test_depth_counts_the_blocks_above(
 def test_models_that_can_not_be_a_tower_are_refused_in_one_sentence(
     saved: dict[str, str], tmp_path: Path
 ) -> None:
-    T5Config(vocab_size=64, d_model=16, num_layers=1).save_pretrained(tmp_path / "t5")
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in HALVES}
+    BartModel(BartConfig(vocab_size=64, d_model=16, **sizes)).save_pretrained(tmp_path / "bart")
     cases = [
-        ({"text": {"path": str(tmp_path / "nothing")}}, "can't load a text tower"),
-        ({"text": {"path": str(tmp_path / "t5")}}, "encoder-decoder"),
+        ({"text": {"path": str(tmp_path / "nothing")}}, "there is no such folder"),
+        ({"text": {"path": str(tmp_path / "bart")}}, "encoder-decoder"),
         ({"text": {"path": saved["bert"]}, "text_length": 99}, "set model.text_length=32"),
         ({"image": {"path": saved["bert"], "pooling": "last"}}, "use mean or cls"),
     ]

@@ -107,9 +107,7 @@ def decode_image(
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
-def decode_whole(
-    data: bytes, *, background: tuple[int, int, int], max_pixels: int
-) -> Image.Image:
+def decode_whole(data: bytes, *, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
     """Every pixel of an image, in RGB, over `background`; BadSample as `decode_image`."""
     try:
         return _flatten(_open(data, max_pixels), background)

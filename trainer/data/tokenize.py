@@ -6,6 +6,8 @@ no unknown token: every byte is in the vocabulary, so any language comes back as
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +24,10 @@ BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|padding|>"
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+"
 """Merges stay within a word, a digit, or a run of marks; the space before belongs to it."""
+
+
+_RAISED = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError)
+"""What transformers raises on folders without a tokenizer that it can load."""
 
 
 def train_tokenizer(
@@ -62,19 +68,51 @@ def train_tokenizer(
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """A saved tokenizer, from a folder or a name in the local cache; given a pad token if needed.
 
-    Where a tokenizer has no pad token its EOS fills the rows; the mask says which is which.
+    Where a tokenizer has no pad token its EOS fills the rows; the mask says which is which. Texts
+    lose their end and rows are filled up behind, whichever sides the tokenizer was saved with:
+    `sides_of` says them. ConfigError where it has types of tokens, which no model here is given.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {path}: {str(error).splitlines()[0]}") from error
+    except _RAISED as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"no tokenizer at {path}: {said}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ConfigError(f"{path} has no fast tokenizer (tokenizer.json)")
+        raise ConfigError(
+            f"{path} has no fast tokenizer (tokenizer.json); save it once with transformers where "
+            "the packages that it needs are installed"
+        )
+    tokenizer.truncation_side = tokenizer.padding_side = "right"
+    _refuse_types(tokenizer, path)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer {path} has neither a pad nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def sides_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """From which sides the saved tokenizer cuts and fills, where it says so; here, the right."""
+    said = {key: tokenizer.init_kwargs.get(key) for key in ("truncation_side", "padding_side")}
+    return {key: str(value) for key, value in said.items() if value is not None}
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all that decides the ids of a text, as it was loaded."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None  # of the latest call
+    special = {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
+    said = [backend, special, sides_of(tokenizer)]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_types(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    types = tokenizer("a b", return_token_type_ids=True).get("token_type_ids") or []
+    if any(types):
+        raise ConfigError(
+            f"the tokenizer {path} gives a text the token types {sorted(set(types))}, but models "
+            "are given none, which means 0; change the template in its tokenizer.json"
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path | str) -> None:

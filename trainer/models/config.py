@@ -40,6 +40,9 @@ class TowerConfig(Frozen):
     """Train low-rank additions instead of the weights of the model at `path`."""
     pooling: Pooling = "auto"
     """Which states become the embedding. `auto`: what the model was made for."""
+    projection: Literal["auto", "new", "none"] = "auto"
+    """Into the shared space. `auto`: the one at `path`, which must fit embed_dim, or a new one
+    where it has none; `new` drops what is there; `none` takes the pooled state as it is."""
 
     @model_validator(mode="after")
     def _path_or_sizes(self) -> TowerConfig:
@@ -53,6 +56,8 @@ class TowerConfig(Frozen):
         given = [name for name, value in sizes.items() if value is not None]
         if self.path is not None and given:
             raise ValueError(f"path fixes the sizes; drop {', '.join(given)} or path")
+        if self.path is None and self.projection != "auto":
+            raise ValueError(f"projection {self.projection} is for a loaded model; drop it")
         if self.lora and (self.path is None or not self.trained):
             raise ValueError(
                 "lora adds to a model that is loaded and trained; set path and trained"
@@ -92,8 +97,10 @@ class TwoTowerConfig(ModelSection):
     bias: bool = False
     """A learned bias of the logits (SigLIP)."""
     logit_scale_init: float | None = Field(default=None, gt=0)
-    """Where None, 1 / 0.07, or 10 with a bias."""
-    logit_bias_init: Annotated[float, OnlyWith("bias")] = -10.0
+    """Where None, that of the pair if both towers are loaded from one, else 1 / 0.07, or 10 with
+    a bias."""
+    logit_bias_init: Annotated[float | None, OnlyWith("bias")] = None
+    """Where None, that of the pair if both towers are loaded from one, else -10."""
     prototype_scale_init: Annotated[float, OnlyWith("head"), Field(gt=0)] = 1 / 0.07
     scale_max: float = Field(default=100.0, gt=1)
     """Scales are kept within [1, scale_max]."""
@@ -103,6 +110,7 @@ class TwoTowerConfig(ModelSection):
 
     @property
     def initial_logit_scale(self) -> float:
+        """Without a word of a loaded pair."""
         return self.logit_scale_init or (10.0 if self.bias else 1 / 0.07)
 
     @model_validator(mode="before")

@@ -41,6 +41,8 @@ class Loaded(NamedTuple):
     pair and has none. The identity where a pair compares pooled states themselves."""
     pair: Any
     """The whole pair, which says features of its own; None where the folder is none."""
+    is_decoded: bool = False
+    """The folder's model has a decoder too, which was left out."""
 
 
 def load_folder(
@@ -70,21 +72,28 @@ def load_folder(
         )
     except RAISED as error:
         raise ConfigError(_not_loaded(path, part, error)) from error
-    if settings.is_encoder_decoder and hasattr(model, "get_encoder"):
-        model = model.get_encoder()
+    decoded = bool(settings.is_encoder_decoder) and hasattr(model, "get_encoder")
     _refuse_made_up(path, model, report["missing_keys"])
+    model = model.get_encoder() if decoded else model
     calm_modules(model)
-    return _part_of(model.eval(), part, path)
+    return _part_of(model.eval(), part, path)._replace(is_decoded=decoded)
 
 
 def folder_settings(path: Path | str, *, local_files_only: bool = False) -> Any:
     """The configuration at `path`, as it was saved."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ConfigError(f"no model at {path}: it has no config.json")
     try:
         return AutoConfig.from_pretrained(
             path, local_files_only=local_files_only, trust_remote_code=False
         )
     except RAISED as error:
-        raise ConfigError(f"transformers can't load a model from {path}: {first_line(error)}") from error
+        if not folder.exists() and folder.is_absolute():
+            raise ConfigError(f"no model at {path}: there is no such folder") from error
+        raise ConfigError(
+            f"transformers can't load a model from {path}: {first_line(error)}"
+        ) from error
 
 
 def settings_hash(settings: Any, **further: Any) -> str:

@@ -1,15 +1,14 @@
-"""Backbones: CLIP transformers built by size, or whatever transformers loads from a folder."""
+"""Towers: CLIP transformers built by size, or whatever transformers loads from a folder."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
@@ -21,68 +20,224 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from trainer.data.tokenize import tokenize
 from trainer.errors import ConfigError
 from trainer.models.config import ModelConfig, TowerConfig, TwoTowerConfig
+from trainer.models.folder import RAISED, Loaded, load_folder
+from trainer.models.inspection import (
+    Reach,
+    Sight,
+    hold_unread,
+    inspect_images,
+    inspect_text,
+    leave_out_head,
+)
 from trainer.models.lora import add_lora
-from trainer.models.tower import Pool, Tower
+from trainer.models.sentence_folder import SentenceFolder, read_sentence_folder
+from trainer.models.tower import PairScales, Pool, Tower
 
 ATTENTION = "sdpa"
+_CLOSE = 1e-3
+_PROBE_TEXT = "a red apple"
 
 
 def image_tower(config: ModelConfig) -> Tower:
     """The image encoder that `config.image` describes."""
     section = config.image
-    if section.path is None:
-        backbone: Any = CLIPVisionModel._from_config(
-            _vision_config(config), attn_implementation=ATTENTION
-        )
-        projection = None
-    else:
-        backbone, projection = _loaded(section.path, part="vision")
-        _check_image_size(backbone, config)
-    pool = _image_pool(section, backbone)
-    projection = projection_of(backbone, config.embed_dim, loaded=projection)
-    if section.lora:
-        add_lora(backbone, section.lora)
+    if section.path is not None:
+        return _loaded_image_tower(config, section.path)
+    backbone: Any = CLIPVisionModel._from_config(
+        _vision_config(config), attn_implementation=ATTENTION
+    )
+    projection = new_projection(section.width, config.embed_dim)
+    pool: Pool = "mean" if section.pooling == "mean" else "clip"
+    _refuse_text_pooling(section)
     return Tower(backbone, projection, pool=pool, trained=section.trained)
 
 
 def text_tower(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerFast) -> Tower:
     """The text encoder that `config.text` describes, for the ids of `tokenizer`."""
     section = config.text
-    if section.path is None:
-        backbone: Any = CLIPTextModel._from_config(
-            _text_config(config, tokenizer), attn_implementation=ATTENTION
-        )
-        projection = None
-    else:
-        backbone, projection = _loaded(section.path, part="text")
-        _check_text(backbone, config, tokenizer)
-    pool, causal = _text_pool(section, backbone), _is_causal(backbone)
-    projection = projection_of(backbone, config.embed_dim, loaded=projection)
-    if section.lora:
-        add_lora(backbone, section.lora)
+    if section.path is not None:
+        return _loaded_text_tower(config, section.path, tokenizer)
+    backbone: Any = CLIPTextModel._from_config(
+        _text_config(config, tokenizer), attn_implementation=ATTENTION
+    )
+    projection = new_projection(section.width, config.embed_dim)
+    pool: Pool = "eos" if section.pooling == "auto" else section.pooling
     return Tower(
         backbone,
         projection,
         pool=pool,
         trained=section.trained,
-        causal=causal,
+        causal=True,
         eos_token_id=tokenizer.eos_token_id,
     )
 
 
-def projection_of(backbone: Any, embed_dim: int, *, loaded: nn.Linear | None) -> nn.Linear:
-    """Into the shared space: the loaded one where it fits, else CLIP's initialisation."""
-    if loaded is not None and loaded.out_features == embed_dim:
-        return loaded
-    width = getattr(backbone.config, "hidden_size", None)
-    if width is None:
-        kind = type(backbone).__name__
-        raise ConfigError(f"{kind} has no hidden_size; a tower is a single transformer encoder")
+def new_projection(width: int | None, embed_dim: int) -> nn.Linear:
+    """Into the shared space, with CLIP's initialisation."""
+    assert width is not None
     projection = nn.Linear(width, embed_dim, bias=False)
     nn.init.normal_(projection.weight, std=width**-0.5)
     return projection
+
+
+def _loaded_image_tower(config: ModelConfig, path: str) -> Tower:
+    began, section = time.perf_counter(), config.image
+    _refuse_text_pooling(section)
+    loaded = load_folder(path, part="image")
+    _check_image_size(loaded.backbone, config)
+    learns = section.trained and section.lora is None
+    sight = inspect_images(loaded.backbone, path, size=config.image_size, trained=learns)
+    pixels = torch.rand(2, 3, config.image_size, config.image_size, generator=_generator())
+
+    def tower(pool: Pool) -> Tower:
+        projection = _projection(section, "image", config.embed_dim, sight.width, loaded)
+        return Tower(loaded.backbone, projection, pool=pool, trained=section.trained)
+
+    def features(pair: Any) -> Any:
+        return pair.get_image_features(pixel_values=pixels)
+
+    built = _like_the_pair(
+        [tower(pool) for pool in _image_pools(section, loaded, sight, path)],
+        lambda built: built.images(pixels),
+        features if section.pooling == "auto" and section.projection == "auto" else None,
+        loaded,
+        path,
+    )
+    return _finished(
+        built, section, "image", loaded, lambda: built.images(pixels[:1]), began, learns=learns
+    )
+
+
+def _loaded_text_tower(
+    config: TwoTowerConfig, path: str, tokenizer: PreTrainedTokenizerFast
+) -> Tower:
+    began, section = time.perf_counter(), config.text
+    words = read_sentence_folder(path)
+    _refuse_words(words, path)
+    loaded = load_folder(path if words.pooling is None else str(words.model), part="text")
+    if loaded.is_decoded:
+        raise ConfigError(f"{path} is an encoder-decoder; a tower is one of the two")
+    reach = inspect_text(loaded.backbone, tokenizer, path, length=config.text_length)
+    _check_length(reach, config.text_length, path)
+    rows = tokenize(tokenizer, [_PROBE_TEXT], length=config.text_length)
+
+    def tower(pool: Pool) -> Tower:
+        return Tower(
+            loaded.backbone,
+            _projection(section, "text", config.embed_dim, reach.width, loaded),
+            pool=pool,
+            trained=section.trained,
+            causal=is_causal(loaded.backbone) or reach.fills,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+    def features(pair: Any) -> Any:
+        mask = None if reach.fills else rows[1].long()
+        return pair.get_text_features(input_ids=rows[0], attention_mask=mask)
+
+    built = _like_the_pair(
+        [tower(pool) for pool in _text_pools(section, loaded, reach, words)],
+        lambda built: built.texts(*rows),
+        features if section.pooling == "auto" and section.projection == "auto" else None,
+        loaded,
+        path,
+    )
+    learns = section.trained and section.lora is None
+    return _finished(
+        built, section, "text", loaded, lambda: built.texts(*rows), began, learns=learns
+    )
+
+
+def _finished(
+    tower: Tower,
+    section: TowerConfig,
+    part: str,
+    loaded: Loaded,
+    probe: Callable[[], Tensor],
+    began: float,
+    *,
+    learns: bool,
+) -> Tower:
+    """The tower with nothing in it that would learn without a gradient, and with its note."""
+    if tower.pool not in ("clip", "own"):
+        leave_out_head(tower.backbone)
+    if learns:
+        hold_unread(tower.backbone, probe)
+    if section.lora:
+        add_lora(tower.backbone, section.lora)
+    tower.pair = _scales(loaded)
+    mapped = {
+        "Identity": "no projection",
+        "Linear": "the projection at its path"
+        if loaded.projection is tower.projection
+        else "a new projection",
+    }[type(tower.projection).__name__]
+    tower.note = (
+        f"{part} tower: {type(tower.backbone).__name__} of {section.path}, pooling {tower.pool}, "
+        f"{mapped}; loaded and looked at in {time.perf_counter() - began:.1f} s"
+    )
+    return tower
+
+
+def _like_the_pair(
+    towers: Sequence[Tower],
+    embed: Callable[[Tower], Tensor],
+    features: Callable[[Any], Any] | None,
+    loaded: Loaded,
+    path: str,
+) -> Tower:
+    """The first tower; of a pair's, the first that says what the pair says."""
+    if features is None or loaded.pair is None:
+        return towers[0]
+    with torch.no_grad():
+        try:
+            found = features(loaded.pair)
+        except RAISED as error:
+            raise ConfigError(f"{path}: {_kind(loaded.pair)} gives no features: {error}") from error
+        wanted = found if isinstance(found, Tensor) else found.pooler_output
+        for tower in towers:
+            said = embed(tower)
+            if said.shape == wanted.shape and _near(said, wanted):
+                return tower
+    raise ConfigError(
+        f"{path}: how {_kind(loaded.pair)} pools isn't known: none of "
+        f"{', '.join(tower.pool for tower in towers)} gives its own features (is its end token "
+        "the tokenizer's?); set pooling yourself"
+    )
+
+
+def _near(said: Tensor, wanted: Tensor) -> bool:
+    return bool((said - wanted).norm() <= _CLOSE * wanted.norm())
+
+
+def _projection(
+    section: TowerConfig, name: str, embed_dim: int, width: int, loaded: Loaded
+) -> nn.Module:
+    """The folder's own where it has one, which must fit; else as the section says."""
+    own, wanted = loaded.projection, section.projection
+    if wanted == "new" or (wanted == "auto" and own is None):
+        return new_projection(width, embed_dim)
+    gives = own.out_features if wanted == "auto" and isinstance(own, nn.Linear) else width
+    if gives != embed_dim:
+        what = "projection gives" if isinstance(own, nn.Linear) else "pooled state has"
+        raise ConfigError(
+            f"{section.path}: its {what} {gives} numbers, but embed_dim is {embed_dim}; set "
+            f"model.embed_dim={gives}, or model.{name}.projection=new to train another"
+        )
+    return nn.Identity() if wanted == "none" else cast(nn.Module, own)
+
+
+def _scales(loaded: Loaded) -> PairScales | None:
+    scale = getattr(loaded.pair, "logit_scale", None)
+    if not isinstance(scale, Tensor):
+        return None
+    bias = getattr(loaded.pair, "logit_bias", None)
+    return PairScales(
+        float(scale.detach().exp()), float(bias.detach()) if isinstance(bias, Tensor) else None
+    )
 
 
 def _vision_config(config: ModelConfig) -> CLIPVisionConfig:
@@ -117,95 +272,83 @@ def _sizes(section: TowerConfig) -> dict[str, Any]:
     }
 
 
-def _loaded(path: str, *, part: str) -> tuple[Any, nn.Linear | None]:
-    """The backbone at `path` in float32, and its projection where it has one (CLIP)."""
-    try:
-        settings = AutoConfig.from_pretrained(path)
-        _settle(settings)
-        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
-        if settings.model_type == "clip":
-            return _clip_part(CLIPModel.from_pretrained(path, config=settings, **options), part)
-        if settings.is_encoder_decoder:
-            raise ConfigError(f"{path} is an encoder-decoder; a tower is one of the two")
-        backbone = AutoModel.from_pretrained(path, config=settings, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"transformers can't load a {part} tower from {path}: {reason}"
-        ) from error
-    return _without_pooler(backbone), None
-
-
-def _clip_part(model: CLIPModel, part: str) -> tuple[Any, nn.Linear]:
-    if part == "vision":
-        return model.vision_model, model.visual_projection
-    return model.text_model, model.text_projection
-
-
-def _without_pooler(backbone: Any) -> Any:
-    """Pooling is ours; a pooler's weights would never see a gradient."""
-    if isinstance(getattr(backbone, "pooler", None), nn.Module):
-        backbone.pooler = None
-    return backbone
-
-
-def _settle(settings: Any) -> None:
-    """No dropout, and no cache of keys and values, which only generation needs."""
-    for name, value in vars(settings).items():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-            setattr(settings, name, 0.0)
-    if getattr(settings, "use_cache", False):
-        settings.use_cache = False
-    for name in ("vision_config", "text_config"):
-        if hasattr(settings, name):
-            _settle(getattr(settings, name))
-
-
 def _check_image_size(backbone: Any, config: ModelConfig) -> None:
-    size = getattr(backbone.config, "image_size", config.image_size)
-    if size != config.image_size:
+    patch, size = getattr(backbone.config, "patch_size", None), config.image_size
+    if isinstance(patch, int) and size % patch:
+        lower = max(patch, size // patch * patch)
         raise ConfigError(
-            f"image_size is {config.image_size}, but {config.image.path} was made for {size}; "
-            f"set model.image_size={size}"
+            f"image_size is {size}, but {config.image.path} cuts images into patches of {patch}; "
+            f"set model.image_size={lower} or {lower + patch}"
         )
 
 
-def _check_text(backbone: Any, config: TwoTowerConfig, tokenizer: Any) -> None:
-    rows = backbone.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+def _check_length(reach: Reach, length: int, path: str) -> None:
+    if reach.longest is not None:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {config.text.path} has embeddings "
-            f"for {rows}; use the tokenizer of that model"
+            f"text_length is {length}, but {path} reads at most {reach.longest} tokens; "
+            f"set model.text_length={reach.longest}"
         )
-    longest = getattr(backbone.config, "max_position_embeddings", None) or config.text_length
-    if config.text_length > longest:
+    if reach.fills and reach.row != length:
         raise ConfigError(
-            f"text_length is {config.text_length}, but {config.text.path} reads at most "
-            f"{longest} tokens; set model.text_length={longest}"
+            f"{path} pools at the end of rows that are filled up to {reach.row} tokens, but "
+            f"text_length is {length}; set model.text_length={reach.row}"
         )
 
 
-def _image_pool(section: TowerConfig, backbone: Any) -> Pool:
+def _refuse_words(words: SentenceFolder, path: str) -> None:
+    """ConfigError where a folder wants of a tower what only a teacher does."""
+    if words.maps:
+        raise ConfigError(
+            f"{path} has maps behind its pooling ({', '.join(place.name for place in words.maps)}"
+            "), which a tower does not carry on; use it as a teacher"
+        )
+    if words.prompt:
+        raise ConfigError(
+            f"{path} puts {words.prompt!r} before every text, which a tower does not; use it as a "
+            "teacher, or take default_prompt_name out of its config_sentence_transformers.json"
+        )
+
+
+def _refuse_text_pooling(section: TowerConfig) -> None:
     if section.pooling in ("eos", "last"):
         raise ConfigError(
             f"image.pooling is {section.pooling}, which is for texts; use mean or cls"
         )
-    is_clip = isinstance(backbone, CLIPVisionModel)
-    if section.pooling == "mean":
-        return "mean"
-    return "clip" if is_clip else "cls"
 
 
-def _text_pool(section: TowerConfig, backbone: Any) -> Pool:
-    """`auto`: end of text for CLIP, last token for causal models, mean for encoders."""
+def _image_pools(section: TowerConfig, loaded: Loaded, sight: Sight, path: str) -> list[Pool]:
+    """What may be meant, the likeliest first."""
+    if section.pooling == "cls" and not sight.has_class_token:
+        raise ConfigError(
+            f"image.pooling is cls, but {_kind(loaded.backbone)} of {path} has no class token; "
+            "use auto or mean"
+        )
+    if isinstance(loaded.backbone, CLIPVisionModel) and section.pooling in ("auto", "cls"):
+        return ["clip"]
     if section.pooling != "auto":
-        return section.pooling
-    if isinstance(backbone, CLIPTextModel):
-        return "eos"
-    return "last" if _is_causal(backbone) else "mean"
+        return [cast(Pool, section.pooling)]
+    found: list[Pool] = ["own"] if sight.pools else []
+    return [*found, *(["cls"] if sight.has_class_token else []), "mean"]  # type: ignore[list-item]
 
 
-def _is_causal(backbone: Any) -> bool:
+def _text_pools(
+    section: TowerConfig, loaded: Loaded, reach: Reach, words: SentenceFolder
+) -> list[Pool]:
+    """`auto`: the folder's word, end of text for CLIP, the model's own, the last token of causal
+    models, the mean of encoders."""
+    if section.pooling != "auto":
+        return [section.pooling]
+    if words.pooling is not None:
+        return [words.pooling]
+    if isinstance(loaded.backbone, CLIPTextModel):
+        return ["eos"]
+    first: Pool = "last" if is_causal(loaded.backbone) else "mean"
+    own: list[Pool] = ["own"] if reach.pools else []
+    return [*own, first] if loaded.pair is None else [*own, "cls", "eos", "last", "mean"]
+
+
+def is_causal(backbone: Any) -> bool:
+    """Whether a token sees only those before it."""
     if isinstance(backbone, CLIPTextModel):
         return True
     settings = backbone.config
@@ -213,3 +356,11 @@ def _is_causal(backbone: Any) -> bool:
         settings, "use_bidirectional_attention", False
     )
     return settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both_ways
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _kind(model: Any) -> str:
+    return type(model).__name__

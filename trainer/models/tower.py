@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError
 from trainer.models.exact import exact_buffers
 
-Pool = Literal["clip", "eos", "last", "mean", "cls"]
+Pool = Literal["clip", "own", "eos", "last", "mean", "cls"]
+"""`clip` and `own`: what the model pools by itself, CLIP's or another's."""
+
+
+class PairScales(NamedTuple):
+    """What multiplies and shifts the cosines of a loaded pair."""
+
+    scale: float
+    bias: float | None
 
 
 class Tower(nn.Module):
@@ -25,8 +33,10 @@ class Tower(nn.Module):
         *,
         pool: Pool,
         trained: bool,
-        causal: bool = False,
+        causal: bool = False,  # no mask is given
         eos_token_id: int | None = None,
+        pair: PairScales | None = None,
+        note: str = "",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -35,6 +45,9 @@ class Tower(nn.Module):
         self.trained = trained
         self.causal = causal
         self.eos_token_id = eos_token_id
+        self.pair = pair
+        self.note = note
+        """What was found at loading, for people."""
         self.blocks, self.num_blocks = _blocks(backbone)
         if not trained:
             backbone.requires_grad_(False)
@@ -55,12 +68,7 @@ class Tower(nn.Module):
         """Embeddings of images, not normalised, in the dtype of the weights."""
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             output = self.backbone(pixel_values=pixels)
-        if self.pool == "clip":
-            pooled = output.pooler_output
-        else:
-            states = output.last_hidden_state
-            pooled = states.mean(dim=1) if self.pool == "mean" else states[:, 0]
-        embeddings: Tensor = self.projection(pooled)
+        embeddings: Tensor = self.projection(pooled_image(output, self.pool))
         return embeddings
 
     def texts(
@@ -69,10 +77,15 @@ class Tower(nn.Module):
         """Embeddings of right-padded texts, not normalised, in the dtype of the weights."""
         # A causal model's real tokens don't see the padding on their right. Without a mask its
         # attention takes the fused causal path, and nothing asks the device what the mask holds.
+        # SigLIP's sees the padding and was trained so, on rows of one length.
         attention_mask = None if self.causal else mask.long()
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             output = self.backbone(input_ids=tokens, attention_mask=attention_mask)
-        embeddings: Tensor = self.projection(self._pooled(output.last_hidden_state, tokens, mask))
+        if self.pool == "own":
+            pooled = output.pooler_output
+        else:
+            pooled = self._pooled(output.last_hidden_state, tokens, mask)
+        embeddings: Tensor = self.projection(pooled)
         return embeddings
 
     def forward(
@@ -124,6 +137,17 @@ class Tower(nn.Module):
             is_eos = (tokens == self.eos_token_id) & mask
             position = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1), position)
         return states[torch.arange(states.shape[0], device=states.device), position]
+
+
+def pooled_image(output: Any, pool: str) -> Float[Tensor, "n dim"]:
+    """One vector of an image encoder's output: its own, the first state, or the mean of all."""
+    if pool in ("clip", "own"):
+        own: Tensor = output.pooler_output.flatten(1)
+        return own
+    states: Tensor = output.last_hidden_state
+    if states.dim() == 4:  # maps: channels come before places
+        states = states.flatten(2).mT
+    return states.mean(dim=1) if pool == "mean" else states[:, 0]
 
 
 def _last_true(mask: Tensor) -> Tensor:

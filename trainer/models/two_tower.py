@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,10 +20,14 @@ from trainer.models.head import ProjectionHead
 from trainer.models.load import image_tower, text_tower
 from trainer.models.model import Model
 from trainer.models.scales import LearnedBias, LearnedScale
-from trainer.models.tower import Tower
+from trainer.models.tower import PairScales, Tower
 from trainer.types import Batch, Features, TowerName
 
 __all__ = ["HeadConfig", "TowerConfig", "TwoTower", "TwoTowerConfig", "build_two_tower"]
+
+
+_BIAS = -10.0
+"""SigLIP's, arXiv 2303.15343."""
 
 
 class TwoTower(Model):
@@ -44,8 +49,9 @@ class TwoTower(Model):
         self.image_head = image_head
         self.text_head = text_head
         largest = config.scale_max
-        self.logit_scale = LearnedScale(config.initial_logit_scale, largest=largest)
-        self.logit_bias = LearnedBias(config.logit_bias_init) if config.bias else None
+        scale, bias = first_scales(config, image.pair)
+        self.logit_scale = LearnedScale(scale, largest=largest)
+        self.logit_bias = LearnedBias(bias) if config.bias else None
         self.prototype_scale = (
             LearnedScale(config.prototype_scale_init, largest=largest) if text_head else None
         )
@@ -109,6 +115,26 @@ def build_two_tower(
         projection_head(config, comm or Comm.solo(), seed=seed) for _ in range(2)
     )
     return TwoTower(config, image=image, text=text, image_head=image_head, text_head=text_head)
+
+
+def first_scales(config: TwoTowerConfig, pair: PairScales | None) -> tuple[float, float]:
+    """Scale and bias at the start: the given ones, those of a whole pair that is loaded, or ours.
+
+    ConfigError where the pair's scale is outside what a scale may be.
+    """
+    if pair is None or config.image.path != config.text.path:
+        pair = PairScales(config.initial_logit_scale, None)
+    scale, bias = config.logit_scale_init or pair.scale, config.logit_bias_init
+    if not 1 <= scale <= config.scale_max * (1 + 1e-5):
+        raise ConfigError(
+            f"the logit scale starts at {scale:.4g}, outside [1, {config.scale_max:g}]; set "
+            f"model.scale_max={math.ceil(scale)}, or model.logit_scale_init"
+            if scale > 1
+            else f"the logit scale starts at {scale:.4g}, below 1; set model.logit_scale_init"
+        )
+    if bias is None:
+        bias = _BIAS if pair.bias is None else pair.bias
+    return min(scale, config.scale_max), bias
 
 
 def projection_head(config: ModelConfig, comm: Comm, *, seed: int) -> ProjectionHead | None:
