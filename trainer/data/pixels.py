@@ -133,12 +133,14 @@ def folder_pixels(
     folder: Path | str,
     *,
     size: int | None = None,
+    unsaid: int | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Pixels | None:
     """What a model's folder says about its pixels; None where it says nothing.
 
-    `size` is what the model is to see, where that is not what the folder says. ConfigError where
-    the folder wants something else than resizing, a square crop, scaling and normalisation.
+    `size` is what the model is to see, where that is not what the folder says, and `unsaid` where
+    it says none. ConfigError where the folder wants something else than resizing, a square crop,
+    scaling and normalisation.
     """
     folder = Path(folder)
     if not any(_speaks(folder / name) for name in FILES):
@@ -147,6 +149,8 @@ def folder_pixels(
     pixels = _understood(values, folder, background)
     if processor is not None:
         _compare(pixels, processor, folder)
+    if size is None and not {"size", "crop_size"} & _file(folder).keys():
+        size = unsaid
     return pixels if size is None else pixels.resized(size)
 
 
@@ -176,15 +180,19 @@ def _processor(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _written(folder: Path) -> dict[str, Any]:
     """As the file has them: a class that only torchvision can run gives no defaults."""
-    path = next(folder / name for name in FILES if _speaks(folder / name))
-    values = _json(path)
-    values = values.get("image_processor", values)
+    values = _file(folder)
     if missing := sorted(_KEYS - values.keys()):
         raise ConfigError(
-            f"{path} does not say {', '.join(missing)}, and {values.get('image_processor_type')} "
+            f"the image processor of {folder} does not say {', '.join(missing)}, and its class "
             "can't be run here to ask it; write them into the file"
         )
-    return dict(values)
+    return values
+
+
+def _file(folder: Path) -> dict[str, Any]:
+    """What the first of its files says about images."""
+    values = _json(next(folder / name for name in FILES if _speaks(folder / name)))
+    return dict(values.get("image_processor", values))
 
 
 def _json(path: Path) -> dict[str, Any]:

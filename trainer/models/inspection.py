@@ -191,13 +191,19 @@ def _longest(model: Any, rows: Tensor, length: int) -> int | None:
     """The most tokens, up to `length`, that a row may have; None where `length` may be passed."""
     said = getattr(model.config, "max_position_embeddings", None)
     high = length if not isinstance(said, int) or said <= 0 else min(length, said)
-    if _reads(model, rows, high):
+    if not _has_tables(model) or _reads(model, rows, high):
         return None if high == length else high
     low = 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _reads(model, rows, middle) else (low, middle)
     return low
+
+
+def _has_tables(model: Any) -> bool:
+    """Whether there is a table besides the tokens', which may be too short for a long row."""
+    tokens = model.get_input_embeddings()
+    return any(isinstance(m, nn.Embedding) and m is not tokens for m in model.modules())
 
 
 def _reads(model: Any, rows: Tensor, length: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from trainer.data.tokenize import tokenize
+from trainer.data.tokenize import sides_of, tokenize
 from trainer.errors import ConfigError
 from trainer.models.config import ModelConfig, TowerConfig, TwoTowerConfig
 from trainer.models.folder import RAISED, Loaded, load_folder
@@ -135,8 +136,7 @@ def _loaded_text_tower(
         )
 
     def features(pair: Any) -> Any:
-        mask = None if reach.fills else rows[1].long()
-        return pair.get_text_features(input_ids=rows[0], attention_mask=mask)
+        return _text_features(pair, rows, reach)
 
     built = _like_the_pair(
         [tower(pool) for pool in _text_pools(section, loaded, reach, words)],
@@ -146,9 +146,49 @@ def _loaded_text_tower(
         path,
     )
     learns = section.trained and section.lora is None
-    return _finished(
+    finished = _finished(
         built, section, "text", loaded, lambda: built.texts(*rows), began, learns=learns
     )
+    finished.note += said_otherwise(tokenizer)
+    return finished
+
+
+def own_text_tower(
+    loaded: Loaded,
+    reach: Reach,
+    tokenizer: PreTrainedTokenizerFast,
+    path: str,
+    *,
+    length: int,
+) -> Tower:
+    """A frozen tower that says of a text what the folder's model says by itself."""
+    kept = loaded if loaded.projection is not None else loaded._replace(projection=nn.Identity())
+    section = TowerConfig(path=path, trained=False)
+    dim = getattr(kept.projection, "out_features", reach.width)
+    rows = tokenize(tokenizer, [_PROBE_TEXT], length=length)
+    towers = [
+        Tower(
+            kept.backbone,
+            _projection(section, "text", dim, reach.width, kept),
+            pool=pool,
+            trained=False,
+            causal=is_causal(kept.backbone) or reach.fills,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for pool in _text_pools(section, kept, reach, SentenceFolder(Path(path)))
+    ]
+    return _like_the_pair(
+        towers,
+        lambda built: built.texts(*rows),
+        lambda pair: _text_features(pair, rows, reach),
+        kept,
+        path,
+    )
+
+
+def _text_features(pair: Any, rows: tuple[Tensor, Tensor], reach: Reach) -> Any:
+    mask = None if reach.fills else rows[1].long()
+    return pair.get_text_features(input_ids=rows[0], attention_mask=mask)
 
 
 def _finished(
@@ -356,6 +396,13 @@ def is_causal(backbone: Any) -> bool:
         settings, "use_bidirectional_attention", False
     )
     return settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both_ways
+
+
+def said_otherwise(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What the saved tokenizer would do to long texts that is not done, if anything."""
+    if sides_of(tokenizer).get("truncation_side") != "left":
+        return ""
+    return "; long texts lose their end, though the tokenizer was saved to cut their beginning"
 
 
 def _generator() -> torch.Generator:

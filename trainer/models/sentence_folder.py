@@ -74,6 +74,11 @@ def load_maps(places: tuple[Path, ...]) -> nn.Sequential:
     return nn.Sequential(*(_dense(place) for place in places))
 
 
+def width_of(maps: nn.Sequential) -> int:
+    """Numbers that come out of the last map."""
+    return max(m.out_features for m in maps[-1].modules() if isinstance(m, nn.Linear))
+
+
 def _transformer(place: Path) -> dict[str, Any]:
     return _optional(place / "sentence_bert_config.json")
 

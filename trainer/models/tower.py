@@ -144,8 +144,12 @@ def pooled_image(output: Any, pool: str) -> Float[Tensor, "n dim"]:
     if pool in ("clip", "own"):
         own: Tensor = output.pooler_output.flatten(1)
         return own
-    states: Tensor = output.last_hidden_state
-    if states.dim() == 4:  # maps: channels come before places
+    return pooled_states(output.last_hidden_state, pool)
+
+
+def pooled_states(states: Float[Tensor, "n ..."], pool: str) -> Float[Tensor, "n dim"]:
+    """The first state, or the mean of all; of maps, whose channels come before places, too."""
+    if states.dim() == 4:
         states = states.flatten(2).mT
     return states.mean(dim=1) if pool == "mean" else states[:, 0]
 

@@ -47,6 +47,8 @@ class Identity(Frozen):
     """int8 has a float32 scale per vector."""
     projection: str = "none"
     """SHA-256 of pca.safetensors."""
+    settings: str = "not recorded"
+    """SHA-256 of what model, tokenizer and preprocessing were set to, as they were loaded."""
 
     @property
     def vector_bytes(self) -> int:

@@ -14,9 +14,9 @@ from accelerate import (  # type: ignore[import-untyped]
 )
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from trainer.errors import ConfigError
+from trainer.models.folder import load_folder
 
 Precision = Literal["float32", "float16", "bfloat16"]
 TORCH_DTYPES = {
@@ -24,7 +24,6 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_TWO_TOWERS = ("clip", "siglip", "siglip2")
 
 
 class Sharded(Protocol):
@@ -109,20 +108,9 @@ def load_frozen(
 
     Of an encoder-decoder its encoder. Nothing is looked up on a hub.
     """
-    try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=TORCH_DTYPES[precision]
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"transformers can't load a model from {folder}: {reason}") from error
-    if settings.model_type in _TWO_TOWERS:
-        model = model.text_model if part == "text" else model.vision_model
-    elif settings.is_encoder_decoder:
-        model = model.get_encoder()
-    found: nn.Module = model
-    return found.eval().requires_grad_(False)
+    loaded = load_folder(folder, part=part, dtype=TORCH_DTYPES[precision], local_files_only=True)
+    found: nn.Module = loaded.backbone
+    return found.requires_grad_(False)
 
 
 def spread(

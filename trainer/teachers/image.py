@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
-from trainer.data.decode import decode_image, find_image
+from trainer.data.decode import find_image
+from trainer.data.pixels import Pixels
 from trainer.data.shards import RawSample
+from trainer.models.tower import pooled_image, pooled_states
 from trainer.store import Identity
 from trainer.teachers.batches import Budget
 from trainer.teachers.frozen import FrozenStates, Precision, Shard
 
 _MAX_PIXELS = 25_000_000
 _CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """How an image file becomes the input of a model: the centred square, resampled."""
-
-    size: int
-    """Pixels of a side."""
-    mean: tuple[float, float, float]
-    """Of the values between 0 and 1, by channel."""
-    deviation: tuple[float, float, float]
-    background: tuple[int, int, int] = (255, 255, 255)
-    """Colour under transparent pixels."""
-
-    def read(self, sample: RawSample) -> UInt8[Tensor, "3 size size"]:
-        """BadSample where the sample has no image that can be decoded."""
-        return decode_image(
-            find_image(sample.fields),
-            size=self.size,
-            background=self.background,
-            max_pixels=_MAX_PIXELS,
-        )
-
-    def normalized(
-        self, images: UInt8[Tensor, "batch 3 size size"]
-    ) -> Float32[Tensor, "batch 3 size size"]:
-        mean, deviation = (
-            torch.tensor(values, device=images.device)[:, None, None]
-            for values in (self.mean, self.deviation)
-        )
-        pixels: Tensor = (images.float() / 255 - mean) / deviation
-        return pixels
-
-    @property
-    def text(self) -> str:
-        """For the identity of vectors."""
-        mean, deviation = (
-            ",".join(f"{value:.6g}" for value in values) for values in (self.mean, self.deviation)
-        )
-        return f"{self.size} px, mean {mean}, deviation {deviation}, background {self.background}"
 
 
 class ImageTeacher:
@@ -78,11 +39,14 @@ class ImageTeacher:
         unit_norm: bool = True,
         precision: Precision = "float32",
         batch_images: int = 16,
+        settings: str = "not recorded",
+        note: str = "",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.pixels, self.name, self.model_hash = pixels, name, model_hash
         self.pooling, self.layer, self.dim = pooling, layer, dim
         self.unit_norm, self.precision = unit_norm, precision
+        self.settings, self.note = settings, note
         shared = isinstance(model, VisionFeatures) and model.states.sharded is not None
         self.budget = Budget(batch_images, shared=shared)
         self.device = next(model.parameters()).device
@@ -99,10 +63,12 @@ class ImageTeacher:
             layer=self.layer,
             compute=self.precision,
             dim=self.dim,
+            settings=self.settings,
         )
 
     def read(self, sample: RawSample) -> UInt8[Tensor, "3 size size"]:
-        return self.pixels.read(sample)
+        """BadSample where the sample has no image that can be decoded."""
+        return self.pixels.decode(find_image(sample.fields), max_pixels=_MAX_PIXELS)
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Tensor]) -> Float32[Tensor, "images 1 dim"]:
@@ -124,8 +90,8 @@ class ImageTeacher:
 class VisionFeatures(nn.Module):
     """A transformers vision model and how its patches become one vector.
 
-    `cls` is the first state, `mean` the mean of all, `projected` the embedding that a pair's
-    image tower gives beside texts.
+    `cls` is the first state, `mean` the mean of all, `projected` what the model pools by itself:
+    of a pair the embedding that it gives beside texts.
     """
 
     def __init__(
@@ -145,13 +111,12 @@ class VisionFeatures(nn.Module):
     def forward(self, pixels: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch dim"]:
         kind = next(self.parameters()).dtype
         if self.how == "projected":
-            pooled: Tensor = self.states.run(pixel_values=pixels.to(kind)).pooler_output
+            pooled = pooled_image(self.states.run(pixel_values=pixels.to(kind)), "own")
             if self.projection is not None:
                 pooled = self.projection(pooled)
             return pooled
         states = self.states(pixel_values=pixels.to(kind)).float()
-        chosen: Tensor = states[:, 0] if self.how == "cls" else states.mean(1)
-        return chosen
+        return pooled_states(states, self.how)
 
     def stand_by(self, size: int, device: torch.device) -> None:
         """Run along with the ranks that still have images."""

@@ -92,6 +92,14 @@ class PromptSet(Frozen):
         ]
         return PromptSet(name=self.name, readings=tuple(changed))
 
+    def behind(self, prompt: str) -> PromptSet:
+        """The same with a text before every template."""
+        changed = [
+            reading.model_copy(update={"template": prompt + reading.template})
+            for reading in self.readings
+        ]
+        return PromptSet(name=self.name, readings=tuple(changed))
+
 
 def load_prompts(name: str) -> PromptSet:
     """A set by name (`plain`, `flame`) or from a YAML file."""

@@ -49,18 +49,26 @@ class TextTeacher:
         precision: Precision = "float32",
         batch_tokens: int = 8192,
         shard: Shard | None = None,
+        dim: int | None = None,
+        maps: nn.Module | None = None,
+        lowercase: bool = False,
+        settings: str = "not recorded",
+        note: str = "",
     ) -> None:
         self.states, self.tokenizer = FrozenStates(model, layer=layer, shard=shard), tokenizer
         self.prompts, self.name, self.hashes = prompts, name, hashes
         self.pooling, self.layer, self.length = pooling, layer, length
         self.unit_norm, self.precision = unit_norm, precision
+        self.maps, self.lowercase = maps, lowercase
+        """What follows the pooling; and whether texts are read in lower case."""
+        self.settings, self.note = settings, note
         self.budget = Budget(batch_tokens, shared=shard is not None)
         if self._faceted() and pooling != "last":
             raise ConfigError(
                 f"prompts {prompts.name} have facets, which are read at their last token; "
                 f"pooling is {pooling}, set pooling=last"
             )
-        self.dim = int(model.config.hidden_size)  # type: ignore[arg-type, union-attr]
+        self.dim = dim or int(model.config.hidden_size)  # type: ignore[arg-type, union-attr]
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.device = torch.device("cpu") if device.type == "meta" else device  # kept on the disk
         self.packs = bool(self._faceted()) and self._obeys_masks()
@@ -80,6 +88,7 @@ class TextTeacher:
             compute=self.precision,
             vectors=self.prompts.num_vectors,
             dim=self.dim,
+            settings=self.settings,
         )
 
     def read(self, sample: RawSample) -> tuple[str, ...]:
@@ -107,7 +116,8 @@ class TextTeacher:
         unique = list(dict.fromkeys(texts))
         if not unique:
             return torch.empty(0, reading.num_vectors, self.dim)
-        prompts = [reading.prompt(text) for text in self._cut(unique, reading)]
+        given = [text.lower() for text in unique] if self.lowercase else unique
+        prompts = [reading.prompt(text) for text in self._cut(given, reading)]
         facets = self._facet_ids(reading)
         if not facets:
             found = self._one_by_one(self._ids(prompts), [[]])
@@ -115,6 +125,8 @@ class TextTeacher:
             found = self._packed(self._prefixes(prompts), facets)
         else:
             found = self._one_by_one(self._prefixes(prompts), facets)
+        if self.maps is not None:
+            found = self.maps(found)
         if self.unit_norm:
             found = nn.functional.normalize(found, dim=-1)
         place = {text: row for row, text in enumerate(unique)}
@@ -178,7 +190,10 @@ class TextTeacher:
         return [begin] if begin is not None and starts else []
 
     def _cut(self, texts: list[str], reading: Reading) -> list[str]:
-        """Texts whose own tokens leave room for the template: never cut in a prompt or a facet."""
+        """Texts that leave room for the template: never cut in a prompt or a facet.
+
+        Where a template has facets, `length` is the text's own tokens; else the whole prompt's.
+        """
         if reading.prompt("") == "":
             return texts
         rows = self.tokenizer(
@@ -189,7 +204,26 @@ class TextTeacher:
             max_length=self.length,
             return_offsets_mapping=True,
         )["offset_mapping"]
-        return [text[: row[-1][1]] if row else text for text, row in zip(texts, rows, strict=True)]
+        cut = [text[: row[-1][1]] if row else text for text, row in zip(texts, rows, strict=True)]
+        if reading.facets:
+            return cut
+        return [self._with_room(text, row, reading) for text, row in zip(cut, rows, strict=True)]
+
+    def _with_room(self, text: str, row: Sequence[tuple[int, int]], reading: Reading) -> str:
+        """The longest beginning of a text whose whole prompt has at most `length` tokens."""
+        kept = len(row)
+        while (over := self._tokens(reading.prompt(text)) - self.length) > 0:
+            if kept == 0:
+                raise ConfigError(
+                    f"the template {reading.template!r} of prompts {self.prompts.name} has "
+                    f"{self.length + over} tokens by itself, but length is {self.length}"
+                )
+            kept = max(0, kept - over)
+            text = text[: row[kept - 1][1]] if kept else ""
+        return text
+
+    def _tokens(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
 
     def _faceted(self) -> list[Reading]:
         return [reading for reading in self.prompts.readings if reading.facets]
