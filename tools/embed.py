@@ -99,6 +99,8 @@ def _teacher(arguments: argparse.Namespace, comm: Comm) -> Teacher:
     else:
         spec = read_spec(arguments.teacher, arguments.settings)
         teacher = open_teacher(spec, comm, cache=arguments.cache)
+        if note := getattr(teacher, "note", ""):
+            _say(comm, note)
     return stored_as(teacher, dtype=arguments.dtype, pca=arguments.pca)
 
 

@@ -39,7 +39,14 @@ from trainer.log.skipped_step import SkippedSteps, explain_skip, one_line
 from trainer.periods import Clock
 from trainer.pictures.run import training_pictures
 from trainer.recipe import Recipe, attach_parts, load_recipe
-from trainer.run import context_of, eval_context, refuse_text_evals, stream_of, tokenizer_of
+from trainer.run import (
+    context_of,
+    eval_context,
+    loading_notes,
+    refuse_text_evals,
+    stream_of,
+    tokenizer_of,
+)
 from trainer.stop import Check, Stopped, StopRequest, go_on
 from trainer.types import Batch, Features, Losses, Progress
 
@@ -182,7 +189,9 @@ def _built(
         epoch_size=stream.epoch_size,
     )
     log.resume(start.progress, phase_begun=start.phase_begun)
-    log.say(describe(config, parameters, stream, world_size=comm.world_size, stage=engine.stage))
+    notes = loading_notes(config, recipe.model)
+    size, stage = comm.world_size, engine.stage
+    log.say(describe(config, parameters, stream, world_size=size, stage=stage, notes=notes))
     if restored:
         log.say(f"going on from step {restored.step} in {restored.folder}")
     return Run(

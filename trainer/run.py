@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import EvalConfig, RunConfig
+from trainer.data.pixels import Pixels
 from trainer.data.stream import Stream
 from trainer.data.vocabulary import tokenizer_for
 from trainer.errors import ConfigError
 from trainer.evals import EvalContext
-from trainer.models.config import TwoTowerConfig
+from trainer.models.config import ModelConfig, TwoTowerConfig
+from trainer.models.load import model_pixels, pixels_note
+from trainer.models.tower import Tower
 from trainer.recipe import Context
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
@@ -90,7 +94,25 @@ def stream_of(
         workdir=config.workdir,
         join=config.recipe.join(config.seed),
         views=config.recipe.wanted_views(),
+        pixels=pixels_of(config),
     )
+
+
+def pixels_of(config: RunConfig) -> Pixels:
+    """How images become the model's input: for a loaded image tower, as its folder says."""
+    model = config.recipe.model
+    if isinstance(model, ModelConfig):
+        return model_pixels(model, config.data.background)
+    return Pixels(model.image_size, background=config.data.background)
+
+
+def loading_notes(config: RunConfig, model: nn.Module) -> list[str]:
+    """What was found about loaded towers, and how their images are prepared; a line each."""
+    notes = [tower.note for tower in model.modules() if isinstance(tower, Tower) and tower.note]
+    section = config.recipe.model
+    if isinstance(section, ModelConfig) and section.image.path is not None:
+        notes.append(pixels_note(section, section.image.path))
+    return notes
 
 
 def context_of(
@@ -125,6 +147,7 @@ def eval_context(
         data=config.data,
         seed=config.seed,
         check=check,
+        pixels=pixels_of(config),
     )
 
 

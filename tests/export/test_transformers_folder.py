@@ -27,10 +27,10 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import parse_run
 from trainer.data.decode import decode_image
+from trainer.data.pixels import Pixels
 from trainer.data.tokenize import tokenize
 from trainer.data.views import normalize
 from trainer.errors import CheckpointError, ConfigError
-from trainer.export.inputs import image_processor
 from trainer.export.native import load_exported, load_trained
 from trainer.export.transformers_folder import export_model
 from trainer.models.model import Model
@@ -103,7 +103,7 @@ def test_tokenizer_and_image_processor_feed_the_model_as_the_trainer_does(tmp_pa
 def test_the_exported_processor_gives_the_very_pixels_of_an_evaluation(kind, mode) -> None:
     """Odd shapes: the long side's rounding, the crop's offset, sizes that a JPEG draft would take,
     pictures of one column."""
-    processor = image_processor(33)
+    processor = Pixels(33).processor()
     for size in [(33, 33), (34, 33), (75, 100), (100, 75), (41, 30), (200, 333), (1, 50), (3, 7)]:
         file, image = io.BytesIO(), picture(*size)
         if mode == "I;16":

@@ -80,11 +80,13 @@ def decode_image(
     max_pixels: int,
     crop: Callable[[int, int], Box] | None = None,
     kept: DecodedImages | None = None,
+    resample: int = Image.Resampling.BICUBIC,
 ) -> UInt8[Tensor, "3 {size} {size}"]:
     """Decode, composite over `background` and resample a box of the image to a square.
 
     `crop(width, height)` gives the box; without it, CLIP's centre crop (`centre_crop`), of every
-    pixel of the file. Bicubic, antialiased; pixels just outside the box weigh in, as in an image
+    pixel of the file. A box is resampled with the filter that Pillow numbers `resample`, bicubic
+    otherwise, antialiased; pixels just outside the box weigh in, as in an image
     that is resized before it is cropped.
     `kept` saves decoding again what it holds and never changes the result; its images have one
     `background`.
@@ -100,7 +102,7 @@ def decode_image(
         square = (
             centre_crop(image, size)
             if box is None
-            else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            else image.resize((size, size), Image.Resampling(resample), box=box)
         )
     except _DAMAGE as error:
         raise BadSample(f"damaged image of {len(data)} bytes: {_first_line(error)}") from error

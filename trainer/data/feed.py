@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
@@ -117,7 +118,9 @@ class Prepare:
         seed: int,
         join: Join | None = None,
         views: ViewsConfig = ONE_VIEW,
+        resample: int = Image.Resampling.BICUBIC,
     ) -> None:
+        self.resample = resample
         self.config, self.tokenizer, self.seed, self.join = config, tokenizer, seed, join
         self.image_size, self.text_length, self.views = image_size, text_length, views
         self.kept = DecodedImages(config.cache_mib << 20) if config.cache_mib else None
@@ -160,6 +163,7 @@ class Prepare:
                 max_pixels=self.config.max_pixels,
                 crop=crop,
                 kept=kept,
+                resample=self.resample,
             )
 
         return look

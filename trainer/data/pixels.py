@@ -20,18 +20,17 @@ from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from trainer.data.decode import decode_image, decode_whole
-from trainer.data.views import IMAGE_MEAN, IMAGE_STD
+from trainer.data.views import IMAGE_MEAN, IMAGE_STD, Three, normalize
 from trainer.errors import ConfigError
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 _BICUBIC = int(Image.Resampling.BICUBIC)
+_BILINEAR = int(Image.Resampling.BILINEAR)
 _BYTE = 1 / 255
 _PROBE_SHAPE = (83, 131, 3)
 _CONVNEXT_WHOLE = 384
 """From this size on ConvNeXt's processor squeezes the image instead of cropping it."""
 _KEYS = {"do_resize", "size", "do_rescale", "do_normalize", "image_mean", "image_std"}
-
-Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,22 @@ class Pixels:
         self, images: UInt8[Tensor, "batch 3 size size"]
     ) -> Float32[Tensor, "batch 3 size size"]:
         """(scale * bytes - mean) / deviation."""
-        scaled = images.float().div_(255.0) if self.scale == _BYTE else images.float() * self.scale
-        return self.standardized(scaled)
+        return normalize(images, mean=self.unit_mean, deviation=self.unit_deviation)
 
-    def standardized(
-        self, scaled: Float32[Tensor, "batch 3 size size"]
-    ) -> Float32[Tensor, "batch 3 size size"]:
-        """Less the mean, over the deviation, in place."""
-        mean, deviation = (
-            scaled.new_tensor(values)[:, None, None] for values in (self.mean, self.deviation)
-        )
-        return scaled.sub_(mean).div_(deviation)
+    @property
+    def unit_mean(self) -> Three:
+        """Of pixels between 0 and 1, whatever the scale of the bytes is."""
+        return self._of_unit(self.mean)
+
+    @property
+    def unit_deviation(self) -> Three:
+        return self._of_unit(self.deviation)
+
+    def _of_unit(self, values: Three) -> Three:
+        if self.scale == _BYTE:
+            return values
+        first, second, third = (value / (255 * self.scale) for value in values)
+        return first, second, third
 
     def resized(self, size: int) -> Pixels:
         """The same for a model that is to see `size` pixels: all lengths change in proportion."""
@@ -227,7 +231,7 @@ def _understood(values: dict[str, Any], folder: Path, background: tuple[int, int
         background=background,
         fit=fit,
         edge=edge,
-        resample=int(values.get("resample") if values.get("resample") is not None else 2),
+        resample=_BILINEAR if (found := values.get("resample")) is None else int(found),
         scale=float(values.get("rescale_factor") or _BYTE) if values.get("do_rescale") else 1.0,
     )
 

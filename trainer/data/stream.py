@@ -30,8 +30,9 @@ from trainer.data.feed import (
 )
 from trainer.data.ledger import Ledger
 from trainer.data.order import Order, Share
+from trainer.data.pixels import Pixels
 from trainer.data.shards import ShardSet
-from trainer.data.views import augment, flipped, normalize
+from trainer.data.views import augment, flipped
 from trainer.errors import DataError
 from trainer.types import Batch
 
@@ -69,7 +70,9 @@ class Stream:
         workdir: Path | None,
         join: Join | None = None,
         views: ViewsConfig = ONE_VIEW,
+        pixels: Pixels | None = None,
     ) -> None:
+        self.pixels = pixels or Pixels(image_size)
         self.config, self.comm, self.seed, self.views = config, comm, seed, views
         _, self.num_micro_batches = micro_batches(
             global_batch=global_batch, micro_batch=micro_batch, world_size=comm.world_size
@@ -85,6 +88,7 @@ class Stream:
             seed=seed,
             join=join,
             views=views,
+            resample=self.pixels.resample,
         )
         self.epoch_size, self._source = _open_source(config, comm, prepare)
         self.wait_seconds = 0.0
@@ -161,7 +165,9 @@ class Stream:
             epoch=ready(raw.epochs),
             texts=ready(raw.texts),
             views=ready(torch.stack(further, dim=1)) if further else None,
-            cover=None if raw.cover is None else ready(normalize(raw.cover.to(device))),
+            cover=None
+            if raw.cover is None
+            else ready(self.pixels.normalized(raw.cover.to(device))),
             boxes=ready(self._mirrored(raw, plan)),
         )
 
@@ -179,6 +185,8 @@ class Stream:
                 seed=self.seed,
                 purpose=purpose,
                 config=config,
+                mean=self.pixels.unit_mean,
+                deviation=self.pixels.unit_deviation,
             )
             for view, (purpose, config) in zip(pixels, purposes[: len(pixels)], strict=True)
         ]

@@ -28,6 +28,9 @@ from trainer.config import AugmentConfig
 from trainer.data.decode import Box
 from trainer.hashing import hash_bits, key_of, uniform, uniform_of
 
+Three = tuple[float, float, float]
+"""A number for each channel of pixels between 0 and 1."""
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -81,6 +84,8 @@ def augment(
     seed: int,
     purpose: str,
     config: AugmentConfig,
+    mean: Three = IMAGE_MEAN,
+    deviation: Three = IMAGE_STD,
 ) -> Float[Tensor, "batch 3 size size"]:
     """Flip, colour jitter, gray and blur, each on the rows that draw it; then normalised.
 
@@ -94,7 +99,7 @@ def augment(
     _on_rows(pixels, stream.rows("jitter", config.jitter_probability), stream, config, _jitter)
     _on_rows(pixels, stream.rows("gray", config.gray_probability), stream, config, _gray)
     _on_rows(pixels, stream.rows("blur", config.blur_probability), stream, config, _blur)
-    return _standardized(pixels)
+    return _standardized(pixels, mean, deviation)
 
 
 def flipped(
@@ -109,9 +114,14 @@ def flipped(
     return _Draws(sample_id, epochs, seed, purpose).rows("flip", config.flip)
 
 
-def normalize(images: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch 3 size size"]:
-    """CLIP's: divided by 255, less the mean, over the deviation of its training pixels."""
-    return _standardized(_unit(images))
+def normalize(
+    images: UInt8[Tensor, "batch 3 size size"],
+    *,
+    mean: Three = IMAGE_MEAN,
+    deviation: Three = IMAGE_STD,
+) -> Float[Tensor, "batch 3 size size"]:
+    """Divided by 255, less the mean, over the deviation: CLIP's where none are given."""
+    return _standardized(_unit(images), mean, deviation)
 
 
 class _Draws:
@@ -242,7 +252,6 @@ def _unit(images: Tensor) -> Tensor:
     return images.float().div_(255.0)
 
 
-def _standardized(pixels: Tensor) -> Tensor:
-    mean = pixels.new_tensor(IMAGE_MEAN)[:, None, None]
-    deviation = pixels.new_tensor(IMAGE_STD)[:, None, None]
-    return pixels.sub_(mean).div_(deviation)
+def _standardized(pixels: Tensor, mean: Three, deviation: Three) -> Tensor:
+    means, deviations = (pixels.new_tensor(row)[:, None, None] for row in (mean, deviation))
+    return pixels.sub_(means).div_(deviations)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import DataConfig
+from trainer.data.pixels import Pixels
 from trainer.evals.samples import Record
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
@@ -30,6 +31,8 @@ class EvalContext(NamedTuple):
     """How images are decoded; its training shards are the bank of zero_shot's pixel floor."""
     seed: int
     """Draws the probe's validation part."""
+    pixels: Pixels | None = None
+    """How images become the model's input; as for CLIP where None."""
     encoded: dict[tuple[str, int | None], Any] | None = None
     """Encoded splits by (shards, limit), so that several evaluations of one model share them."""
     check: Check = go_on

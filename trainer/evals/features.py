@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trainer.data.pixels import Pixels
 from trainer.data.tokenize import tokenize
-from trainer.data.views import normalize
 from trainer.errors import ConfigError
 from trainer.evals.context import EvalContext
 from trainer.evals.samples import BLOCK, FILLER, Block, Record, own_positions, read_blocks
@@ -67,7 +67,12 @@ def _embedded(spec: str, encode: Encode, context: EvalContext, limit: int | None
     features: list[Tensor] = []
     records: list[Record] = []
     for block in read_blocks(
-        spec, size=context.image_size, limit=limit, data=context.data, comm=context.comm
+        spec,
+        size=context.image_size,
+        limit=limit,
+        data=context.data,
+        comm=context.comm,
+        pixels=context.pixels,
     ):
         features.append(_encode_images(block, encode, context))
         records += block.records
@@ -76,7 +81,8 @@ def _embedded(spec: str, encode: Encode, context: EvalContext, limit: int | None
 
 def _encode_images(block: Block, encode: Encode, context: EvalContext) -> Tensor:
     device = context.comm.device
-    images = normalize(block.images.to(device))
+    pixels = context.pixels or Pixels(context.image_size)
+    images = pixels.normalized(block.images.to(device))
     batch = Batch(images, tokens=None, token_mask=None, sample_id=block.sample_id.to(device))
     features = encode(batch).image
     if features is None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import DataConfig
-from trainer.data.decode import BadSample, decode_image, find_image
+from trainer.data.decode import BadSample, find_image
+from trainer.data.pixels import Pixels
 from trainer.data.shards import ShardSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import hash_bits, key_of
@@ -71,9 +72,15 @@ def own_positions(count: int, comm: Comm) -> Int64[Tensor, "blocks block"]:
 
 
 def read_blocks(
-    spec: str, *, size: int, limit: int | None, data: DataConfig, comm: Comm
+    spec: str,
+    *,
+    size: int,
+    limit: int | None,
+    data: DataConfig,
+    comm: Comm,
+    pixels: Pixels | None = None,
 ) -> Iterator[Block]:
-    """This rank's blocks of a shard spec, images `size` pixels wide.
+    """This rank's blocks of a shard spec, images `size` pixels wide, arranged as `pixels` says.
 
     Collective: every rank must exhaust it. Unusable samples are left out against the budget;
     damage found by one rank is raised by all, after the last block, so that nobody waits for a
@@ -83,7 +90,7 @@ def read_blocks(
     chosen = select(torch.as_tensor(shards.ids), limit)
     if not len(chosen):
         raise DataError(f"no sample in {spec}; an evaluation needs at least one")
-    reader = _Reader(shards, size, data)
+    reader = _Reader(shards, pixels or Pixels(size, background=data.background), data)
     for positions in own_positions(len(chosen), comm):
         yield reader.block([int(chosen[p]) if p >= 0 else FILLER for p in positions.tolist()])
     reader.check(spec, len(chosen), comm)
@@ -92,14 +99,15 @@ def read_blocks(
 class _Reader:
     """Decodes blocks and remembers what went wrong."""
 
-    def __init__(self, shards: ShardSet, size: int, data: DataConfig) -> None:
-        self._shards, self._size, self._data = shards, size, data
+    def __init__(self, shards: ShardSet, pixels: Pixels, data: DataConfig) -> None:
+        self._shards, self._arranged, self._data = shards, pixels, data
         self._bad: list[str] = []
         self._damage: list[str] = []
 
     def block(self, indexes: list[int]) -> Block:
         """The samples at these indexes of the shard set; FILLER repeats the row before."""
-        images = torch.zeros((len(indexes), 3, self._size, self._size), dtype=torch.uint8)
+        size = self._arranged.size
+        images = torch.zeros((len(indexes), 3, size, size), dtype=torch.uint8)
         ids = torch.full((len(indexes),), FILLER)
         usable: list[int] = []
         records: list[Record] = []
@@ -146,12 +154,7 @@ class _Reader:
             return None
 
     def _pixels(self, image: bytes) -> Tensor:
-        return decode_image(
-            image,
-            size=self._size,
-            background=self._data.background,
-            max_pixels=self._data.max_pixels,
-        )
+        return self._arranged.decode(image, max_pixels=self._data.max_pixels)
 
 
 def _digest(image: bytes) -> str:

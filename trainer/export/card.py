@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from trainer.data.views import IMAGE_MEAN, IMAGE_STD
+from PIL import Image
+
 from trainer.models.config import ImageTowerConfig, ModelConfig, TowerConfig, TwoTowerConfig
+from trainer.models.load import model_pixels
 from trainer.store import Identity
 
 _CLIP_USE = """\
@@ -229,11 +231,17 @@ def _logits(scale: float, bias: float | None) -> str:
 
 
 def _image_input(config: ModelConfig) -> str:
-    mean, std = (", ".join(f"{value:.8f}" for value in row) for row in (IMAGE_MEAN, IMAGE_STD))
-    size = config.image_size
+    pixels = model_pixels(config)
+    mean, std = (
+        ", ".join(f"{value:.8f}" for value in row)
+        for row in (pixels.unit_mean, pixels.unit_deviation)
+    )
+    size, edge = pixels.size, pixels.edge or pixels.size
+    side = "Both sides are" if pixels.fit == "square" else "The shorter side is"
+    filtered = Image.Resampling(pixels.resample).name.lower()
     return f"""\
-- Images: {size} x {size} pixels, RGB. The shorter side is resized to
-  {size} (bicubic, antialiased), then the centre is cropped; `AutoImageProcessor` on Pillow gives
+- Images: {size} x {size} pixels, RGB. {side} resized to
+  {edge} ({filtered}, antialiased), then the centre is cropped; `AutoImageProcessor` on Pillow gives
   the very pixels of the training run's evaluation, of gray, palette and CMYK images too. What a
   processor can't say: lay transparent images on the background of the training run first (white
   by default), and divide 16-bit gray by 256.

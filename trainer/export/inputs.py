@@ -12,29 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CLIPProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from trainer.data.pixels import Pixels
 from trainer.data.tokenize import save_tokenizer
-from trainer.data.views import IMAGE_MEAN, IMAGE_STD
-
-
-def image_processor(size: int) -> CLIPImageProcessorPil:
-    """The pixels of an evaluation: `trainer.data.decode.centre_crop`, then mean and deviation."""
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-    )
 
 
 def save_inputs(
-    folder: Path, *, image_size: int, tokenizer: PreTrainedTokenizerFast | None, text_length: int
+    folder: Path, *, images: Pixels, tokenizer: PreTrainedTokenizerFast | None, text_length: int
 ) -> None:
     """Write both so that `AutoProcessor`, `AutoTokenizer`, `AutoImageProcessor` and the pipelines
     need no further arguments: texts are cut at `text_length`, special tokens written in a text are
     text, and nothing is returned that the model was not trained on."""
-    pixels = image_processor(image_size)
+    pixels = images.processor()
     if tokenizer is not None:
         words = copy.deepcopy(tokenizer)
         words.model_max_length = text_length

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Frozen, PositiveInt
@@ -137,15 +137,28 @@ def save_native(model: Exportable, folder: Path, form: Frozen) -> None:
     (folder / NATIVE / "model.json").write_text(form.model_dump_json(indent=2) + "\n")
 
 
-def with_exported_paths(config: ModelConfig, *, is_clip: bool) -> ModelConfig:
-    """Towers that were loaded from somewhere are found in the exported folder from now on."""
+def as_exported(model: Exportable, *, is_clip: bool) -> ModelConfig:
+    """Towers that were loaded from somewhere are found in the exported folder from now on.
+
+    What was found when they were loaded is written down: where scales begin, and how a tower
+    pools, which its own files alone may not say.
+    """
     changes: dict[str, Any] = {}
-    if isinstance(config, TwoTowerConfig):
+    if isinstance(model, TwoTower):
         changes = {"tokenizer": ".", "vocabulary": None}
-    for name, section in _sections(config).items():
+        changes["logit_scale_init"] = model.logit_scale.initial
+        if model.logit_bias is not None:
+            changes["logit_bias_init"] = model.logit_bias.start
+    for name, section in _sections(model.config).items():
         if section.path is not None:
-            changes[name] = section.model_copy(update={"path": "." if is_clip else name})
-    return config.model_copy(update=changes)
+            tower: Any = model.get_submodule(name)
+            found: dict[str, Any] = {"path": "." if is_clip else name}
+            if not is_clip and tower.pool not in ("own", "clip"):
+                found["pooling"] = tower.pool
+            if isinstance(tower.projection, nn.Identity):
+                found["projection"] = "none"
+            changes[name] = section.model_copy(update=found)
+    return model.config.model_copy(update=changes)
 
 
 def _with_paths_in(folder: Path, config: Section) -> Section:

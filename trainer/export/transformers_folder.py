@@ -21,9 +21,10 @@ from trainer.errors import ConfigError
 from trainer.export.card import image_card, model_card, patch_card
 from trainer.export.clip import clip_model, clip_vision_model, clip_vision_tower
 from trainer.export.inputs import save_inputs
-from trainer.export.native import Exportable, PatchForm, save_native, with_exported_paths
+from trainer.export.native import Exportable, PatchForm, as_exported, save_native
 from trainer.models.config import ImageTowerConfig
 from trainer.models.image_tower import ImageTower
+from trainer.models.load import model_pixels
 from trainer.models.lora import has_lora, merge_lora
 from trainer.models.model import Model
 from trainer.models.patch_tower import PatchTower
@@ -77,7 +78,7 @@ def export_model(
             raise ConfigError("a model with a text tower is exported with its tokenizer")
         exported, card = _two_tower(model, tokenizer, folder, data_licence)
     length = model.config.text_length if isinstance(model, TwoTower) else 0
-    save_inputs(folder, image_size=model.config.image_size, tokenizer=tokenizer, text_length=length)
+    save_inputs(folder, images=model_pixels(model.config), tokenizer=tokenizer, text_length=length)
     (folder / "README.md").write_text(card)
     return exported
 
@@ -95,7 +96,7 @@ def _two_tower(
         plain.text.backbone.save_pretrained(folder / "text")
     else:
         clip_model(plain, tokenizer).save_pretrained(folder)
-    save_native(model, folder, with_exported_paths(model.config, is_clip=not why_not_clip))
+    save_native(model, folder, as_exported(model, is_clip=not why_not_clip))
     scale = model.logit_scale().detach().item()
     card = model_card(
         model.config, scale=scale, bias=bias, why_not_clip=why_not_clip, data_licence=data_licence
@@ -121,7 +122,7 @@ def _image_tower(model: ImageTower, folder: Path, data_licence: str | None) -> t
         plain.image.backbone.save_pretrained(folder / "image")
     else:
         clip_vision_model(plain).save_pretrained(folder)
-    save_native(model, folder, with_exported_paths(model.config, is_clip=not why_not_clip))
+    save_native(model, folder, as_exported(model, is_clip=not why_not_clip))
     card = image_card(model.config, why_not_clip=why_not_clip, data_licence=data_licence)
     loads_as = "towers apart" if why_not_clip else "CLIPVisionModelWithProjection"
     return Exported(folder, not why_not_clip, why_not_clip, loads_as), card
@@ -133,7 +134,7 @@ def _patch_tower(
     plain = _without_lora(model)
     assert isinstance(plain, PatchTower)
     clip_vision_tower(plain).save_pretrained(folder / "image")
-    config = with_exported_paths(model.config, is_clip=False)
+    config = as_exported(model, is_clip=False)
     assert isinstance(config, ImageTowerConfig)
     form = PatchForm(
         model=config,

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trainer.config import RunConfig
 from trainer.data.stream import Stream
 
 
 def describe(
-    config: RunConfig, parameters: dict[str, int], stream: Stream, *, world_size: int, stage: int
+    config: RunConfig,
+    parameters: dict[str, int],
+    stream: Stream,
+    *,
+    world_size: int,
+    stage: int,
+    notes: Sequence[str] = (),
 ) -> str:
     """Batch split, sizes and length of the run, one fact a line.
 
     Bytes are of weights and Adam's two moments in float32, which ZeRO divides by the ranks from
-    stage 3 and stage 1 on; activations come on top.
+    stage 3 and stage 1 on; activations come on top. `notes` are further lines.
     """
     trained = parameters["trained"]
     weights = 4 * parameters["total"] / (world_size if stage == 3 else 1)
@@ -33,4 +41,4 @@ def describe(
         f"ZeRO-{stage}, gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}: "
         f"{(weights + moments) / 2**20:.0f} MiB of weights and moments per rank",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from trainer.data.pixels import Pixels, folder_pixels
 from trainer.data.tokenize import sides_of, tokenize
 from trainer.errors import ConfigError
 from trainer.models.config import ModelConfig, TowerConfig, TwoTowerConfig
@@ -38,6 +40,7 @@ from trainer.models.sentence_folder import SentenceFolder, read_sentence_folder
 from trainer.models.tower import PairScales, Pool, Tower
 
 ATTENTION = "sdpa"
+WHITE = (255, 255, 255)
 _CLOSE = 1e-3
 _PROBE_TEXT = "a red apple"
 
@@ -74,6 +77,29 @@ def text_tower(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerFast) -> To
         causal=True,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+@lru_cache(maxsize=16)
+def _folder_pixels(path: str, size: int, background: tuple[int, int, int]) -> Pixels | None:
+    return folder_pixels(path, size=size, background=background)
+
+
+def model_pixels(config: ModelConfig, background: tuple[int, int, int] = WHITE) -> Pixels:
+    """How images become the input of the image tower: as its folder says, else as for CLIP."""
+    path, size = config.image.path, config.image_size
+    said = None if path is None else _folder_pixels(path, size, background)
+    return said or Pixels(size, background=background)
+
+
+def pixels_note(config: ModelConfig, path: str) -> str:
+    """For people: what was decided about a loaded tower's images."""
+    said = _folder_pixels(path, config.image_size, WHITE)
+    if said is None:
+        return f"images: {path} has no image processor, so they are prepared as for CLIP"
+    own = folder_pixels(path)
+    assert own is not None
+    other = "" if own.size == config.image_size else f", made for {own.size} px"
+    return f"images: as the processor of {path} says{other}: {said.text}"
 
 
 def new_projection(width: int | None, embed_dim: int) -> nn.Linear:

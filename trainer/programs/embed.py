@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from trainer.comm import Comm, agreed
 from trainer.config import RunConfig
+from trainer.data.pixels import Pixels
 from trainer.data.texts import TextSet
-from trainer.data.views import IMAGE_MEAN, IMAGE_STD
 from trainer.errors import ConfigError
 from trainer.evals.zero_shot import prompts_of
 from trainer.programs.workdir import open_workdir
+from trainer.run import pixels_of
 from trainer.store import EmbeddingStore, Identity
 from trainer.teachers.existing_vectors import StoredVectors
 from trainer.teachers.fill import Embedded, Teacher, embed
 from trainer.teachers.frozen import Shard
-from trainer.teachers.image import ImageTeacher, Pixels
+from trainer.teachers.image import ImageTeacher
 from trainer.teachers.pca import FILE, Pca, ProjectedTeacher, fit_pca, load_pca
 from trainer.teachers.pinned import DEFAULT_CACHE, PINNED, fetch_teacher, is_there
 from trainer.teachers.spec import TeacherSpec, load_teacher, refuse_placement
@@ -128,12 +129,7 @@ def _trained_tower(spec: TeacherSpec, comm: Comm) -> ImageTeacher:
         raise ConfigError(f"{spec.model} is a run: its image tower is read with kind=image")
     trained = open_workdir(Path(spec.model), comm)
     tower: Any = trained.model.image
-    pixels = Pixels(
-        size=trained.run.recipe.model.image_size,
-        mean=IMAGE_MEAN,
-        deviation=IMAGE_STD,
-        background=trained.run.data.background,
-    )
+    pixels = pixels_of(trained.run)
     model = _Embeddings(tower).to(comm.device)
     return ImageTeacher(
         model,
@@ -141,10 +137,17 @@ def _trained_tower(spec: TeacherSpec, comm: Comm) -> ImageTeacher:
         name=spec.name or f"{Path(spec.model).name} at step {trained.restored.step}",
         model_hash=_hash_of(tower),
         pooling="embedding",
-        dim=tower.projection.out_features,
+        dim=trained.run.recipe.model.embed_dim,
+        settings=_settings_of(trained.run, pixels),
         unit_norm=spec.unit_norm,
         batch_images=spec.batch_images,
     )
+
+
+def _settings_of(run: RunConfig, pixels: Pixels) -> str:
+    """SHA-256 of the model's section and of how images are prepared."""
+    text = run.recipe.model.model_dump_json() + pixels.text
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hash_of(model: nn.Module) -> str:
