@@ -134,3 +134,9 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": ')
     with pytest.raises(ConfigError, match="no readable JSON"):
         folder_pixels(tmp_path)
+
+
+def test_a_very_long_image_does_not_fill_the_memory() -> None:
+    pixels = Pixels(16, fit="shortest", edge=24)
+    line = Image.new("RGB", (3_000_000, 2), (10, 200, 30))
+    assert pixels.arranged(line).flatten(1).unique(dim=1).tolist() == [[10], [200], [30]]

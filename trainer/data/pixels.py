@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from trainer.data.decode import decode_image, decode_whole
+from trainer.data.decode import LONGEST, decode_image, decode_whole
 from trainer.data.views import IMAGE_MEAN, IMAGE_STD, Three, normalize
 from trainer.errors import ConfigError
 
@@ -73,6 +73,17 @@ class Pixels:
         else:
             short = min(width, height)
             wanted = int(edge * width / short), int(edge * height / short)
+            if max(wanted) > LONGEST * edge:  # the whole would not fit into memory
+                half, box = LONGEST * short // 2, (width // 2, height // 2)
+                image = image.crop(
+                    (
+                        max(0, box[0] - half),
+                        max(0, box[1] - half),
+                        min(width, box[0] + half),
+                        min(height, box[1] + half),
+                    )
+                )
+                wanted = tuple(int(edge * side / short) for side in image.size)  # type: ignore[assignment]
         image = image.resize(wanted, Image.Resampling(self.resample))
         left, top = (wanted[0] - self.size) // 2, (wanted[1] - self.size) // 2
         if left or top:

@@ -161,9 +161,11 @@ def _not_loaded(path: Path | str, part: Part, error: BaseException) -> str:
 def _refuse_made_up(path: Path | str, model: nn.Module, missing: set[str]) -> None:
     """ConfigError where weights were drawn at random because the folder lacks them.
 
-    Poolers made for another task are left out anyway.
+    A pooler that was not saved is left out.
     """
-    unused = ("pooler.dense.", "decoder.", "lm_head.")
+    unused = ("pooler.", "decoder.", "lm_head.")
+    if any(name.startswith("pooler.") for name in missing):
+        setattr(model, "pooler", None)  # noqa: B010 (its type is a module)
     lacking = sorted(n for n in missing if not any(f".{part}" in f".{n}" for part in unused))
     if lacking:
         raise ConfigError(
