@@ -189,7 +189,7 @@ def _built(
         epoch_size=stream.epoch_size,
     )
     log.resume(start.progress, phase_begun=start.phase_begun)
-    notes = loading_notes(config, recipe.model)
+    notes = loading_notes(config, recipe)
     size, stage = comm.world_size, engine.stage
     log.say(describe(config, parameters, stream, world_size=size, stage=stage, notes=notes))
     if restored:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
@@ -17,7 +16,8 @@ from trainer.evals import EvalContext
 from trainer.models.config import ModelConfig, TwoTowerConfig
 from trainer.models.load import model_pixels, pixels_note
 from trainer.models.tower import Tower
-from trainer.recipe import Context
+from trainer.parts.prototype_head import PrototypeHead
+from trainer.recipe import Context, Recipe
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
 
@@ -106,9 +106,12 @@ def pixels_of(config: RunConfig) -> Pixels:
     return Pixels(model.image_size, background=config.data.background)
 
 
-def loading_notes(config: RunConfig, model: nn.Module) -> list[str]:
-    """What was found about loaded towers, and how their images are prepared; a line each."""
-    notes = [tower.note for tower in model.modules() if isinstance(tower, Tower) and tower.note]
+def loading_notes(config: RunConfig, recipe: Recipe) -> list[str]:
+    """What was found about loaded towers and heads, and how images are prepared; a line each."""
+    heads = [part for part in recipe.parts.values() if isinstance(part, PrototypeHead)]
+    towers = [module for module in recipe.model.modules() if isinstance(module, Tower)]
+    notes = [tower.note for tower in towers] + [head.note for head in heads]
+    notes = [note for note in notes if note]
     section = config.recipe.model
     if isinstance(section, ModelConfig) and section.image.path is not None:
         notes.append(pixels_note(section, section.image.path))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -20,6 +22,7 @@ from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet, expand_shards
 from trainer.errors import ConfigError, DataError
 from trainer.losses.margin import coordinate_subset
+from trainer.parts.sampling import BLOCK, rate_with_negatives
 from trainer.recipe import load_recipe
 from trainer.run import context_of, refuse_text_evals, stream_of, tokenizer_of
 from trainer.types import Batch, Losses, Progress
@@ -184,6 +187,63 @@ def test_partial_fc_unicom_and_rice_are_what_the_old_spelling_computes(base):
         assert parts.keys() == ours_parts.keys()
 
 
+def test_partial_fc_s_rule_is_on_wherever_its_loss_is_and_unicom_names_its_missing_key(base):
+    """Also where only other keys of the head are given, and off for those who say so."""
+    one = ("recipe.classes=[subgroup]", "recipe.labels_per_sample=1")
+    unsaid = "recipe.head={learning_rate: 0.01}"
+    old = changed(base, *one, "recipe.loss=pfc_ce", unsaid)
+    for config in (old, renamed(old, "partial_fc", "loss")):
+        assert built(config, Comm.solo())[0].parts["head"].config.union_positives is True
+        off = changed(config, "recipe.head.union_positives=false")
+        assert built(off, Comm.solo())[0].parts["head"].config.union_positives is False
+    assert built(base, Comm.solo())[0].parts["head"].config.union_positives is False
+    with pytest.raises(ConfigError, match="features_kept"):
+        renamed(changed(old, "recipe.features_kept=5"), "unicom", "features_kept")
+
+
+@pytest.mark.parametrize("sampling", ["rows", "blocks"])
+def test_a_small_share_of_few_rows_still_has_negatives_in_every_step_and_says_so(base, sampling):
+    from trainer.run import loading_notes
+
+    ids = torch.as_tensor(ShardSet.open(base.data.train).ids)
+    folder = base.workdir / f"seven_{sampling}"
+    ClusterLabels(ids, (torch.arange(len(ids)) % 7)[:, None]).save(folder)
+    few = changed(
+        base,
+        *("recipe.classes=[]", f"recipe.labels={folder}", "recipe.labels_per_sample=1"),
+        f"recipe.head={{sample_rate: 0.1, logq: true, sampling: {sampling}}}",
+    )
+    for loss in ("mlcd", "slots", "pfc_ce"):
+        config = changed(few, f"recipe.loss={loss}")
+        recipe, _ = built(config, Comm.solo())
+        for step in range(30):
+            active = recipe.term.head.active(torch.zeros(4, 1, dtype=torch.int64), step)
+            assert active.num_negatives == 7
+            assert active.bias is None  # every row is drawn for certain
+        (note,) = loading_notes(config, recipe)
+        assert "0.1 of 7 prototypes" in note
+    many = changed(few, "recipe.num_prototypes=100_000")
+    recipe, _ = built(many, Comm.solo())
+    assert loading_notes(many, recipe) == []
+    assert recipe.head.config.sample_rate == 0.1
+
+
+@given(
+    rate=st.floats(1e-6, 1.0),
+    count=st.integers(1, 2000),
+    labels=st.integers(1, 8),
+    sampling=st.sampled_from(["rows", "blocks"]),
+)
+def test_hardly_any_step_of_any_small_table_is_without_negatives(rate, count, labels, sampling):
+    """By the chance that a sample's own rows are all that is drawn; and a rate is never lowered."""
+    raised = rate_with_negatives(rate, count, labels=labels, sampling=sampling)
+    assert rate <= raised <= 1
+    units = -(-count // BLOCK) if sampling == "blocks" else count
+    own = 0 if sampling == "blocks" else min(labels, units)
+    assert raised == 1 or (1 - raised) ** (units - own) < 1e-6
+    assert rate_with_negatives(0.0, count, labels=labels, sampling=sampling) == 0
+
+
 def test_the_margin_is_taken_from_positives_alone_and_the_filter_from_negatives(base):
     one = ("recipe.loss=pfc_ce", "recipe.classes=[subgroup]", "recipe.head.sample_rate=1.0")
     _, rows, labels, table = one_loss(changed(base, *one))
@@ -252,12 +312,12 @@ def test_stored_labels_are_joined_by_sample_id_nearest_first_or_drawn(base, tmp_
 
     recipe, _ = built(changed(base, *stored, "recipe.labels_per_sample=2"), Comm.solo())
     assert recipe.head.num_prototypes == drawn.max() + 1
-    assert recipe._chosen(ids, 0).tolist() == [by_id[i][:2] for i in ids.tolist()]
+    assert recipe.term._chosen(ids, 0).tolist() == [by_id[i][:2] for i in ids.tolist()]
 
     random = changed(base, *stored, "recipe.labels_per_sample=2", "recipe.label_choice=random")
     recipe, _ = built(random, Comm.solo())
-    chosen = torch.stack([recipe._chosen(ids, step) for step in range(40)])
-    assert torch.equal(chosen[3], recipe._chosen(ids, 3))
+    chosen = torch.stack([recipe.term._chosen(ids, step) for step in range(40)])
+    assert torch.equal(chosen[3], recipe.term._chosen(ids, 3))
     assert chosen[:, 1].eq(-1).all()
     assert set(chosen[:, 0].flatten().tolist()) == set(by_id[int(ids[0])][:2])
     for row, sample in enumerate(ids.tolist()[2:], start=2):

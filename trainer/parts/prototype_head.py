@@ -38,12 +38,13 @@ class PrototypeHeadConfig(RowOptimizerConfig):
     """How a table of prototypes starts, what it compares with in a step, and how it learns."""
 
     sample_rate: float = Field(default=0.1, ge=0, le=1)
-    """Share of the rows that are negatives of a step. The positives are added to them."""
+    """Share of the rows that are negatives of a step. The positives are added to them. Recipes
+    raise it for a table of so few rows that a step might draw none; zero stays zero."""
     sampling: Sampling = "rows"
     """`blocks`: 128 neighbouring rows are drawn together."""
-    union_positives: bool = False
+    union_positives: bool | None = None
     """Partial FC's rule: what is a positive of one sample is a negative of all others. Else it is
-    one only if it was drawn."""
+    one only if it was drawn. Where None, on for the loss `pfc_ce` and off for all others."""
     logq: bool = False
     """Raise the drawn rows' logits by -ln(sample_rate), so that their sum estimates that of all."""
     init: Literal["normal"] | LocalPath = "normal"
@@ -68,6 +69,9 @@ class Touched(NamedTuple):
 
 class PrototypeHead:
     """This rank's rows of a table of `num_prototypes`; a Part."""
+
+    note: str = ""
+    """A line for the user who starts a run, if there is something to say."""
 
     def __init__(
         self, config: PrototypeHeadConfig, *, num_prototypes: int, dim: int, comm: Comm, seed: int

@@ -25,6 +25,7 @@ from trainer.losses.margin import Margin, MarginKind, coordinate_subset
 from trainer.losses.multilabel import LossKind
 from trainer.losses.prototype_loss import LogitOptions, prototype_loss
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
+from trainer.parts.sampling import rate_with_negatives
 from trainer.recipe import Context
 from trainer.types import Batch, Features, Losses
 
@@ -83,6 +84,17 @@ class PrototypesConfig(Frozen):
         """Labels of a sample at most."""
         return self.labels_per_sample or (1 if self.loss == "pfc_ce" else 8)
 
+    def head_of(self, num_rows: int) -> PrototypeHeadConfig:
+        """The head's configuration with what depends on the loss and on the table's size."""
+        head = self.head
+        labels = min(self.wanted, len(self.classes) or self.wanted)
+        rate = rate_with_negatives(
+            head.sample_rate, num_rows, labels=labels, sampling=head.sampling
+        )
+        union = head.union_positives
+        union = self.loss == "pfc_ce" if union is None else union
+        return head.model_copy(update={"sample_rate": rate, "union_positives": union})
+
 
 class PrototypesTerm:
     """Labels, and the head that the loss learns; `head` is the part that a recipe has to name."""
@@ -90,15 +102,9 @@ class PrototypesTerm:
     def __init__(self, config: PrototypesConfig, context: Context, *, dim: int) -> None:
         self.config, self.context, self.dim = config, context, dim
         self.labels = _labels(config, context)
-        self.head = PrototypeHead(
-            config.head,
-            num_prototypes=config.num_prototypes or self.labels.num_clusters,
-            dim=dim,
-            comm=context.comm,
-            seed=context.seed,
-        )
+        self.head = _head(config, config.num_prototypes or self.labels.num_clusters, context, dim)
         rows_per_rank = -(-self.head.num_prototypes // self.head.comm.world_size)
-        self._usual_negatives = round(rows_per_rank * config.head.sample_rate)
+        self._usual_negatives = round(rows_per_rank * self.head.config.sample_rate)
         self._options = LogitOptions(
             kind=config.loss,
             scale=config.scale,
@@ -147,6 +153,19 @@ class PrototypesTerm:
         key = key_of(self.context.seed, "coordinates", step)
         kept = coordinate_subset(self.dim, self.config.features_kept, key).to(rows.device)
         return rows[:, kept], active._replace(rows=active.rows[:, kept])
+
+
+def _head(config: PrototypesConfig, num_rows: int, context: Context, dim: int) -> PrototypeHead:
+    options, asked = config.head_of(num_rows), config.head.sample_rate
+    head = PrototypeHead(
+        options, num_prototypes=num_rows, dim=dim, comm=context.comm, seed=context.seed
+    )
+    if options.sample_rate != asked:
+        head.note = (
+            f"head.sample_rate {asked:g} of {num_rows} prototypes leaves steps without a negative; "
+            f"{options.sample_rate:.3g} is taken"
+        )
+    return head
 
 
 def _labels(config: PrototypesConfig, context: Context) -> ClusterLabels:

@@ -16,6 +16,18 @@ BLOCK = 128
 """Rows that are drawn together, so that a device reads them in one piece."""
 CHUNK = 1 << 16
 """Numbers hashed at a time: they stay in the cache through the mixer's thirty passes."""
+FEWEST = 16
+"""Rows, or blocks, that a step draws on average at least: fewer than one in a million draw none."""
+
+
+def rate_with_negatives(rate: float, num_rows: int, *, labels: int, sampling: Sampling) -> float:
+    """`rate`, or the higher one at which a small table still gives each sample negatives.
+
+    A sample's own `labels` rows are none, so as many more are drawn. Zero stays zero.
+    """
+    drawn = -(-num_rows // BLOCK) if sampling == "blocks" else num_rows
+    least = FEWEST if sampling == "blocks" else FEWEST + labels
+    return min(1.0, max(rate, least / drawn)) if rate > 0 else 0.0
 
 
 def sampled_ids(

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from trainer.comm import Comm
 from trainer.config import RecipeConfig
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
-from trainer.parts.prototype_head import PrototypeHeadConfig
 from trainer.parts.prototypes import PrototypesConfig, PrototypesTerm
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
@@ -26,8 +25,6 @@ class Config(RecipeConfig, PrototypesConfig):
     model: ImageTowerConfig = ImageTowerConfig()
     reads = frozenset({"head"})
     loss: Literal["pfc_ce"] = "pfc_ce"
-    head: PrototypeHeadConfig = PrototypeHeadConfig(union_positives=True)
-    """Partial FC's rule is on: the positive of one sample is a negative of all others."""
 
 
 def build_model(

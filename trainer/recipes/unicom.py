@@ -16,7 +16,6 @@ from trainer.comm import Comm
 from trainer.config import PositiveInt, RecipeConfig
 from trainer.losses.margin import MarginKind
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
-from trainer.parts.prototype_head import PrototypeHeadConfig
 from trainer.parts.prototypes import PrototypesConfig, PrototypesTerm
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
@@ -30,8 +29,6 @@ class Config(RecipeConfig, PrototypesConfig):
     margin: MarginKind = "angular"
     features_kept: PositiveInt
     """Coordinates that a step compares; which part of them the paper kept is not known."""
-    head: PrototypeHeadConfig = PrototypeHeadConfig(union_positives=True)
-    """Partial FC's rule is on: the positive of one sample is a negative of all others."""
 
 
 def build_model(
