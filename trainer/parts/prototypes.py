@@ -96,11 +96,19 @@ class PrototypesConfig(Frozen):
         return head.model_copy(update={"sample_rate": rate, "union_positives": union})
 
 
+class WeightedPrototypesConfig(PrototypesConfig):
+    """Prototypes beside another task."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Of the loss; with 0 it is computed and logged, and moves nothing."""
+
+
 class PrototypesTerm:
     """Labels, and the head that the loss learns; `head` is the part that a recipe has to name."""
 
     def __init__(self, config: PrototypesConfig, context: Context, *, dim: int) -> None:
         self.config, self.context, self.dim = config, context, dim
+        self.weight = config.weight if isinstance(config, WeightedPrototypesConfig) else 1.0
         self.labels = _labels(config, context)
         self.head = _head(config, config.num_prototypes or self.labels.num_clusters, context, dim)
         rows_per_rank = -(-self.head.num_prototypes // self.head.comm.world_size)
@@ -129,7 +137,7 @@ class PrototypesTerm:
         if (step + 1) % self.config.figures_every == 0:
             figures |= negative_figures(rows, labels, active, self.head.comm)
             figures |= self.head.figures()
-        losses = Losses.of(**{self.config.loss: result.loss})
+        losses = Losses().with_term(self.config.loss, result.loss, self.weight)
         for name, value in figures.items():
             losses = losses.with_term(name, value, 0.0)
         return losses
