@@ -110,9 +110,11 @@ def _sentence(problem: Any, place: Place, section: Section | None, tree: _Tree) 
 def _nearest_key(key: str, section: Section | None, tree: _Tree) -> str:
     own = list(section.model_fields) if section else []
     if not difflib.get_close_matches(key.lower(), own, n=1, cutoff=CLOSE):
-        elsewhere = {".".join(map(str, path)) for path in tree.paths() if path[-1] == key}
+        elsewhere = {path for path in tree.paths() if path[-1] == key}
         if elsewhere:
-            return f"; did you mean {' or '.join(sorted(elsewhere)[:3])}?"
+            least = min(map(len, elsewhere))  # the same key of deeper sections is rarely meant
+            named = sorted(".".join(map(str, path)) for path in elsewhere if len(path) == least)
+            return f"; did you mean {' or '.join(named[:3])}?"
     return did_you_mean(key, own)
 
 

@@ -25,6 +25,8 @@ class Config(RecipeConfig, PrototypesConfig):
     model: ImageTowerConfig = ImageTowerConfig()
     reads = frozenset({"head"})
     loss: Literal["pfc_ce"] = "pfc_ce"
+    drop_unlabelled: Literal[False] = False
+    """Has no meaning here: a sample without a label has no cross-entropy."""
 
 
 def build_model(

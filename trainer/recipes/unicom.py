@@ -26,6 +26,8 @@ class Config(RecipeConfig, PrototypesConfig):
     model: ImageTowerConfig = ImageTowerConfig()
     reads = frozenset({"head"})
     loss: Literal["pfc_ce"] = "pfc_ce"
+    drop_unlabelled: Literal[False] = False
+    """Has no meaning here: a sample without a label has no cross-entropy."""
     margin: MarginKind = "angular"
     features_kept: PositiveInt
     """Coordinates that a step compares; which part of them the paper kept is not known."""
