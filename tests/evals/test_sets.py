@@ -172,6 +172,21 @@ def test_unusable_samples_are_left_out_within_the_budget(tmp_path: Path) -> None
         embed_images(spec, model, strict)
 
 
+def test_a_flipped_bit_is_one_sample_of_the_budget(tmp_path: Path) -> None:
+    pictures = random_pictures(10, seed=2)
+    samples = [(png_of(picture), {"concept": f"nr {i}"}) for i, picture in enumerate(pictures)]
+    spec = write_set(tmp_path / "set.tar", samples)
+    data = Path(spec).read_bytes()
+    Path(spec).write_bytes(data.replace(b"nr 7", b"Nr 7"))
+    model, context = setting(SOLO, spec, budget=0.1)
+    share = embed_images(spec, model, context)
+    expected = [f"nr {i}" for i in range(10) if i != 7]
+    assert [record.values["concept"] for record in share.records] == expected
+    strict = context._replace(data=context.data.model_copy(update={"bad_sample_budget": 0.05}))
+    with pytest.raises(DataError, match=r"1 of 10 samples.*budget of 5.00%.*crc32"):
+        embed_images(spec, model, strict)
+
+
 def test_usual_mistakes_are_one_sentence(tmp_path: Path) -> None:
     spec = write_set(
         tmp_path / "set.tar", [(png_of(random_pictures(1, seed=0)[0]), {"concept": 1})]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from trainer.config import CaptionConfig
 from trainer.data.decode import BadSample
+from trainer.data.fields import checked_text, json_of, text_of
 from trainer.hashing import key_of, uniform_of
 
 MAX_CHARACTERS = 8192
@@ -36,7 +36,8 @@ def choose_caption(
 
 def field_texts(fields: dict[str, bytes], name: str) -> list[str]:
     """The texts of one field, white space collapsed; none where the sample lacks it."""
-    return _texts(_decoded(fields) if name == "txt" else _lookup(_record(fields), name))
+    record = {} if name == "txt" else json_of(fields)
+    return _field(fields, record, name)
 
 
 def _captions(
@@ -45,26 +46,13 @@ def _captions(
     """(field, weight, its texts) for every field that has a weight and a text."""
     weights = config.weights or (1.0,) * len(config.fields)
     wanted = [(name, weight) for name, weight in zip(config.fields, weights, strict=True) if weight]
-    record = _record(fields) if any(name != "txt" for name, _ in wanted) else {}
-    values = [
-        (name, weight, _texts(_decoded(fields) if name == "txt" else _lookup(record, name)))
-        for name, weight in wanted
-    ]
+    record = json_of(fields) if any(name != "txt" for name, _ in wanted) else {}
+    values = [(name, weight, _field(fields, record, name)) for name, weight in wanted]
     return [value for value in values if value[2]]
 
 
-def _record(fields: dict[str, bytes]) -> Any:
-    try:
-        return json.loads(fields.get("json", b"{}"))
-    except ValueError as error:
-        raise BadSample(f"json can't be read: {error}") from None
-
-
-def _decoded(fields: dict[str, bytes]) -> str:
-    try:
-        return fields.get("txt", b"").decode()
-    except UnicodeDecodeError as error:
-        raise BadSample(f"txt is not UTF-8: {error.reason} at byte {error.start}") from None
+def _field(fields: dict[str, bytes], record: dict[str, Any], name: str) -> list[str]:
+    return _texts(text_of(fields, name) if name == "txt" else _lookup(record, name), name)
 
 
 def _lookup(record: Any, name: str) -> Any:
@@ -73,10 +61,10 @@ def _lookup(record: Any, name: str) -> Any:
     return record
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: Any, name: str) -> list[str]:
     items = value if isinstance(value, list) else [value]
     texts = [" ".join(item[:MAX_CHARACTERS].split()) for item in items if isinstance(item, str)]
-    return [text for text in texts if text]
+    return [checked_text(text, name) for text in texts if text]
 
 
 def _weighted(weights: list[float], draw: float) -> int:

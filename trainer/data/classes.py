@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from trainer.comm import Comm
+from trainer.data.decode import BadSample
+from trainer.data.fields import check_texts, json_of
 from trainer.data.labels import ClusterLabels
-from trainer.data.shards import ShardSet
+from trainer.data.shards import DamagedSample, ShardSet
 
 
 def class_labels(spec: str, key: str, comm: Comm) -> ClusterLabels:
     """Number the distinct values of a json key in sorted order; a sample without it is unknown.
+    So is one that is damaged or whose json can't be read.
 
     The ranks share the reading; all get all labels.
     """
     shards = ShardSet.open(spec)
     mine = range(comm.rank, len(shards), comm.world_size)
-    values = [_value(shards.read(index).fields.get("json"), key) for index in mine]
+    values = [_value(shards, index, key) for index in mine]
     names = sorted({v for part in comm.gather_json(values) for v in part if v is not None})
     number = {name: index for index, name in enumerate(names)}
     labels = torch.tensor([number.get(v, -1) if v is not None else -1 for v in values])
@@ -30,6 +31,10 @@ def class_labels(spec: str, key: str, comm: Comm) -> ClusterLabels:
     )
 
 
-def _value(data: bytes | None, key: str) -> str | None:
-    value = json.loads(data).get(key) if data else None
+def _value(shards: ShardSet, index: int, key: str) -> str | None:
+    try:
+        value = json_of(shards.read(index).fields).get(key)
+        check_texts(value, key)
+    except (BadSample, DamagedSample):
+        return None
     return None if value is None else str(value)

@@ -13,7 +13,7 @@ from trainer.comm import Comm, agreed
 from trainer.config import DataConfig
 from trainer.data.captions import choose_caption
 from trainer.data.decode import BadSample
-from trainer.data.shards import ShardSet
+from trainer.data.shards import DamagedSample, ShardSet
 from trainer.data.tokenize import load_tokenizer, save_tokenizer, train_tokenizer
 from trainer.errors import DataError
 from trainer.hashing import key_of, permutation
@@ -66,8 +66,8 @@ def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
         raise DataError(f"{data.train} holds no sample; there is nothing to learn words from")
     chosen = permutation(len(shards), key_of(seed, "vocabulary"))[:most]
     for index in torch.sort(chosen).values.tolist():
-        sample = shards.read(index)
         try:
+            sample = shards.read(index)
             yield choose_caption(
                 sample.fields,
                 sample_id=sample.sample_id,
@@ -75,5 +75,5 @@ def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
                 seed=seed,
                 config=data.captions,
             )
-        except BadSample:
+        except (BadSample, DamagedSample):
             continue

@@ -8,7 +8,6 @@ number of ranks, so a model says exactly the same of them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,8 +19,9 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.data.decode import BadSample, find_image
+from trainer.data.fields import check_texts, json_of, text_of
 from trainer.data.pixels import Pixels
-from trainer.data.shards import ShardSet
+from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import hash_bits, key_of
 
@@ -142,6 +142,9 @@ class _Reader:
             return None
         try:
             raw = self._shards.read(index)
+        except DamagedSample as error:
+            self._bad.append(str(error))
+            return None
         except TrainerError as error:
             self._damage.append(str(error))
             return None
@@ -162,11 +165,7 @@ def _digest(image: bytes) -> str:
 
 
 def values_of(fields: dict[str, bytes]) -> dict[str, Any]:
-    try:
-        values = json.loads(fields.get("json") or b"{}")
-        texts = {name: fields[name].decode() for name in ("txt", "cls") if name in fields}
-    except ValueError as error:
-        raise BadSample(f"text or json can't be read: {error}") from None
-    if not isinstance(values, dict):
-        raise BadSample(f"json holds a {type(values).__name__}, not an object")
-    return values | texts
+    """The sample's json with `txt` and `cls`; BadSample where a part of it is no text."""
+    values = json_of(fields)
+    check_texts(values, "json")
+    return values | {name: text_of(fields, name) for name in ("txt", "cls") if name in fields}

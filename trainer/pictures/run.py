@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 
 from trainer.config import DataConfig, EvalConfig, RunConfig
-from trainer.data.decode import decode_image, find_image
+from trainer.data.decode import BadSample, decode_image, find_image
 from trainer.data.labels import ClusterLabels
-from trainer.data.shards import ShardSet
+from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import TrainerError
 from trainer.evals import EvalContext
 from trainer.evals.features import embed_images, embed_texts
@@ -122,10 +123,14 @@ def retrieval_picture(spec: str, encode: Encode, context: EvalContext) -> Pixels
 
 
 def _samples(spec: str, ids: Sequence[int], data: DataConfig) -> dict[int, Sample]:
-    """Pixels and caption by sample id; ids that the shards do not hold are left out."""
+    """Pixels and caption by sample id; samples that lack or are damaged are left out."""
     shards = ShardSet.open(spec)
     places = np.flatnonzero(np.isin(shards.ids, np.asarray(ids, dtype=np.int64)))
-    return {int(shards.ids[i]): _sample(shards.read(int(i)).fields, data) for i in places}
+    found: dict[int, Sample] = {}
+    for place in places.tolist():
+        with suppress(BadSample, DamagedSample):
+            found[int(shards.ids[place])] = _sample(shards.read(place).fields, data)
+    return found
 
 
 def _sample(fields: dict[str, bytes], data: DataConfig) -> Sample:

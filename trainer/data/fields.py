@@ -1,0 +1,51 @@
+"""Text and json out of a sample's members: whatever can be wrong with them is a bad sample."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trainer.data.decode import BadSample
+
+
+def json_of(fields: dict[str, bytes]) -> dict[str, Any]:
+    """The sample's json object, empty where it has none; BadSample where it can't be read."""
+    data = fields.get("json") or b"{}"
+    try:
+        # strict, while json.loads lets halves of surrogate pairs pass where it decodes bytes
+        value = json.loads(data.decode(json.detect_encoding(data)))
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"json can't be read: {type(error).__name__}: {error}") from None
+    if not isinstance(value, dict):
+        raise BadSample(f"json holds a {type(value).__name__}, not an object")
+    return value
+
+
+def text_of(fields: dict[str, bytes], name: str) -> str:
+    """The text of one member, empty where the sample lacks it; BadSample where it is none."""
+    try:
+        text = fields.get(name, b"").decode()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
+    return checked_text(text, name)
+
+
+def checked_text(text: str, name: str) -> str:
+    """`text`; BadSample where no UTF-8 can hold it, or where it has a NUL, as no text does."""
+    if "\0" in text:
+        raise BadSample(f"{name} holds a NUL at character {text.index(chr(0))}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(
+            f"{name} holds half of a surrogate pair at character {error.start}"
+        ) from None
+    return text
+
+
+def check_texts(value: Any, name: str) -> None:
+    """BadSample where a string anywhere in a json value is half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise BadSample(f"{name} holds half of a surrogate pair, or too many lists") from None
