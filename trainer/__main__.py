@@ -10,8 +10,10 @@ import argparse
 import os
 import sys
 
+from trainer.command import leave
 from trainer.config import load_run
 from trainer.errors import TrainerError
+from trainer.launchers import refuse_missing_hostfile
 
 
 def main() -> int:
@@ -22,8 +24,9 @@ def main() -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     arguments = parser.parse_args()
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("RANK", "").strip() in {"", "0"}
     try:
+        refuse_missing_hostfile()
         config = load_run(arguments.run, arguments.overrides)
         from trainer.loop import train  # imports deepspeed, after the cheap mistakes are caught
 
@@ -32,6 +35,8 @@ def main() -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        leave()
     if is_main:
         step, workdir = outcome.progress.step, config.workdir
         if not outcome.finished:

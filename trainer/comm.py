@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import DataError, TrainerError
+from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.meeting import meeting_point, read_place
 
 T = TypeVar("T")
 
@@ -42,21 +43,37 @@ class Comm:
     def from_environment(cls, *, timeout_seconds: float = 1800.0) -> Comm:
         """Join the group that `deepspeed`, `torchrun` or `accelerate launch` has described.
 
-        Without a launcher (plain `python`) this is a group of one.
+        Without a launcher (plain `python`) this is a group of one. A ConfigError where the
+        environment describes no group, or one that can't be joined within the time.
         """
-        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in defaults.items():
-            os.environ.setdefault(name, value)
-        if os.environ["WORLD_SIZE"] == "1":
-            os.environ.setdefault("MASTER_PORT", "0")
+        place = read_place(os.environ)
+        for name, value in place.as_environment().items():
+            os.environ[name] = value
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if place.local_rank >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"LOCAL_RANK is {place.local_rank}, but this host shows "
+                    f"{torch.cuda.device_count()} GPUs; start fewer processes per host"
+                )
+            device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+            timeout = timedelta(seconds=timeout_seconds)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=meeting_point(place, timeout),
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
+            )
         return cls(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on this host, as the launcher says; all of them where it says nothing."""
+        told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ""
+        return int(told) if told.isdigit() else self.world_size
 
     @property
     def is_main(self) -> bool:
@@ -156,6 +173,12 @@ class Comm:
         if self.world_size > 1:
             dist.all_reduce(result, operation, group=self.group)
         return result
+
+
+def leave_group() -> None:
+    """End the process group, if there is one: its threads must not outlive the interpreter."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def agreed(comm: Comm, action: Callable[[], T]) -> T:

@@ -15,7 +15,15 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except TrainerError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "").strip() in {"", "0"}:
             sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    finally:
+        leave()
     sys.exit(0)
+
+
+def leave() -> None:
+    """Leave the process group, if this process ever came so far as to join one."""
+    if "trainer.comm" in sys.modules:
+        sys.modules["trainer.comm"].leave_group()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trainer.comm import Comm
+from trainer.launchers import Launchers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -48,6 +49,7 @@ class StopRequest:
         self._same_request_seconds = same_request_seconds
         self._received_at: float | None = None
         self._pending: Tensor | None = None
+        self._launchers = Launchers()
         self.signal_name: str | None = None
         """The first signal that this rank got."""
         self._previous: dict[signal.Signals, Any] = {
@@ -67,7 +69,9 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank got a signal."""
+        """Whether this rank got a signal, or lost the launcher that would have passed one on."""
+        if self._received_at is None and (launcher := self._launchers.gone()):
+            self._received_at, self.signal_name = time.monotonic(), f"end of {launcher}"
         return self._received_at is not None
 
     def agreed(self, comm: Comm) -> bool:

@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("trainer/**/*.py"), *ROOT.glob("tools/*.py")])
 # The rooms of trainer/ from the ground up: packages, and the files at its top level. An import goes
 # to a room further up in this list or stays in its own. A new room needs a place here.
 ROOMS = (
-    *("errors", "types", "hashing", "kernels", "comm"),
+    *("errors", "types", "hashing", "kernels", "launchers", "meeting", "comm"),
     *("config_errors", "config_text", "config_section", "recipe_files", "command", "config"),
     *("stop", "periods", "losses", "data", "models", "store", "teachers", "engine", "recipe"),
     *("export", "log", "checkpoint", "evals", "cluster", "pictures", "parts", "run", "recipes"),
@@ -24,7 +24,7 @@ ROOMS = (
 KEPT_TO = {
     "deepspeed": {"trainer/engine/"},
     "triton": {"trainer/kernels/"},
-    "torch.distributed": {"trainer/comm.py", "trainer/engine/"},
+    "torch.distributed": {"trainer/comm.py", "trainer/meeting.py", "trainer/engine/"},
     "torchvision": set(),
     "pickle": set(),
     "marshal": set(),

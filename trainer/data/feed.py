@@ -5,7 +5,6 @@ A task names positions of the run, so what comes back does not depend on who wor
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,13 +27,13 @@ from trainer.data.remote import is_remote
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.tokenize import tokenize
 from trainer.data.views import View
+from trainer.data.workers import loader_options, why_no_batch
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of
 
 MAX_REJECTS = 1000
 """So many rejected samples without a single good one are no accident."""
 _CONNECTIONS = 16  # remote samples of one micro-batch that are fetched side by side
-_PREFETCH = 2  # micro-batches per worker
 ONE_VIEW = ViewsConfig()
 
 
@@ -294,7 +293,7 @@ class Feed:
             batch_size=None,
             sampler=self._tasks,
             pin_memory=pin_memory,
-            **loader_options(workers),
+            **loader_options(workers, preload=__name__),
         )
         self._batches: Iterator[RawBatch | Failure] | None = None
         self._next: tuple[Plan, int] | None = None
@@ -305,7 +304,7 @@ class Feed:
             self._tasks.plan, self._tasks.number = plan, number
             self._batches = iter(self._loader)
         self._next = plan, number + 1
-        return next(self._batches)
+        return next_batch(self._batches, workers=self._loader.num_workers)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -313,6 +312,16 @@ class Feed:
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
         self._batches = self._loader._iterator = None
+
+
+def next_batch(batches: Iterator[RawBatch | Failure], *, workers: int) -> RawBatch | Failure:
+    """The next one, or the sentence that says why the workers give none."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if not workers:
+            raise
+        return Failure(why_no_batch(error), ())
 
 
 class _Tasks:
@@ -326,23 +335,3 @@ class _Tasks:
         while (task := self.plan.task(number)) is not None:
             yield task
             number += 1
-
-
-def loader_options(workers: int) -> dict[str, Any]:
-    """Options of a DataLoader whose dataset gives whole batches."""
-    if not workers:
-        return {"collate_fn": _unchanged}
-    # Not fork: the parent has threads. The server imports this module once, its children share it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return {
-        "collate_fn": _unchanged,
-        "num_workers": workers,
-        "multiprocessing_context": context,
-        "persistent_workers": True,
-        "prefetch_factor": _PREFETCH,
-    }
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

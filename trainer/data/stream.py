@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import DataConfig, ViewsConfig, micro_batches
-from trainer.data.crops import view_purposes
+from trainer.data.crops import cover_size, view_purposes
 from trainer.data.feed import (
     ONE_VIEW,
     Failure,
@@ -33,6 +33,7 @@ from trainer.data.order import Order, Share
 from trainer.data.pixels import Pixels
 from trainer.data.shards import ShardSet
 from trainer.data.views import augment, flipped
+from trainer.data.workers import refuse_small_shared_memory
 from trainer.errors import DataError
 from trainer.types import Batch
 
@@ -89,6 +90,12 @@ class Stream:
             join=join,
             views=views,
             resample=self.pixels.resample,
+        )
+        pixels = 3 * image_size**2 * views.count + 3 * cover_size(image_size, views) ** 2
+        refuse_small_shared_memory(
+            config.workers,
+            batch_bytes=micro_batch * (pixels + 9 * text_length),
+            ranks_here=comm.ranks_here,
         )
         self.epoch_size, self._source = _open_source(config, comm, prepare)
         self.wait_seconds = 0.0

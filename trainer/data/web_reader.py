@@ -23,6 +23,7 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from trainer.config import DataConfig
+from trainer.data import feed
 from trainer.data.decode import BadSample
 from trainer.data.feed import (
     MAX_REJECTS,
@@ -30,13 +31,14 @@ from trainer.data.feed import (
     Plan,
     Prepare,
     RawBatch,
-    loader_options,
+    next_batch,
     nothing_usable,
 )
 from trainer.data.ledger import Rejected
 from trainer.data.remote import expand_shards, open_for_scan
 from trainer.data.shards import RawSample, sample_id
 from trainer.data.tar import Bytes
+from trainer.data.workers import loader_options
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import key_of
 
@@ -65,11 +67,11 @@ class WebFeed:
                     samples,
                     batch_size=None,
                     pin_memory=self._pin_memory,
-                    **loader_options(self._config.workers),
+                    **loader_options(self._config.workers, preload=feed.__name__),
                 )
             )
         self._next = plan, number + 1
-        return next(self._batches)
+        return next_batch(self._batches, workers=self._config.workers)
 
     def close(self) -> None:
         iterator: Any = self._batches

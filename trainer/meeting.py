@@ -1,0 +1,171 @@
+"""How ranks find each other: what the environment says, and a wait that says for whom."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from trainer.errors import ConfigError
+
+SAY_EVERY_SECONDS = 60.0
+"""A rank that waits for others says so this often."""
+_ALL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_HOW = (
+    "launch by `deepspeed --module trainer`, `torchrun -m trainer` or a script of launch/, "
+    "or set all of " + ", ".join(_ALL)
+)
+
+
+class Place(NamedTuple):
+    """Where this process stands among the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    def as_environment(self) -> dict[str, str]:
+        """What other libraries read."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def read_place(environment: Mapping[str, str]) -> Place:
+    """The place that a launcher has written into the environment; alone where there is none.
+
+    A ConfigError where it is half written or says nonsense.
+    """
+    given = {name: environment[name].strip() for name in _ALL if environment.get(name, "").strip()}
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        _refuse_unlaunched(environment)
+        return Place()
+    world_size, rank = (_number(given, name, at_least) for name, at_least in SIZES)
+    if rank >= world_size:
+        raise ConfigError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; ranks count from 0")
+    local = {"LOCAL_RANK": environment.get("LOCAL_RANK", "").strip() or "0"}
+    place = Place(rank, world_size, _number(local, "LOCAL_RANK", 0))
+    if world_size == 1:
+        return place
+    missing = [name for name in _ALL if name not in given]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not set for {world_size} ranks; {_HOW}")
+    port = _number(given, "MASTER_PORT", 1)
+    if port > 65535:
+        raise ConfigError(f"MASTER_PORT is {port}; ports end at 65535")
+    return place._replace(address=given["MASTER_ADDR"], port=port)
+
+
+SIZES = (("WORLD_SIZE", 1), ("RANK", 0))
+
+
+def meeting_point(place: Place, timeout: timedelta) -> dist.Store:
+    """The store in which the ranks meet, once all of them are there.
+
+    Rank 0 holds it, unless torchrun does. Whoever waits for more than a minute says for whom.
+    """
+    if place.world_size == 1:
+        return dist.HashStore()
+    try:
+        socket.getaddrinfo(place.address, place.port)
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR {place.address!r} is no known host: {error}") from error
+    deadline = time.monotonic() + timeout.total_seconds()
+    store = _connected(place, deadline)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"trainer/{attempt}", store)
+    store.set_timeout(timeout)
+    _meet(store, place, deadline)
+    return store
+
+
+def _connected(place: Place, deadline: float) -> dist.Store:
+    held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    holds = place.rank == 0 and not held_by_torchrun
+    where = f"{place.address}:{place.port}"
+    while True:
+        left = max(deadline - time.monotonic(), 1.0)
+        try:
+            return dist.TCPStore(
+                place.address,
+                place.port,
+                place.world_size,
+                is_master=holds,
+                timeout=timedelta(seconds=min(left, SAY_EVERY_SECONDS)),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            if holds:
+                raise ConfigError(_why_not_held(place, str(error))) from error
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"rank {place.rank} reached nobody at {where}") from error
+            _say(f"rank {place.rank} on {socket.gethostname()} waits for rank 0 at {where}")
+
+
+def _why_not_held(place: Place, error: str) -> str:
+    if "EADDRINUSE" in error or "in use" in error:
+        return (
+            f"port {place.port} (MASTER_PORT) is taken on this host, perhaps by another run; "
+            "choose another one: --master_port for deepspeed and torchrun"
+        )
+    return f"rank 0 can't listen at {place.address}:{place.port}: {error.splitlines()[0]}"
+
+
+def _meet(store: dist.Store, place: Place, deadline: float) -> None:
+    store.set(f"here/{place.rank}", socket.gethostname())
+    everyone = [f"here/{rank}" for rank in range(place.world_size)]
+    said_at = time.monotonic()
+    while not store.check(everyone):
+        now = time.monotonic()
+        if now - said_at >= SAY_EVERY_SECONDS or now >= deadline:
+            said_at = now
+            missing = [rank for rank, key in enumerate(everyone) if not store.check([key])]
+            names = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
+            if now >= deadline:
+                raise ConfigError(f"ranks {names} of {place.world_size} did not come")
+            if place.rank == 0:
+                _say(f"rank 0 waits for ranks {names} of {place.world_size}")
+        time.sleep(0.05)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _number(values: Mapping[str, str], name: str, at_least: int) -> int:
+    text = values.get(name)
+    if text is None:
+        raise ConfigError(f"{name} is not set, though others of a launcher's are; {_HOW}")
+    try:
+        value = int(text)
+    except ValueError:
+        value = at_least - 1
+    if value < at_least:
+        raise ConfigError(
+            f"{name} is {text!r}, and a whole number of at least {at_least} is needed"
+        )
+    return value
+
+
+def _refuse_unlaunched(environment: Mapping[str, str]) -> None:
+    """A ConfigError in one of several tasks that nobody has told its rank."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = environment.get(name, "")
+        if tasks.isdigit() and int(tasks) > 1:
+            raise ConfigError(
+                f"{name} is {tasks}, but no RANK is set: {tasks} runs would start; {_HOW}"
+            )
