@@ -3,4 +3,5 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 source launch/processes.sh
-launch "$@"
+run=$(from_caller "${1:?bash launch/local.sh RUN.yaml [key=value ...]}")
+launch "$run" "${@:2}"

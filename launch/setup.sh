@@ -1,5 +1,16 @@
 # Sourced by the other scripts: goes to the repository root, makes .venv and installs what is missing.
 # Needs Python 3.11 or newer, and a C++ compiler (deepspeed builds a small op at the first launch).
+caller=$PWD
+# A path as it was meant where the script was called: from there if something is there, else from here.
+from_caller() {
+  if [ -e "$caller/$1" ]; then realpath "$caller/$1"; else echo "$1"; fi
+}
+# torchrun and accelerate kill ranks 30 s after a request to stop; a step and a save may take longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+# Slurm's warning: torchrun would die of it, and its ranks would be alone.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+# Where this is set every rank would compile torch and transformers anew, for half a minute.
+unset PYTHONDONTWRITEBYTECODE
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for python in "${PYTHON:-python3.11}" python3; do
   command -v "$python" >/dev/null && break

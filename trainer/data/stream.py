@@ -91,10 +91,10 @@ class Stream:
             views=views,
             resample=self.pixels.resample,
         )
-        pixels = 3 * image_size**2 * views.count + 3 * cover_size(image_size, views) ** 2
+        values = 3 * image_size**2 * views.count + 3 * cover_size(image_size, views) ** 2
         refuse_small_shared_memory(
             config.workers,
-            batch_bytes=micro_batch * (pixels + 9 * text_length),
+            batch_bytes=micro_batch * (values + 9 * text_length),
             ranks_here=comm.ranks_here,
         )
         self.epoch_size, self._source = _open_source(config, comm, prepare)
