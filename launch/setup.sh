@@ -7,8 +7,6 @@ from_caller() {
 }
 # torchrun and accelerate kill ranks 30 s after a request to stop; a step and a save may take longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-# Slurm's warning: torchrun would die of it, and its ranks would be alone.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 # Where this is set every rank would compile torch and transformers anew, for half a minute.
 unset PYTHONDONTWRITEBYTECODE
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

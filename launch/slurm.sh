@@ -18,8 +18,9 @@ trap : TERM USR1 INT
 status=0
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" \
-  -m trainer "$@" > >(trap '' TERM USR1 INT; exec tee "$log") || status=$?
+  -m trainer "$@" | (trap '' TERM USR1 INT; exec tee "$log") || status=$?
 # torchrun's own status after a signal is not 0; what the ranks have said counts.
 if grep -q "^stopped at step" "$log"; then
   if scontrol show job "$SLURM_JOB_ID" | grep -q "JobState=CANCELLED"; then

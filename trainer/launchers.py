@@ -39,7 +39,7 @@ def ancestors() -> list[Process]:
 class Launchers:
     """The launchers above this process, remembered when it begins."""
 
-    def __init__(self, *, look_every_seconds: float = 1.0) -> None:
+    def __init__(self, *, look_every_seconds: float = 0.2) -> None:
         above = ancestors()
         last = max((n for n, process in enumerate(above) if _launches(process)), default=-1)
         self._watched = above[: last + 1]

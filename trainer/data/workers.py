@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver, popen_forkserver
+from multiprocessing import forkserver, popen_forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ def loader_options(workers: int, *, preload: str) -> dict[str, Any]:
     # Not fork: the parent has threads. The server imports this module once, its children share it.
     context = _Context()
     context.set_forkserver_preload([preload])
-    with _blocked():  # what the server and its children inherit
+    with _blocked():  # what these and the server's children inherit
+        resource_tracker.ensure_running()
+    with _blocked():  # once more: starting the tracker has unblocked two of them here
         forkserver.ensure_running()
     return {
         "collate_fn": _unchanged,
