@@ -145,14 +145,11 @@ def with_header(tmp_path: Path, **fields: object) -> str:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "'odd.txt' is a symbolic link"),
-        ({"type": tarfile.LNKTYPE, "linkname": "good.txt"}, "a hard link"),
-        ({"type": tarfile.CHRTYPE}, "of tar type b'3'"),
-        ({"type": tarfile.FIFOTYPE}, "of tar type b'6'"),
+        ({"type": tarfile.SYMTYPE, "size": 512}, "'odd.txt' is a symbolic link, yet has 512"),
+        ({"type": b"9"}, "of tar type b'9'"),
         ({"type": tarfile.GNUTYPE_SPARSE}, "a sparse file"),
         ({"name": "/abs.txt"}, "'/abs.txt' points outside"),
         ({"name": "a/../../b.txt"}, "points outside"),
-        ({"name": "README"}, "'README' is not named key.suffix"),
         ({"name": "good.txt"}, "key 'good' has two members 'txt'"),
         ({"size": 5000}, "'odd.txt' has 5000 bytes, over the cap of 4096"),
     ],
@@ -167,6 +164,55 @@ def test_directories_are_skipped(tmp_path):
     shard = with_header(tmp_path, name="folder.d", type=tarfile.DIRTYPE)
     assert write_index(shard) == 1
     assert read_all(shard) == {"good": {"txt": b""}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+        {"type": tarfile.LNKTYPE, "linkname": "good.txt"},
+        {"type": tarfile.CHRTYPE},
+        {"type": tarfile.FIFOTYPE},
+        {"name": "README"},
+        {"name": ".DS_Store", "size": 700},
+        {"name": "folder/._good.txt", "size": 4000},
+        {"name": "written as a file/"},
+    ],
+    ids=str,
+)
+def test_members_of_no_sample_are_skipped_and_named(tmp_path, fields):
+    shard = with_header(tmp_path, **fields)
+    skipped: list[str] = []
+    assert write_index(shard, skipped=skipped) == 1
+    assert skipped == [fields.get("name", "odd.txt")]
+    assert read_all(shard) == {"good": {"txt": b""}}
+
+
+def test_stray_members_between_those_of_a_sample_are_not_read_as_its_bytes(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in ("._a.jpg", "a.jpg", "._a.txt", "a.txt", "b.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            archive.addfile(member, io.BytesIO(name.encode()))
+        link = tarfile.TarInfo("l" * 300 + ".jpg")  # both of its names need headers of their own
+        link.type, link.linkname = tarfile.SYMTYPE, "t" * 300
+        archive.addfile(link)
+        member = tarfile.TarInfo("b.txt")
+        archive.addfile(member)
+    skipped: list[str] = []
+    assert write_index(str(path), skipped=skipped) == 2
+    assert sorted(skipped) == sorted(["._a.jpg", "._a.txt", link.name])
+    assert read_all(str(path)) == {
+        "a": {"jpg": b"a.jpg", "txt": b"a.txt"},
+        "b": {"jpg": b"b.jpg", "txt": b""},
+    }
+
+
+def test_a_shard_of_stray_members_alone_is_refused(tmp_path):
+    shard = write_members(tmp_path / "a.tar", [("README", b"1"), (".DS_Store", b"2")])
+    with pytest.raises(DataError, match="none of its 2 members, as 'README'"):
+        write_index(shard)
 
 
 def test_interleaved_keys_are_refused(tmp_path):
@@ -233,3 +279,23 @@ def test_the_tool_builds_what_open_asks_for(tmp_path):
     failed = subprocess.run([*command[:2], f"{tmp_path}/c.tar"], capture_output=True, text=True)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert "c.tar" in failed.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_tool_indexes_what_is_good_and_names_all_that_is_bad(tmp_path, workers):
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", make_samples(3))
+    cut = tmp_path / "1.tar"
+    cut.write_bytes(cut.read_bytes()[:700])
+    write_members(tmp_path / "4.tar", [("README", b"x"), ("k.txt", b"y"), ("._k.txt", b"z")])
+    command = [sys.executable, "tools/index.py", f"{tmp_path}/{{0..5}}.tar", "--workers", workers]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [path.name for path in sorted(tmp_path.glob("*.index"))] == [
+        f"{number}.tar.index" for number in (0, 2, 3, 4)
+    ]
+    first, *named = done.stderr.splitlines()
+    assert first.startswith("error: 2 of 6 shards")
+    assert ["1.tar" in named[0], "5.tar" in named[1], len(named)] == [True, True, 2]
+    assert "4.tar: 1 samples, skipped 2 members of no sample, as 'README'" in done.stdout
+    assert "\n10 samples\n" in done.stdout

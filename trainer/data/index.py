@@ -11,7 +11,7 @@ import struct
 import zlib
 from hashlib import blake2b
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,14 +81,28 @@ class IndexSummary(NamedTuple):
 HEADER_BYTES = _HEADER.size + _CRC.size
 
 
-def write_index(shard: str, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> int:
+def write_index(
+    shard: str,
+    *,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+    skipped: list[str] | None = None,
+) -> int:
     """Scan a tar, write `<shard>.index` beside it and return the number of samples.
 
-    DataError where a reader could disagree about the samples: damaged or truncated archives,
-    keys that are interleaved or double, members without a suffix, anything but plain files.
+    Members that belong to no sample are put into `skipped`: links, and files that are not named
+    key.suffix, such as README, .DS_Store and ._x. DataError where a reader could disagree about
+    the samples: damaged or truncated archives, keys that are interleaved or double; and where no
+    file at all is named so.
     """
+    skipped = [] if skipped is None else skipped
     with open_for_scan(shard) as file:
-        members = list(scan_tar(file, shard=shard, max_member_bytes=max_member_bytes))
+        scanned = scan_tar(file, shard=shard, max_member_bytes=max_member_bytes, skipped=skipped)
+        members = [member for member in scanned if _is_named(member.name, skipped)]
+    if skipped and not members:
+        raise DataError(
+            f"{shard}: none of its {len(skipped)} members, as {skipped[0]!r}, is a file that is "
+            "named key.suffix"
+        )
     keys, suffixes, first = _grouped([member.name for member in members], shard)
     payload = _payload(members, keys, suffixes, first, shard)
     header = _HEADER.pack(
@@ -110,6 +124,13 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
+def _is_named(name: str, skipped: list[str]) -> bool:
+    """Whether a member belongs to a sample; the others are remembered."""
+    named = split_name(name) is not None
+    skipped += [] if named else [name]
+    return named
+
+
 def _grouped(names: list[str], shard: str) -> tuple[list[str], list[str], list[int]]:
     """Keys in order, the suffix of every member, and each key's first member."""
     rows: dict[str, set[str]] = {}
@@ -117,10 +138,7 @@ def _grouped(names: list[str], shard: str) -> tuple[list[str], list[str], list[i
     first: list[int] = []
     last = None
     for row, name in enumerate(names):
-        parts = split_name(name)
-        if parts is None:
-            raise DataError(f"{shard}: member {name!r} is not named key.suffix")
-        key, suffix = parts
+        key, suffix = cast(tuple[str, str], split_name(name))
         if key != last and key in rows:
             raise DataError(
                 f"{shard}: key {key!r} comes again after {last!r}; all members of a sample must "

@@ -1,7 +1,8 @@
 """A strict reader of tar archives: every byte is accounted for, and nothing is ever extracted.
 
-Plain files are read, directories are skipped, and everything else (links, devices, sparse files,
-absolute names, `..`) is refused by name. POSIX.1-1988 ustar, PAX paths and sizes, GNU long names.
+Plain files are read; directories, links, devices and pipes, which hold no bytes, are skipped, and
+everything else (sparse files, absolute names, `..`) is refused by name. POSIX.1-1988 ustar,
+PAX paths and sizes, GNU long names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from trainer.errors import DataError
 BLOCK = 512
 _EXTENSION_BYTES = 64 * 1024  # no file name or PAX record needs more
 _PLAIN, _DIRECTORY, _PAX, _PAX_GLOBAL, _LONG_NAME = b"\x000" + b"7", b"5", b"x", b"g", b"L"
-_REFUSED = {b"1": "a hard link", b"2": "a symbolic link", b"K": "a link", b"S": "a sparse file"}
+_LONG_LINK = b"K"
+_SKIPPED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    _DIRECTORY: "a directory",
+    b"6": "a pipe",
+}
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -53,19 +62,24 @@ class _Header(NamedTuple):
     kind: bytes
 
 
-def scan_tar(file: Bytes, *, shard: str, max_member_bytes: int) -> Iterator[Member]:
+def scan_tar(
+    file: Bytes, *, shard: str, max_member_bytes: int, skipped: list[str] | None = None
+) -> Iterator[Member]:
     """Read an archive from its first byte to its last and yield its plain files.
+
+    The names of links, devices and pipes, which hold no bytes of their own, are put into `skipped`.
 
     A DataError names the shard, the byte and the member: a header whose checksum is wrong, a cut,
     bytes behind the end, a member larger than `max_member_bytes`, a kind or name not allowed.
     """
-    scan = _Scan(file, shard, max_member_bytes)
+    scan = _Scan(file, shard, max_member_bytes, [] if skipped is None else skipped)
     return scan.members()
 
 
 class _Scan:
-    def __init__(self, file: Bytes, shard: str, max_member_bytes: int) -> None:
+    def __init__(self, file: Bytes, shard: str, max_member_bytes: int, skipped: list[str]) -> None:
         self.file, self.shard, self.max_member_bytes = file, shard, max_member_bytes
+        self.skipped = skipped
         self.position = 0
         self.place = "the first header"
 
@@ -90,9 +104,10 @@ class _Scan:
             header = self.header(headers)
             if header is None:
                 return self.rest_is_zero()
-            if header.kind == _DIRECTORY:
-                continue
             name = self.name_of(header)
+            if header.kind in _SKIPPED:
+                self.skipped += [] if header.kind == _DIRECTORY else [name]
+                continue
             offset = self.position
             data = self.data(header.size)
             yield Member(
@@ -117,6 +132,8 @@ class _Scan:
             header = self.parse(block)
             if header.kind == _LONG_NAME:
                 long_name = self.extension(header, blocks).rstrip(b"\0")
+            elif header.kind == _LONG_LINK:
+                self.extension(header, blocks)
             elif header.kind in (_PAX, _PAX_GLOBAL):
                 records = self.pax(self.extension(header, blocks), header.kind)
                 long_name = records.get(b"path", long_name)
@@ -172,13 +189,14 @@ class _Scan:
 
     def checked(self, header: _Header) -> _Header:
         shown = repr(header.name.decode(errors="replace"))
-        if header.kind not in (_DIRECTORY, *(bytes([kind]) for kind in _PLAIN)):
-            kind = _REFUSED.get(header.kind, f"of tar type {header.kind!r}")
+        if header.kind not in (*_SKIPPED, *(bytes([kind]) for kind in _PLAIN)):
+            kind = "a sparse file" if header.kind == b"S" else f"of tar type {header.kind!r}"
             self.fail(f"{shown} is {kind}; only plain files are read")
         if header.name.startswith(b"/") or b".." in header.name.split(b"/"):
             self.fail(f"{shown} points outside of the archive")
-        if header.size and header.kind == _DIRECTORY:
-            self.fail(f"the directory {shown} has {header.size} bytes of data")
+        if header.size and header.kind in _SKIPPED:
+            kind = _SKIPPED[header.kind]
+            self.fail(f"{shown} is {kind}, yet has {header.size} bytes of data")
         if header.size > self.max_member_bytes:
             self.fail(f"{shown} has {header.size} bytes, over the cap of {self.max_member_bytes}")
         self.place = f"member {shown}"
