@@ -31,8 +31,8 @@ from trainer.losses.constant_prototypes import (
     prototype_losses,
     prototype_table,
     target_figures,
-    unit_rows,
 )
+from trainer.losses.units import unit_rows
 
 SOLO = Comm.solo()
 

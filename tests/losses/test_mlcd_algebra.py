@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy, normalize
 from tests.losses.sharded_cases import active_rows
 from trainer.comm import Comm
 from trainer.errors import ConfigError, DataError
-from trainer.losses.learned_prototypes import ActiveRows, Statistics, prototype_statistics, unit
+from trainer.losses.learned_prototypes import ActiveRows, Statistics, prototype_statistics
 from trainer.losses.margin import NO_MARGIN, Margin, coordinate_subset
 from trainer.losses.multilabel import multilabel_loss
+from trainer.losses.units import lean_unit_rows
 
 SCALES = st.sampled_from([1.0, 10.0, 64.0])
 SEEDS = st.integers(0, 999)
@@ -219,7 +220,7 @@ def test_a6_7_only_directions_matter(seed: int, kind: str, factor: float) -> Non
 
 def test_a_row_of_zeros_is_left_alone() -> None:
     rows = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
-    unit(rows).sum().backward()
+    lean_unit_rows(rows).sum().backward()
     assert (rows.grad == 0).all()
 
 

@@ -94,7 +94,7 @@ def augment(
     """
     stream = _Draws(sample_id, epochs, seed, purpose)
     turned = flipped(sample_id, epochs, seed=seed, purpose=purpose, config=config)
-    pixels = _unit(images)
+    pixels = _between_zero_and_one(images)
     pixels[turned] = pixels[turned].flip(-1)
     _on_rows(pixels, stream.rows("jitter", config.jitter_probability), stream, config, _jitter)
     _on_rows(pixels, stream.rows("gray", config.gray_probability), stream, config, _gray)
@@ -121,7 +121,7 @@ def normalize(
     deviation: Three = IMAGE_STD,
 ) -> Float[Tensor, "batch 3 size size"]:
     """Divided by 255, less the mean, over the deviation: CLIP's where none are given."""
-    return _standardized(_unit(images), mean, deviation)
+    return _standardized(_between_zero_and_one(images), mean, deviation)
 
 
 class _Draws:
@@ -248,7 +248,7 @@ def _centred(width: int, height: int, ratios: tuple[float, float]) -> Box:
     return left, top, left + w, top + h
 
 
-def _unit(images: Tensor) -> Tensor:
+def _between_zero_and_one(images: Tensor) -> Tensor:
     return images.float().div_(255.0)
 
 

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from trainer.comm import Comm
 from trainer.kernels.log_partition import log_partition
 from trainer.kernels.tiled import Partition, finite, merge, partition_sums
+from trainer.losses.units import at_least_float32
 
 
 class PrototypeTable(NamedTuple):
@@ -66,7 +66,7 @@ def prototype_table(
     Cost: 2 * local * num_prototypes * (dim + teacher_dim) FLOPs, and one broadcast of all rows;
     another rank's rows are held one rank at a time, logits one tile at a time.
     """
-    rows = _at_least_float32(prototypes.detach())
+    rows = at_least_float32(prototypes.detach())
     targets = rows
     if temperature > 0:
         softmax = _teacher_softmax(
@@ -90,7 +90,7 @@ def target_figures(
     `counts` are the labelled samples of each cluster. Hard targets give 1, 0 and 0 at no cost;
     soft ones cost as much as the table itself.
     """
-    rows = _at_least_float32(teacher.detach())
+    rows = at_least_float32(teacher.detach())
     weight = (counts * valid).to(rows.dtype)
     if temperature <= 0:
         own_mass, entropy, off_peak = torch.ones_like(weight), weight * 0, weight * 0
@@ -163,11 +163,6 @@ def prototype_losses(
     return losses * torch.where(past_the_end, torch.nan, 1.0), known
 
 
-def unit_rows(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
-    """Each row scaled to length one; zero rows stay zero. For centroids compared as directions."""
-    return normalize(_at_least_float32(rows), dim=1)
-
-
 def _own_targets(
     targets: Tensor, labels: Tensor, table: PrototypeTable, comm: Comm
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +185,7 @@ def _teacher_softmax(
     comm: Comm,
 ) -> Partition:
     """softmax(Q Q^T / temperature) of this rank's rows over all ranks' rows, and its means."""
-    queries = _at_least_float32(teacher.detach())
+    queries = at_least_float32(teacher.detach())
     total = partition_sums(queries, queries[:0], values[:0], scale=1.0)
     for source in range(comm.world_size):
         first, last = replace(comm, rank=source).row_range(num_prototypes)
@@ -207,7 +202,3 @@ def _teacher_softmax(
 
 def _blank(rows: Tensor, count: int) -> Tensor:
     return rows.new_empty((count, *rows.shape[1:]))
-
-
-def _at_least_float32(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd.function import once_differentiable
 
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.prototype_logits import Backend, pair_products, prototype_logits
 from trainer.kernels.tiled import Tile, finite, fixed_reference
+from trainer.losses.units import lean_unit_rows
 
 
 class ActiveRows(NamedTuple):
@@ -100,7 +100,9 @@ def gathered_units(
     """All ranks' features as directions, in float32 or better, having travelled in
     `gather_dtype`. The gradient is not rounded."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    result: Tensor = _Gathered.apply(unit(features.to(dtype)), comm, gather_dtype or dtype)
+    result: Tensor = _Gathered.apply(
+        lean_unit_rows(features.to(dtype)), comm, gather_dtype or dtype
+    )
     return result
 
 
@@ -121,7 +123,7 @@ def statistics_of_gathered(
     positions = active.positions(labels)
     log_local, cosines = prototype_logits(
         queries,
-        unit(active.rows.to(queries.dtype)),
+        lean_unit_rows(active.rows.to(queries.dtype)),
         positions,
         scale=scale,
         num_negatives=active.num_negatives,
@@ -170,9 +172,9 @@ def negative_figures(
     A mean of products is a product of means, so this reads the rows once and multiplies nothing;
     still something for the steps that are logged. Counts samples that only fill a batch.
     """
-    directions = unit(features.to(torch.promote_types(features.dtype, torch.float32)))
+    directions = lean_unit_rows(features.to(torch.promote_types(features.dtype, torch.float32)))
     everyones, positions = comm.all_gather(directions), active.positions(comm.all_gather(labels))
-    rows = unit(active.rows[: active.num_negatives].to(everyones.dtype))
+    rows = lean_unit_rows(active.rows[: active.num_negatives].to(everyones.dtype))
     excluded = torch.where(positions < active.num_negatives, positions, -1)
     excluded = excluded.masked_fill(_repeated(excluded), -1)
     products = torch.dot(everyones.sum(dim=0), rows.sum(dim=0))
@@ -187,15 +189,6 @@ def _repeated(labels: Tensor) -> Tensor:
     """Where a sample has the same label further to the left."""
     same = labels[:, :, None] == labels[:, None, :]
     return same.tril(diagonal=-1).any(dim=2)
-
-
-def unit(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
-    """Each row scaled to length one. A zero row stays zero and has no gradient.
-
-    Keeps the result and the lengths for the backward pass, and no copy of the input.
-    """
-    result: Tensor = _Unit.apply(rows)
-    return result
 
 
 def _found(labels: Tensor, ids: Tensor) -> Tensor:
@@ -228,24 +221,6 @@ def _poison(found: Tensor, is_positive: Tensor) -> Tensor:
             "labels must be below the number of prototypes, and negative where there is none"
         )
     return torch.where(wrong, torch.nan, 0.0).to(found.dtype)
-
-
-class _Unit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
-        result = rows * inverse
-        ctx.save_for_backward(result, inverse)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """The part of the gradient along the sphere, over the length."""
-        result, inverse = ctx.saved_tensors
-        radial = torch.einsum("nd,nd->n", result, gradient)[:, None]
-        return torch.addcmul(gradient, result, radial, value=-1).mul_(inverse)
 
 
 class _Gathered(torch.autograd.Function):

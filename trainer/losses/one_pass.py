@@ -15,10 +15,10 @@ from trainer.losses.learned_prototypes import (
     Statistics,
     gathered_units,
     summed_over_ranks,
-    unit,
 )
 from trainer.losses.margin import Margin
 from trainer.losses.multilabel import DEFAULT_MARGIN, LossKind, MultilabelLoss, multilabel_loss
+from trainer.losses.units import lean_unit_rows
 
 
 def one_pass_multilabel_loss(
@@ -83,7 +83,7 @@ def one_pass_multilabel_loss(
         )
         return _result(blocks, kind, scale, margin, drop_unlabelled).loss, of_queries, of_rows
 
-    loss: Tensor = _OnePass.apply(everyones, unit(active.rows.to(everyones.dtype)), run)
+    loss: Tensor = _OnePass.apply(everyones, lean_unit_rows(active.rows.to(everyones.dtype)), run)
     return _result(blocks, kind, scale, margin, drop_unlabelled)._replace(loss=loss)
 
 

@@ -38,9 +38,9 @@ from trainer.losses.constant_prototypes import (
     prototype_cross_entropy,
     prototype_table,
     target_figures,
-    unit_rows,
 )
 from trainer.losses.contrastive import info_nce
+from trainer.losses.units import unit_rows
 from trainer.models.config import HeadedTwoTower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.parts.episode import EpisodeTables
