@@ -338,9 +338,22 @@ def test_mistakes_are_named_before_anything_is_trained(base):
         (["recipe.classes=[]"], "either `labels`"),
         (["recipe.loss=pfc_ce", "recipe.labels_per_sample=2"], "labels_per_sample=1"),
         (["recipe.model.text={}"], "recipe.model.text"),
+        (["recipe.loss=mlc", "recipe.head.sample_rate=0"], "mlc is then always zero"),
+        (
+            [
+                *("recipe.loss=pfc_ce", "recipe.labels_per_sample=1"),
+                *("recipe.head.sample_rate=0", "recipe.head.union_positives=false"),
+            ],
+            "pfc_ce is then always zero",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             changed(base, *overrides)
+    ids = torch.as_tensor(ShardSet.open(base.data.train).ids)
+    ClusterLabels(ids, torch.zeros(len(ids), 1, dtype=torch.int64)).save(base.workdir / "same")
+    same = ("recipe.classes=[]", f"recipe.labels={base.workdir}/same")
+    with pytest.raises(ConfigError, match="1 prototype gives images nothing"):
+        built(changed(base, *same, "recipe.labels_per_sample=1"), Comm.solo())
     with pytest.raises(ConfigError, match="json key 'nothing'"):
         built(changed(base, "recipe.classes=[nothing]"), Comm.solo())
     evals = "evals=[{name: retrieval, label: pairs, data: x.tar}]"

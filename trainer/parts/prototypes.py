@@ -79,6 +79,20 @@ class PrototypesConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_to_compare_with(self) -> PrototypesConfig:
+        if self.loss != "mlcd" and self.head.sample_rate == 0 and not self._unites:
+            raise ValueError(
+                f"head.sample_rate 0 leaves no negative, and {self.loss} is then always zero; "
+                "give a share, or set head.union_positives"
+            )
+        return self
+
+    @property
+    def _unites(self) -> bool:
+        said = self.head.union_positives
+        return self.loss == "pfc_ce" if said is None else said
+
     @property
     def wanted(self) -> int:
         """Labels of a sample at most."""
@@ -91,9 +105,7 @@ class PrototypesConfig(Frozen):
         rate = rate_with_negatives(
             head.sample_rate, num_rows, labels=labels, sampling=head.sampling
         )
-        union = head.union_positives
-        union = self.loss == "pfc_ce" if union is None else union
-        return head.model_copy(update={"sample_rate": rate, "union_positives": union})
+        return head.model_copy(update={"sample_rate": rate, "union_positives": self._unites})
 
 
 class WeightedPrototypesConfig(PrototypesConfig):
@@ -164,6 +176,11 @@ class PrototypesTerm:
 
 
 def _head(config: PrototypesConfig, num_rows: int, context: Context, dim: int) -> PrototypeHead:
+    if num_rows < 2:
+        raise ConfigError(
+            f"{num_rows} prototype gives images nothing to be told apart from; give labels or "
+            "classes with at least two values"
+        )
     options, asked = config.head_of(num_rows), config.head.sample_rate
     head = PrototypeHead(
         options, num_prototypes=num_rows, dim=dim, comm=context.comm, seed=context.seed
