@@ -115,3 +115,32 @@ def test_labels_follow_their_sample_through_ranks() -> None:
     assert all(aligned(Comm.solo()))
     for rank in run_ranks(aligned, 3):
         assert all(rank)
+
+
+def test_a_label_behind_minus_one_is_not_lost(tmp_path: Path) -> None:
+    table = ClusterLabels(
+        torch.tensor([7, 5, 3]), torch.tensor([[-1, 4, 2], [-1, -1, -1], [6, -7, 1]])
+    )
+    assert table.top(torch.tensor([7, 5, 3])).tolist() == [[4, 2, -1], [-1] * 3, [6, 1, -1]]
+    table.save(tmp_path)
+    assert ClusterLabels.open(tmp_path).of(torch.tensor([7, 3])).tolist() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([3, 1, 2], [0, 1, 2], "ascending order"),
+        ([1, 2, 2], [0, 1, 2], "ascending order"),
+        ([1, 2, 3], [[0, 1], [-1, 2], [3, 4]], "behind a -1"),
+        ([1, 2, 3], [0.5, 1.0, 2.0], "whole numbers"),
+    ],
+)
+def test_a_map_in_which_wrong_labels_would_be_found_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: list[int], labels: list[int], message: str
+) -> None:
+    np.save(tmp_path / "ids.npy", np.array(ids))
+    np.save(tmp_path / "labels.npy", np.array(labels))
+    for rows in (1, 2, 100):
+        monkeypatch.setattr("trainer.data.labels._CHECKED_ROWS", rows)
+        with pytest.raises(DataError, match=message):
+            ClusterLabels.open(tmp_path)

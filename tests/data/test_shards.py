@@ -110,6 +110,8 @@ def test_spec_lists(tmp_path):
         ("{dir}/a.tar::{dir}/[a].tar", "twice"),
         ("{dir}/a.tar::", "empty part"),
         ("pipe:cat x.tar", "allow_pipe"),
+        ("{dir}/*", "matches 2 files that are no shards, as .*.json; end the pattern in .tar"),
+        ("{dir}", "is a folder; name its shards, as .*\\*.tar"),
         ("{dir}/nope.tar", "no shard .*nope.tar"),
         ("{dir}/bare.tar", "no index .*bare.tar.index; build it: python tools/index.py"),
     ],
@@ -117,6 +119,7 @@ def test_spec_lists(tmp_path):
 def test_mistakes_in_a_spec_are_named(tmp_path, spec, message):
     write_index(write_tar(tmp_path / "a.tar", make_samples(2)))
     write_tar(tmp_path / "bare.tar", make_samples(2))
+    (tmp_path / "a.json").write_text("{}")
     with pytest.raises(DataError, match=message):
         ShardSet.open(spec.replace("{dir}", str(tmp_path)))
 

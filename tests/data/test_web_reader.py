@@ -6,12 +6,16 @@ import gc
 import io
 import tarfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.data.streams import SIDE, open_stream, write_shards
+from tests.data.tars import write_tar
+from trainer.config import DataConfig
 from trainer.data.shards import ShardSet
+from trainer.data.vocabulary import captions_of
 from trainer.errors import ConfigError, DataError
 
 
@@ -81,3 +85,16 @@ def test_mistakes_end_the_stream(tmp_path):
     (tmp_path / "cut.tar").write_bytes((tmp_path / "000.tar").read_bytes()[:700])
     with pytest.raises(DataError, match="webdataset can't read on"):
         open_web(f"{tmp_path}/cut.tar").take()
+
+
+def test_words_are_learnt_from_shards_without_an_index(tmp_path: Path) -> None:
+    for number in range(3):
+        samples = {f"{number}{n}": {"txt": f"word {number} {n}".encode()} for n in range(4)}
+        write_tar(tmp_path / f"{number}.tar", samples | {"bad": {"txt": b"\xff"}})
+    data = DataConfig(train=f"{tmp_path}/{{0..2}}.tar", reader="webdataset", epoch_samples=12)
+    everything = {f"word {number} {n}" for number in range(3) for n in range(4)}
+    once = list(captions_of(data, seed=3, most=100))
+    assert set(once) == everything
+    assert len(once) == 12
+    assert list(captions_of(data, seed=3, most=100)) == once
+    assert list(captions_of(data, seed=3, most=5)) == once[:4]  # the fifth is the bad one

@@ -14,6 +14,7 @@ from trainer.errors import DataError
 
 UNKNOWN = -1
 IDS, LABELS = "ids.npy", "labels.npy"
+_CHECKED_ROWS = 1 << 20
 
 
 class ClusterLabels:
@@ -27,8 +28,11 @@ class ClusterLabels:
     def __init__(
         self, ids: Int64[Tensor, " n"], labels: Int[Tensor, " n"] | Int[Tensor, "n l"]
     ) -> None:
-        """Entries with id -1 (rows that only fill up) or a negative first label are left out."""
-        table = labels[:, None] if labels.ndim == 1 else labels
+        """Entries with id -1 (rows that only fill up) or without a label are left out.
+
+        Negative labels are none; those behind them move up.
+        """
+        table = _moved_up(labels[:, None] if labels.ndim == 1 else labels)
         known = (ids != -1) & (table[:, 0] >= 0)
         ids, table = _first_of_each(ids[known], table[known].long())
         small = table.numel() == 0 or int(table.max()) <= torch.iinfo(torch.int32).max
@@ -99,9 +103,10 @@ class ClusterLabels:
 
     @classmethod
     def open(cls, folder: Path | str) -> ClusterLabels:
-        """Map a saved folder into memory; nothing is read before it is looked up.
+        """Map a saved folder into memory; its arrays are read once, in chunks that are not kept.
 
-        DataError if a file is missing, cut short, or does not fit the other.
+        DataError if a file is missing, cut short, or does not fit the other, if ids are not in
+        ascending order (a search would find wrong rows), or if a label stands behind a -1.
         """
         ids, table = _mapped(Path(folder) / IDS), _mapped(Path(folder) / LABELS)
         table = table[:, None] if table.ndim == 1 else table
@@ -110,9 +115,38 @@ class ClusterLabels:
                 f"{folder} holds {tuple(ids.shape)} ids of type {ids.dtype} for"
                 f" {tuple(table.shape)} labels; write it again"
             )
+        if table.is_floating_point() or table.dtype == torch.bool:
+            raise DataError(f"{folder} holds labels of type {table.dtype}; write whole numbers")
+        _refuse_disorder(ids, table, folder)
         opened = cls.__new__(cls)
         opened._ids, opened._table = ids, table
         return opened
+
+
+def _moved_up(table: Tensor) -> Tensor:
+    """Every row's labels in their order, and -1 behind them for those that are negative."""
+    if table.shape[1] == 1:
+        return table
+    lacking = table < 0
+    order = lacking.long().argsort(dim=1, stable=True)
+    return table.masked_fill(lacking, UNKNOWN).gather(1, order)
+
+
+def _refuse_disorder(ids: Tensor, table: Tensor, folder: Path | str) -> None:
+    for start in range(0, len(ids), _CHECKED_ROWS):
+        rows = slice(start, start + _CHECKED_ROWS)
+        some = ids[rows.start : rows.stop + 1]
+        if bool((some[1:] <= some[:-1]).any()):
+            raise DataError(
+                f"the ids in {folder} are not in ascending order, or one comes twice; write it "
+                "with ClusterLabels(ids, labels).save(folder), which sorts them"
+            )
+        known = table[rows] >= 0
+        if bool((known[:, 1:] & ~known[:, :-1]).any()):
+            raise DataError(
+                f"some sample in {folder} has a label behind a -1, which only fills rows up; write "
+                "it with ClusterLabels(ids, labels).save(folder), which moves labels up"
+            )
 
 
 def _first_of_each(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ FIRST_DELAY_SECONDS = 0.05
 REQUEST_TIMEOUT_SECONDS = 60.0
 _FINAL = (PermissionError, IsADirectoryError, NotImplementedError)
 _BUSY = (408, 425, 429)
+_BESIDE = (".index", ".json", ".parquet")
 
 
 def is_remote(path: str) -> bool:
@@ -68,7 +69,23 @@ def _matches(path: str) -> list[str]:
     matches = _retried(lambda: _glob(path), path)
     if not matches:
         raise DataError(f"no shard matches {path!r}")
+    _refuse_others(matches, path)
     return sorted(matches)
+
+
+def _refuse_others(matches: list[str], path: str) -> None:
+    """A glob that takes in what lies beside shards would have every reader open it as one."""
+    tars = any(match.endswith(".tar") for match in matches)
+    others = [
+        match
+        for match in matches
+        if match.endswith(_BESIDE) or (tars and not match.endswith(".tar"))
+    ]
+    if others:
+        raise DataError(
+            f"{path!r} matches {len(others)} files that are no shards, as {min(others)}; end the "
+            "pattern in .tar"
+        )
 
 
 def _glob(path: str) -> list[str]:

@@ -207,6 +207,8 @@ def _kept(cache: OrderedDict[int, T], key: int, load: Callable[[int], T]) -> T:
 def _inspect(shard: str) -> tuple[IndexSummary, bytes]:
     """The index's header after comparing the shard's size with it, and a remote index's bytes."""
     path = index_path(shard)
+    if not is_remote(shard) and os.path.isdir(shard):
+        raise DataError(f"{shard} is a folder; name its shards, as {os.path.join(shard, '*.tar')}")
     try:
         found = file_size(shard)
     except FileNotFoundError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from trainer.comm import Comm, agreed
 from trainer.config import DataConfig
 from trainer.data.captions import choose_caption
 from trainer.data.decode import BadSample
-from trainer.data.shards import DamagedSample, ShardSet
+from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.tokenize import load_tokenizer, save_tokenizer, train_tokenizer
 from trainer.errors import DataError
 from trainer.hashing import key_of, permutation
@@ -60,14 +62,15 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
-    """One caption of each sample that has one, `most` samples at most."""
-    shards = ShardSet.open(data.train)
-    if len(shards) == 0:
-        raise DataError(f"{data.train} holds no sample; there is nothing to learn words from")
-    chosen = permutation(len(shards), key_of(seed, "vocabulary"))[:most]
-    for index in torch.sort(chosen).values.tolist():
-        try:
-            sample = shards.read(index)
+    """One caption of each sample that has one, `most` samples at most.
+
+    Without an index these are the first ones of shards in an order drawn by the seed.
+    """
+    read = _streamed if data.reader == "webdataset" else _indexed
+    found = False
+    for sample in read(data, seed=seed, most=most):
+        found = True
+        with suppress(BadSample):
             yield choose_caption(
                 sample.fields,
                 sample_id=sample.sample_id,
@@ -75,5 +78,19 @@ def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
                 seed=seed,
                 config=data.captions,
             )
-        except (BadSample, DamagedSample):
-            continue
+    if not found:
+        raise DataError(f"{data.train} holds no sample; there is nothing to learn words from")
+
+
+def _streamed(data: DataConfig, *, seed: int, most: int) -> Iterator[RawSample]:
+    from trainer.data.web_reader import read_once  # webdataset is imported where it is wanted
+
+    return islice(read_once(data, seed=seed), most)
+
+
+def _indexed(data: DataConfig, *, seed: int, most: int) -> Iterator[RawSample]:
+    shards = ShardSet.open(data.train)
+    chosen = permutation(len(shards), key_of(seed, "vocabulary"))[:most]
+    for index in torch.sort(chosen).values.tolist():
+        with suppress(DamagedSample):
+            yield shards.read(index)

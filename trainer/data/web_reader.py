@@ -40,7 +40,7 @@ from trainer.data.shards import RawSample, sample_id
 from trainer.data.tar import Bytes
 from trainer.data.workers import loader_options
 from trainer.errors import ConfigError, DataError
-from trainer.hashing import key_of
+from trainer.hashing import key_of, permutation
 
 
 class WebFeed:
@@ -155,6 +155,23 @@ class WebSamples(IterableDataset[RawBatch | Failure]):
                 raise DataError(f"{MAX_REJECTS} shards in a row held no sample: {entry['url']}")
             with _open(entry["url"]) as stream:
                 yield {"url": entry["url"], "stream": stream}
+
+
+def read_once(config: DataConfig, *, seed: int) -> Iterator[RawSample]:
+    """Every sample of every shard once, in an order of the shards that follows from the seed.
+
+    DataError where a shard can't be read on.
+    """
+    webdataset.utils.enforce_security = not config.allow_pipe
+    shards = _expand(config)
+    for row in permutation(len(shards), key_of(seed, "read once")).tolist():
+        try:
+            with _open(shards[row]) as stream:
+                entry = [{"url": shards[row], "stream": stream}]
+                files = webdataset.tariterators.tar_file_expander(iter(entry))
+                yield from map(_raw, webdataset.tariterators.group_by_keys(files))
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            raise DataError(f"webdataset can't read {shards[row]}: {error}") from error
 
 
 def _expand(config: DataConfig) -> list[str]:
