@@ -66,8 +66,9 @@ def open_stream(
     image_size: int = SIDE,
     **config: Any,
 ) -> Stream:
+    window = {} if config.get("reader") == "webdataset" else {"window_shards": 3}
     return Stream(
-        DataConfig(**{"train": spec, "augment": PLAIN, "window_shards": 3, **config}),
+        DataConfig(**{"train": spec, "augment": PLAIN, **window, **config}),
         Comm(rank=rank, world_size=world_size, device=torch.device("cpu")),
         tokenizer=tokenizer(),
         image_size=image_size,
