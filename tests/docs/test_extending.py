@@ -43,18 +43,22 @@ def block(language: str) -> str:
 def checkout(tmp_path_factory) -> Path:
     """The program with the page's file in it, and nothing else changed."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("trainer", "ds_configs"):
+    for name in ("trainer", "ds_configs", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "trainer" / "recipes" / "slip.py").write_text(block("python"))
     write_shards(folder / "shards")
     return folder
 
 
+def shards(checkout: Path) -> str:
+    return str(checkout / "shards" / "*.tar")
+
+
 def trained(checkout: Path, label: str, world_size: int, **changes: object) -> list[dict]:
     """Every step's logged values of a run of the page's run file, made small."""
     run = yaml.safe_load(block("yaml"))
     run |= {**SMALL, "workdir": str(checkout / label), **changes}
-    run["data"] = {"train": str(checkout / "shards" / "*.tar")}
+    run["data"] = {"train": shards(checkout)}
     (checkout / f"{label}.yaml").write_text(yaml.safe_dump(run))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
@@ -75,7 +79,8 @@ def test_the_method_of_the_page_takes_the_same_steps_on_one_rank_and_on_two(chec
     head = {"layers": 1, "hidden": 32, "dim": 8, "norm": "layer"}
     recipe = {"name": "slip", "model": TOWERS, "head": head}
     alone = trained(checkout, "one", 1, recipe=recipe)
-    shared = trained(checkout, "two", 2, recipe=recipe, micro_batch=8)
+    evals = [{"name": "zero_shot", "label": "names", "data": shards(checkout), "target": "name"}]
+    shared = trained(checkout, "two", 2, recipe=recipe, micro_batch=8, evals=evals)
     plain = trained(checkout, "clip", 1, recipe={"name": "clip", "model": TOWERS})
 
     assert len(alone) == len(shared) == 3
@@ -89,6 +94,11 @@ def test_the_method_of_the_page_takes_the_same_steps_on_one_rank_and_on_two(chec
     assert 3.0 < alone[0]["simclr"] < 6.0
     assert alone[-1]["loss"] != alone[0]["loss"]
 
+    tool = [sys.executable, "tools/evaluate.py", str(checkout / "two")]
+    evaluated = subprocess.run(tool, cwd=checkout, capture_output=True, text=True)
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    assert "names" in evaluated.stdout
+
 
 def test_the_pages_code_is_in_the_style_of_the_house(checkout):
     recipe = "trainer/recipes/slip.py"
@@ -99,4 +109,4 @@ def test_the_pages_code_is_in_the_style_of_the_house(checkout):
         )
         assert done.returncode == 0, done.stdout + done.stderr
     lines = block("python").splitlines()
-    assert len(lines) < 110
+    assert len(lines) < 120
