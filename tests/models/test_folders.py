@@ -152,8 +152,8 @@ def test_a_pair_keeps_its_features_its_scale_and_its_bias(
     make: Any, dim: int, tmp_path: Path
 ) -> None:
     path, pair = save(tmp_path, make)
-    config = small_config(image={"path": path}, text={"path": path}, embed_dim=dim)
-    model = build_two_tower(config.with_bias(), word_tokenizer())
+    towers = {"image": {"path": path}, "text": {"path": path}, "embed_dim": dim}
+    model = build_two_tower(small_config(**towers, bias=True), word_tokenizer())
     tokens, mask = texts([1, 5, 10, 3])
     with torch.no_grad():
         images = pair.get_image_features(pixel_values=PIXELS).pooler_output
@@ -165,9 +165,7 @@ def test_a_pair_keeps_its_features_its_scale_and_its_bias(
     bias = -7.0 if make is folders.siglip else -10.0
     assert model.logit_bias is not None
     assert model.logit_bias().item() == bias
-    given = small_config(
-        image={"path": path}, text={"path": path}, embed_dim=dim, logit_scale_init=5.0
-    )
+    given = small_config(**towers, logit_scale_init=5.0)
     assert build_two_tower(given, word_tokenizer()).logit_scale().item() == pytest.approx(5.0)
 
 

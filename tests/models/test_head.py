@@ -16,7 +16,8 @@ NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda width: n
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_equals_a_stack_of_torch_layers(layers: int, norm: str) -> None:
-    config = HeadConfig(layers=layers, hidden=10, dim=4, norm=norm)
+    inside = {"hidden": 10, "norm": norm} if layers else {}
+    config = HeadConfig(layers=layers, dim=4, **inside)
     head = ProjectionHead(config, input_dim=7, comm=Comm.solo())
     plain: list[nn.Module] = []
     for index in range(layers):
