@@ -95,7 +95,7 @@ class Period(Frozen):
     def __str__(self) -> str:
         if self.unit == "never":
             return "never"
-        count = int(self.count) if self.count.is_integer() else self.count
+        count = int(self.count) if float(self.count).is_integer() else self.count
         return f"{count} {self.unit}"
 
 
@@ -108,7 +108,7 @@ def _read_period(value: Any) -> Any:
             return Period.model_construct(count=math.inf, unit="never")
         match = re.fullmatch(_PERIOD, value.strip())
         if not match or not 0 < float(match[1]) < math.inf:
-            raise ValueError(f"{value!r} is no period; write '1000 steps', '2 epochs' or '30 min'")
+            raise ValueError(f"{value!r} is no period; write '1000 steps', '30 min' or 'never'")
         unit = match[2] if match[2] == "min" or match[2].endswith("s") else match[2] + "s"
         return Period.model_construct(count=float(match[1]), unit=unit)
     if isinstance(value, dict):
