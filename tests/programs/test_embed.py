@@ -11,6 +11,7 @@ from tests.models.small import small_batch, word_tokenizer
 from tests.teachers.small_teachers import save_llama
 from tools import embed as tool
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_state import frozen_digest
 from trainer.comm import Comm
 from trainer.data.decode import decode_image, find_image
 from trainer.data.shards import ShardSet
@@ -107,7 +108,8 @@ def test_a_runs_image_tower_is_a_teacher(tmp_path, monkeypatch, capsys):
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     held = {name: value.detach() for name, value in weights.items()}
     checkpoints = Checkpointer(tmp_path / "checkpoints", Comm.solo())
-    checkpoints.save(7, {"weights": held}, {}, {"run.yaml": run_yaml(head=HEAD)})
+    state = {"frozen_weights": frozen_digest(model)}
+    checkpoints.save(7, {"weights": held}, state, {"run.yaml": run_yaml(head=HEAD)})
     spec = write_shards(tmp_path / "shards", count=6, per_shard=6)
     call(monkeypatch, "--teacher", tmp_path, "kind=image", "--data", spec, "--out", tmp_path / "s")
     store, shards = EmbeddingStore.open(tmp_path / "s"), ShardSet.open(spec)
