@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-from trainer.command import leave
+from trainer.command import run_command
 from trainer.config import load_run
-from trainer.errors import TrainerError
 from trainer.launchers import refuse_missing_hostfile
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("run", help="a YAML file, such as launch/runs/quickstart.yaml")
     parser.add_argument(
@@ -25,18 +23,11 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "").strip() in {"", "0"}
-    try:
-        refuse_missing_hostfile()
-        config = load_run(arguments.run, arguments.overrides)
-        from trainer.loop import train  # imports deepspeed, after the cheap mistakes are caught
+    refuse_missing_hostfile()
+    config = load_run(arguments.run, arguments.overrides)
+    from trainer.loop import train  # imports deepspeed, after the cheap mistakes are caught
 
-        outcome = train(config)
-    except TrainerError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        leave()
+    outcome = train(config)
     if is_main:
         step, workdir = outcome.progress.step, config.workdir
         if not outcome.finished:
@@ -45,8 +36,7 @@ def main() -> int:
             print(f"finished {step} steps; checkpoint in {workdir / 'checkpoints'}")
         else:
             print(f"nothing left to do: {workdir} already holds step {step} of {config.steps}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

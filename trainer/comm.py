@@ -175,10 +175,12 @@ class Comm:
         return result
 
 
-def leave_group() -> None:
-    """End the process group, if there is one: its threads must not outlive the interpreter."""
-    if dist.is_available() and dist.is_initialized():
+def leave_group() -> bool:
+    """End the process group; whether there was one."""
+    joined = dist.is_available() and dist.is_initialized()
+    if joined:
         dist.destroy_process_group()
+    return joined
 
 
 def agreed(comm: Comm, action: Callable[[], T]) -> T:

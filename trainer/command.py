@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -11,19 +12,34 @@ from trainer.errors import TrainerError
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and leave the process; of several ranks only the first one speaks."""
+    """Call `main` and end the process; of several ranks only the first one speaks."""
+    code = 0
     try:
         main()
     except TrainerError as error:
         if os.environ.get("RANK", "").strip() in {"", "0"}:
             sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    finally:
-        leave()
-    sys.exit(0)
+        code = 2
+    except BaseException:
+        _leave_group()
+        raise
+    if _leave_group():
+        _end_at_once(code)
+    sys.exit(code)
 
 
-def leave() -> None:
-    """Leave the process group, if this process ever came so far as to join one."""
-    if "trainer.comm" in sys.modules:
-        sys.modules["trainer.comm"].leave_group()
+def _leave_group() -> bool:
+    """Leave the process group; whether this process ever came so far as to join one."""
+    return "trainer.comm" in sys.modules and bool(sys.modules["trainer.comm"].leave_group())
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """What Python does at an exit, except that the interpreter is not taken apart.
+
+    The group's threads outlive the group while anybody holds it. One that lets go of a tensor when
+    there is no interpreter any more aborts the process, after all work was done and saved.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
