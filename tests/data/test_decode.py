@@ -253,3 +253,66 @@ def test_the_image_is_found_by_its_field():
     assert find_image({"txt": b"x", "webp": b"w", "jpg": b"j"}) == b"j"
     with pytest.raises(BadSample, match=r"cls, txt"):
         find_image({"txt": b"x", "cls": b"1"})
+
+
+def _chunk(tag: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
+
+
+def by_hand(depth: int, kind: int, row: bytes, *further: bytes) -> bytes:
+    """A PNG of 8 x 8 pixels with eight equal rows; chunks in front of the pixels and behind."""
+    head = struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0)
+    pixels = _chunk(b"IDAT", zlib.compress((b"\0" + row) * 8))
+    return b"".join(
+        [b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", head), *further, pixels, _chunk(b"IEND", b"")]
+    )
+
+
+def _words(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}H", *values)
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "clear_half", "other_half", "clear"),
+    [
+        (1, 0, b"", b"\x0f", _words(0)),
+        (1, 0, b"\xf0", b"", _words(1)),
+        (2, 0, b"\x55", b"\xaa", _words(1)),
+        (4, 0, b"\x55\x55", b"\x66\x66", _words(5)),
+        (8, 0, b"\x55" * 4, b"\x56" * 4, _words(0x55)),
+        (16, 0, _words(*[30000] * 4), _words(*[30001] * 4), _words(30000)),
+        (16, 0, _words(*[0] * 4), _words(*[1] * 4), _words(0)),
+        (8, 2, bytes([200, 30, 40]) * 4, bytes([200, 30, 41]) * 4, _words(200, 30, 40)),
+        (16, 2, _words(51201, 7710, 3) * 4, _words(51201, 8000, 3) * 4, _words(51201, 7710, 3)),
+    ],
+)
+def test_a_transparent_value_is_compared_in_the_depth_of_the_file(
+    depth: int, kind: int, clear_half: bytes, other_half: bytes, clear: bytes
+) -> None:
+    """The first four pixels of a row are clear, the last four are not."""
+    row = clear_half + other_half
+    found = decoded(by_hand(depth, kind, row, _chunk(b"tRNS", clear)), 8, background=(1, 2, 3))
+    plain = decoded(by_hand(depth, kind, row), 8)
+    assert torch.equal(
+        found[:, :, :4], torch.tensor([1, 2, 3]).byte()[:, None, None].expand(3, 8, 4)
+    )
+    assert torch.equal(found[:, :, 4:], plain[:, :, 4:])
+
+
+@pytest.mark.parametrize("tag", [b"zTXt", b"iTXt", b"iCCP", b"tEXt", b"eXIf", b"tIME"])
+def test_notes_in_a_png_change_nothing_however_long_or_broken(tag: bytes) -> None:
+    shades = bytes(range(0, 240, 30))
+    plain = decoded(by_hand(8, 0, shades), 8)
+    packed = zlib.compress(b"x" * 3_000_000)
+    long = b"k\0\1\0\0\0" + packed if tag == b"iTXt" else b"k\0\0" + packed
+    for body in (long, b"k\0" + b"y" * 100_000, b"", b"\xff" * 9):
+        assert torch.equal(decoded(by_hand(8, 0, shades, _chunk(tag, body)), 8), plain)
+    many = [_chunk(tag, long)] * 40
+    assert torch.equal(decoded(by_hand(8, 0, shades, *many), 8), plain)
+
+
+def test_a_png_cut_anywhere_is_a_bad_sample() -> None:
+    whole = by_hand(8, 0, bytes(range(8)), _chunk(b"tEXt", b"k\0v"), _chunk(b"tRNS", _words(7)))
+    for end in range(0, len(whole) - 20, 3):
+        with pytest.raises(BadSample):
+            decoded(whole[:end], 8)

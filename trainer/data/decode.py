@@ -18,6 +18,8 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from trainer.data.png import plain_png
+
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; fractions of a pixel are fine."""
 
@@ -141,7 +143,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header only."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(plain_png(data)), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadSample(f"not a {', '.join(FORMATS)} image ({len(data)} bytes)") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -197,13 +199,24 @@ def _draft_factor(image: Image.Image, box: Box, size: int) -> int:
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to RGB; transparency shows the background."""
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits as one of 8, with alpha where a value of the 16 is transparent."""
+    deep = np.asarray(image)
+    gray = (deep >> 8).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if clear is None:
+        return Image.fromarray(gray)
+    alpha = np.where(deep == clear, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack([gray, alpha], axis=-1), "LA")
 
 
 def _digest(data: bytes) -> bytes:
