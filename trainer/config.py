@@ -27,6 +27,7 @@ from trainer.config_errors import explain
 from trainer.config_section import Fraction as Fraction
 from trainer.config_section import Frozen as Frozen
 from trainer.config_section import LocalPath as LocalPath
+from trainer.config_section import MemberName as MemberName
 from trainer.config_section import ModelPath as ModelPath
 from trainer.config_section import OnlyWhere as OnlyWhere
 from trainer.config_section import OnlyWith as OnlyWith
@@ -164,18 +165,25 @@ class ViewsConfig(Frozen):
     """Pixels per side of the covering look, as a share of the model's `image_size`."""
 
 
+IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
+
+
 class CaptionConfig(Frozen):
     """Which text of a sample the text tower reads."""
 
-    fields: tuple[str, ...] = ("txt",)
-    """`txt`, or a json key (a string or a list of strings); each visit draws one."""
-    weights: tuple[float, ...] | None = None
+    fields: tuple[str, ...] = Field(default=("txt",), min_length=1)
+    """Members of a sample (`txt`, `caption`, `outputs.txt`: the file's name behind its first dot),
+    else json keys, whose value is a text or a list of texts; each visit draws one field. Of a
+    text with several lines, and of a list, a visit draws one."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """Relative frequency of each field; equal where None."""
 
     @model_validator(mode="after")
     def _one_weight_per_field(self) -> CaptionConfig:
         if self.weights is not None and len(self.weights) != len(self.fields):
             raise ValueError(f"{len(self.weights)} weights for {len(self.fields)} caption fields")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("all weights are zero; give a field that is to be read one above it")
         return self
 
 
@@ -205,6 +213,10 @@ class DataConfig(Frozen):
     """Colour under transparent pixels."""
     augment: AugmentConfig = AugmentConfig()
     captions: CaptionConfig = CaptionConfig()
+    images: tuple[MemberName, ...] = Field(default=IMAGE_FIELDS, min_length=1)
+    """Members of a sample that are its picture, the first that it has: what stands behind the first
+    dot of the file's name, as `jpg` or `input.jpg`. Where none is called just so, the only member
+    that ends in one of them."""
 
 
 class OptimConfig(Frozen):

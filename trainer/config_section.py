@@ -107,6 +107,14 @@ def _shards_at_home(spec: str) -> str:
     return "::".join(at_home(part) for part in spec.split("::"))
 
 
+def _without_dot(name: str) -> str:
+    if not name.strip(". ") or "/" in name:
+        raise ValueError(f"{name!r} is no name of a member; write jpg, or input.jpg")
+    return name.removeprefix(".").lower()
+
+
+MemberName = Annotated[str, AfterValidator(_without_dot)]
+"""What stands behind the first dot of a file's name in a shard, in small letters."""
 LocalPath = Annotated[Path, AfterValidator(_path_at_home)]
 """A file or folder; `~` is the home folder."""
 ModelPath = Annotated[str, AfterValidator(at_home)]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from trainer.config import CaptionConfig
-from trainer.data.captions import MAX_CHARACTERS, choose_caption
+from trainer.data.captions import MAX_CHARACTERS, choose_caption, field_texts
 from trainer.data.decode import BadSample
+from trainer.evals.pairing import texts_of
+from trainer.evals.samples import Record, values_of
 from trainer.hashing import key_of, uniform
 
 
@@ -23,7 +25,7 @@ def sample(txt: str | None = None, **record: object) -> dict[str, bytes]:
 
 
 def test_text_comes_with_its_white_space_collapsed():
-    assert choose(sample(" a red\n\tapple  ")) == "a red apple"
+    assert choose(sample(" a red \tapple  ")) == "a red apple"
     assert choose(sample("苹果 ñ")) == "苹果 ñ"
 
 
@@ -44,6 +46,50 @@ def test_fields_are_drawn_by_weight_among_those_the_sample_has():
     assert choose(sample("t", gloss="g"), **config) == "t"
     with pytest.raises(BadSample, match="no caption"):
         choose(sample(gloss="g"), **config)
+
+
+def test_every_line_of_a_text_is_a_caption_and_they_are_those_that_retrieval_searches_for():
+    text = "a dog\n\n  a  brown dog \r\nan animal\n"
+    for fields, name in ((sample(text), "txt"), (sample(long=text), "long")):
+        drawn = [choose(fields, sample_id=n, fields=(name,)) for n in range(3000)]
+        searched = texts_of(Record(0, values_of(fields)), name)
+        assert searched == ["a dog", "a brown dog", "an animal"]
+        assert set(drawn) == set(searched)
+        for line in searched:
+            assert abs(drawn.count(line) - 1000) < 130
+    # an item of a list is one caption, whatever lines it has
+    assert choose(sample(captions=["one\ntwo"]), fields=("captions",)) == "one two"
+    assert texts_of(Record(0, {"captions": ["one\ntwo"]}), "captions") == ["one two"]
+    assert field_texts(sample(text), "txt") == ["a dog a brown dog an animal"]  # of a teacher
+
+
+def test_a_member_is_a_field_by_its_name_before_a_json_key_is():
+    fields = {"outputs.txt": b"words", "caption": b"a member", **sample(caption="a key", only="k")}
+    assert choose(fields, fields=("outputs.txt",)) == "words"
+    assert choose(fields, fields=("Outputs.TXT",)) == "words"
+    assert choose(fields, fields=("caption",)) == "a member"
+    assert choose(fields, fields=("only",)) == "k"
+    assert choose(fields) == "words"  # no member is called txt, and only one ends in it
+    assert choose({"caption": b"x", "json": b"{broken"}, fields=("caption",)) == "x"
+    assert field_texts(fields, "outputs.txt") == ["words"]
+    values = values_of(fields | {"npy": b"\xff\0", "input.jpg": b"\xff"})
+    assert texts_of(Record(0, values), "outputs.txt") == texts_of(Record(0, values), "txt")
+    assert values == {"outputs.txt": "words", "txt": "words", "caption": "a member", "only": "k"}
+    for name in ("json", "nothing", "outputs"):
+        with pytest.raises(BadSample, match="no caption"):
+            choose(fields, fields=(name,))
+    with pytest.raises(BadSample, match=r"a\.txt and b\.txt could all be the txt"):
+        choose({"a.txt": b"a", "b.txt": b"b"})
+    assert choose({"a.txt": b"a", "b.txt": b"b"}, fields=("b.txt",)) == "b"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"fields": ()}, {"weights": (0.0,)}, {"weights": (-1.0,)}, {"weights": (1.0, 1.0)}],
+)
+def test_fields_that_can_never_give_a_caption_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"CaptionConfig"):
+        CaptionConfig(**wrong)
 
 
 def test_the_draw_depends_on_sample_epoch_and_seed_alone():

@@ -12,12 +12,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from tests.fixtures.emoji import read_pairs
-from trainer.data.decode import (
-    BadSample,
-    DecodedImages,
-    decode_image,
-    find_image,
-)
+from trainer.data.decode import BadSample, DecodedImages, decode_image
+from trainer.data.fields import find_image
 
 WHITE = (255, 255, 255)
 KINDS = {
@@ -253,6 +249,14 @@ def test_the_image_is_found_by_its_field():
     assert find_image({"txt": b"x", "webp": b"w", "jpg": b"j"}) == b"j"
     with pytest.raises(BadSample, match=r"cls, txt"):
         find_image({"txt": b"x", "cls": b"1"})
+    named = {"input.jpg": b"i", "mask.png": b"m", "txt": b"x"}
+    assert find_image(named, ["mask.png"]) == b"m"
+    assert find_image(named, ["jpg"]) == b"i"
+    assert find_image({"input.jpg": b"i"}) == b"i"
+    with pytest.raises(BadSample, match=r"input.jpg and mask.png could all be .*data.images"):
+        find_image(named)
+    with pytest.raises(BadSample, match="no image"):
+        find_image({"png": b"p"}, ["input.jpg"])
 
 
 def _chunk(tag: bytes, body: bytes) -> bytes:

@@ -13,7 +13,8 @@ from tools import embed as tool
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_state import frozen_digest
 from trainer.comm import Comm
-from trainer.data.decode import decode_image, find_image
+from trainer.data.decode import decode_image
+from trainer.data.fields import find_image
 from trainer.data.shards import ShardSet
 from trainer.data.views import normalize
 from trainer.errors import ConfigError, DataError

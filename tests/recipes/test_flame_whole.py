@@ -21,7 +21,8 @@ from tools import embed as embed_tool
 from tools import export as export_tool
 from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
-from trainer.data.decode import decode_image, find_image
+from trainer.data.decode import decode_image
+from trainer.data.fields import find_image
 from trainer.data.shards import ShardSet
 from trainer.data.texts import TextSet, text_id
 from trainer.data.views import normalize as normalize_pixels

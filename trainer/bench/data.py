@@ -21,7 +21,8 @@ from torch import Tensor
 from trainer.bench.options import SHARDS
 from trainer.comm import Comm
 from trainer.config import DataConfig
-from trainer.data.decode import decode_image, find_image
+from trainer.data.decode import decode_image
+from trainer.data.fields import find_image
 from trainer.data.remote import expand_shards
 from trainer.data.shards import sample_id
 from trainer.data.stream import Stream
@@ -132,7 +133,7 @@ def _decoded(
     view = View(0, visit, "train", config.augment)
     fields = {name: data for name, data in sample.items() if isinstance(data, bytes)}
     image = decode_image(
-        find_image(fields),
+        find_image(fields, config.images),
         size=size,
         background=config.background,
         max_pixels=config.max_pixels,

@@ -18,9 +18,9 @@ def choose_caption(
 ) -> str:
     """One caption, a pure function of (seed, epoch, sample id).
 
-    A field is drawn by its weight among those that the sample has; of a list, one item. White
-    space is collapsed. `a.b` reads key b of the json object under key a. BadSample where no field
-    with a weight holds any text.
+    A field is drawn by its weight among those that the sample has; of its captions, as
+    `captions_in` finds them, one. A field is a member, or else a json key, of which `a.b` reads
+    key b of the object under key a. BadSample where no field with a weight holds any text.
     """
     found = _captions(fields, config)
     if not found:
@@ -34,10 +34,34 @@ def choose_caption(
     return texts[item]
 
 
+def captions_in(value: Any) -> list[str]:
+    """The captions that a text or a list holds, white space collapsed; none in anything else.
+
+    Every item of a list is one, and so is every line of a text. Training draws one of them, and
+    retrieval searches for each.
+    """
+    return _cut(value.splitlines() if isinstance(value, str) else value)
+
+
+def value_at(record: Any, name: str) -> Any:
+    """What stands in json under a key, or under `a.b`; None where there is nothing."""
+    for part in [name] if isinstance(record, dict) and name in record else name.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
 def field_texts(fields: dict[str, bytes], name: str) -> list[str]:
-    """The texts of one field, white space collapsed; none where the sample lacks it."""
-    record = {} if name == "txt" else json_of(fields)
-    return _field(fields, record, name)
+    """What a teacher reads of one field: a text whole, of a list each item; none where it lacks.
+
+    White space is collapsed.
+    """
+    value = _value(fields, _record(fields, [name]), name)
+    return _checked(_cut(value if isinstance(value, list) else [value]), name)
+
+
+def is_member(fields: dict[str, bytes], name: str) -> bool:
+    """Whether a field is a member of this sample and not a json key."""
+    return name != "json" and (name == "txt" or name.lower() in fields)
 
 
 def _captions(
@@ -46,25 +70,34 @@ def _captions(
     """(field, weight, its texts) for every field that has a weight and a text."""
     weights = config.weights or (1.0,) * len(config.fields)
     wanted = [(name, weight) for name, weight in zip(config.fields, weights, strict=True) if weight]
-    record = json_of(fields) if any(name != "txt" for name, _ in wanted) else {}
-    values = [(name, weight, _field(fields, record, name)) for name, weight in wanted]
+    record = _record(fields, [name for name, _ in wanted])
+    values = [
+        (name, weight, _checked(captions_in(_value(fields, record, name)), name))
+        for name, weight in wanted
+    ]
     return [value for value in values if value[2]]
 
 
-def _field(fields: dict[str, bytes], record: dict[str, Any], name: str) -> list[str]:
-    return _texts(text_of(fields, name) if name == "txt" else _lookup(record, name), name)
+def _record(fields: dict[str, bytes], names: list[str]) -> dict[str, Any]:
+    """The sample's json where one of the fields is a key of it."""
+    return {} if all(is_member(fields, name) for name in names) else json_of(fields)
 
 
-def _lookup(record: Any, name: str) -> Any:
-    for part in [name] if isinstance(record, dict) and name in record else name.split("."):
-        record = record.get(part) if isinstance(record, dict) else None
-    return record
+def _value(fields: dict[str, bytes], record: dict[str, Any], name: str) -> Any:
+    if is_member(fields, name):
+        return text_of(fields, name.lower())
+    return value_at(record, name)
 
 
-def _texts(value: Any, name: str) -> list[str]:
-    items = value if isinstance(value, list) else [value]
+def _cut(items: Any) -> list[str]:
+    if not isinstance(items, list):
+        return []
     texts = [" ".join(item[:MAX_CHARACTERS].split()) for item in items if isinstance(item, str)]
-    return [checked_text(text, name) for text in texts if text]
+    return [text for text in texts if text]
+
+
+def _checked(texts: list[str], name: str) -> list[str]:
+    return [checked_text(text, name) for text in texts]
 
 
 def _weighted(weights: list[float], draw: float) -> int:

@@ -23,7 +23,6 @@ from trainer.data.png import plain_png
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; fractions of a pixel are fine."""
 
-IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -42,14 +41,6 @@ class BadSample(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-def find_image(fields: dict[str, bytes]) -> bytes:
-    """The bytes of the sample's image; BadSample where it has none."""
-    for name in IMAGE_FIELDS:
-        if name in fields:
-            return fields[name]
-    raise BadSample(f"no image among its fields ({', '.join(sorted(fields)) or 'none'})")
 
 
 class DecodedImages:

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import DataConfig, ViewsConfig
 from trainer.data.captions import choose_caption
 from trainer.data.crops import Crops, cover_size, view_purposes
-from trainer.data.decode import BadSample, Box, DecodedImages, decode_image, find_image
+from trainer.data.decode import BadSample, Box, DecodedImages, decode_image
+from trainer.data.fields import find_image
 from trainer.data.ledger import Rejected, describe
 from trainer.data.order import Order, Share
 from trainer.data.remote import is_remote
@@ -143,7 +144,9 @@ class Prepare:
                 for purpose, config in view_purposes(task.purpose, views, self.config.augment)
             ],
         )
-        look = self._looker(find_image(raw.fields), several=len(crops.views) > 1)
+        look = self._looker(
+            find_image(raw.fields, self.config.images), several=len(crops.views) > 1
+        )
         images = tuple(look(self.image_size, crop=partial(crops.of, v)) for v in crops.views)
         if views.geometry == "independent":
             return Prepared(caption, images, cover=None, boxes=())

@@ -1,11 +1,42 @@
-"""Text and json out of a sample's members: whatever can be wrong with them is a bad sample."""
+"""Text and json out of a sample's members: whatever can be wrong with them is a bad sample.
+
+A member is found by its name, all that follows the first dot of the file's: `txt`, `input.jpg`.
+Where no member is called just `txt`, the only one that ends in `.txt` is meant.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from trainer.config import IMAGE_FIELDS
 from trainer.data.decode import BadSample
+
+
+def member_of(fields: dict[str, bytes], *names: str) -> str | None:
+    """The first of the names that a member has; else the only member that ends in one of them.
+
+    BadSample where several members end so.
+    """
+    for name in names:
+        if name in fields:
+            return name
+    alike = [member for member in fields if member.endswith(tuple(f".{name}" for name in names))]
+    if len(alike) > 1:
+        raise BadSample(
+            f"{' and '.join(sorted(alike))} could all be the {' or '.join(names)}; name the one "
+            "that is meant (data.images, data.captions.fields)"
+        )
+    return alike[0] if alike else None
+
+
+def find_image(fields: dict[str, bytes], names: Sequence[str] = IMAGE_FIELDS) -> bytes:
+    """The bytes of the sample's image, a member as `member_of` finds it; BadSample without one."""
+    member = member_of(fields, *names)
+    if member is None:
+        raise BadSample(f"no image among its fields ({', '.join(sorted(fields)) or 'none'})")
+    return fields[member]
 
 
 def json_of(fields: dict[str, bytes]) -> dict[str, Any]:
@@ -24,7 +55,7 @@ def json_of(fields: dict[str, bytes]) -> dict[str, Any]:
 def text_of(fields: dict[str, bytes], name: str) -> str:
     """The text of one member, empty where the sample lacks it; BadSample where it is none."""
     try:
-        text = fields.get(name, b"").decode()
+        text = fields.get(member_of(fields, name) or "", b"").decode()
     except UnicodeDecodeError as error:
         raise BadSample(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
     return checked_text(text, name)

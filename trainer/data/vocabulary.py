@@ -67,9 +67,9 @@ def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
     Without an index these are the first ones of shards in an order drawn by the seed.
     """
     read = _streamed if data.reader == "webdataset" else _indexed
-    found = False
+    count = captions = 0
     for sample in read(data, seed=seed, most=most):
-        found = True
+        count += 1
         with suppress(BadSample):
             yield choose_caption(
                 sample.fields,
@@ -78,8 +78,15 @@ def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
                 seed=seed,
                 config=data.captions,
             )
-    if not found:
+            captions += 1
+    if not count:
         raise DataError(f"{data.train} holds no sample; there is nothing to learn words from")
+    if not captions:
+        raise DataError(
+            f"none of {count} samples has a caption in {', '.join(data.captions.fields)}; the last "
+            f"has the members {', '.join(sorted(sample.fields))}; set data.captions.fields to one "
+            "of them, or to a key of its json"
+        )
 
 
 def _streamed(data: DataConfig, *, seed: int, most: int) -> Iterator[RawSample]:

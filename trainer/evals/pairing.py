@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.comm import Comm
-from trainer.data.captions import MAX_CHARACTERS
+from trainer.data.captions import captions_in, value_at
 from trainer.errors import DataError
 from trainer.evals.features import Share
 from trainer.evals.labels import class_of
@@ -96,14 +96,7 @@ def texts_of(record: Record, caption: str) -> list[str]:
     Every item of a list is a text, and so is every line of a text with several lines. `a.b` reads
     key b of the object under a.
     """
-    value: Any = record.values
-    for part in [caption] if caption in record.values else caption.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    items = value.splitlines() if isinstance(value, str) else value
-    if not isinstance(items, list):
-        return []
-    texts = [" ".join(item[:MAX_CHARACTERS].split()) for item in items if isinstance(item, str)]
-    return [text for text in texts if text]
+    return captions_in(value_at(record.values, caption))
 
 
 def _numbered(texts: Sequence[str]) -> list[tuple[str, int]]:

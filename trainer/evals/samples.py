@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,21 +18,22 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from trainer.comm import Comm
-from trainer.config import DataConfig
-from trainer.data.decode import BadSample, find_image
-from trainer.data.fields import check_texts, json_of, text_of
+from trainer.config import IMAGE_FIELDS, DataConfig
+from trainer.data.decode import BadSample
+from trainer.data.fields import check_texts, find_image, json_of, text_of
 from trainer.data.pixels import Pixels
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import hash_bits, key_of
 
 BLOCK = 64
+_LONGEST_TEXT = 64 * 1024  # bytes of a member that may be a text and is read as one
 FILLER = -1
 """Sample id of rows that only fill a block up."""
 
 
 class Record(NamedTuple):
-    """What a sample says besides its image: its json, and `txt` and `cls` where it has them."""
+    """What a sample says besides its image: its json, and its members that are texts."""
 
     sample_id: int
     values: dict[str, Any]
@@ -149,7 +151,7 @@ class _Reader:
             self._damage.append(str(error))
             return None
         try:
-            image = find_image(raw.fields)
+            image = find_image(raw.fields, self._data.images)
             record = Record(raw.sample_id, values_of(raw.fields), _digest(image))
             return self._pixels(image), record
         except BadSample as error:
@@ -165,7 +167,19 @@ def _digest(image: bytes) -> str:
 
 
 def values_of(fields: dict[str, bytes]) -> dict[str, Any]:
-    """The sample's json with `txt` and `cls`; BadSample where a part of it is no text."""
+    """The sample's json and, by their names, its members that are texts; BadSample where its json,
+    `txt` or `cls` is none.
+
+    What is called `outputs.txt` is the `txt` as well where no other member could be.
+    """
     values = json_of(fields)
     check_texts(values, "json")
-    return values | {name: text_of(fields, name) for name in ("txt", "cls") if name in fields}
+    for name in fields.keys() - {"json", *IMAGE_FIELDS}:
+        strict = name in ("txt", "cls")
+        if strict or len(fields[name]) <= _LONGEST_TEXT:
+            with nullcontext() if strict else suppress(BadSample):
+                values[name] = text_of(fields, name)
+    texts = [name for name in values if name in fields and name.endswith(".txt")]
+    if "txt" not in fields and len(texts) == 1:
+        values["txt"] = values[texts[0]]
+    return values

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from trainer.config import DataConfig, EvalConfig, RunConfig
-from trainer.data.decode import BadSample, decode_image, find_image
+from trainer.data.decode import BadSample, decode_image
+from trainer.data.fields import find_image
 from trainer.data.labels import ClusterLabels
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import TrainerError
@@ -135,7 +136,7 @@ def _samples(spec: str, ids: Sequence[int], data: DataConfig) -> dict[int, Sampl
 
 def _sample(fields: dict[str, bytes], data: DataConfig) -> Sample:
     pixels = decode_image(
-        find_image(fields),
+        find_image(fields, data.images),
         size=SHOWN_SIZE,
         background=data.background,
         max_pixels=data.max_pixels,

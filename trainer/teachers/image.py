@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
-from trainer.data.decode import find_image
+from trainer.config import IMAGE_FIELDS
+from trainer.data.fields import find_image
 from trainer.data.pixels import Pixels
 from trainer.data.shards import RawSample
 from trainer.models.tower import pooled_image, pooled_states
@@ -41,7 +42,9 @@ class ImageTeacher:
         batch_images: int = 16,
         settings: str = "not recorded",
         note: str = "",
+        images: Sequence[str] = IMAGE_FIELDS,
     ) -> None:
+        self.images = tuple(images)
         self.model = model.eval().requires_grad_(False)
         self.pixels, self.name, self.model_hash = pixels, name, model_hash
         self.pooling, self.layer, self.dim = pooling, layer, dim
@@ -56,7 +59,7 @@ class ImageTeacher:
         return Identity(
             teacher=self.name,
             model=self.model_hash,
-            tokenizer=self.pixels.text,
+            tokenizer=self.pixels.text + self._of_members,
             reads="image",
             pooling=self.pooling + (", unit norm" if self.unit_norm else ""),
             mask="none",
@@ -66,9 +69,13 @@ class ImageTeacher:
             settings=self.settings,
         )
 
+    @property
+    def _of_members(self) -> str:
+        return "" if self.images == IMAGE_FIELDS else f", of {','.join(self.images)}"
+
     def read(self, sample: RawSample) -> UInt8[Tensor, "3 size size"]:
         """BadSample where the sample has no image that can be decoded."""
-        return self.pixels.decode(find_image(sample.fields), max_pixels=_MAX_PIXELS)
+        return self.pixels.decode(find_image(sample.fields, self.images), max_pixels=_MAX_PIXELS)
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Tensor]) -> Float32[Tensor, "images 1 dim"]:

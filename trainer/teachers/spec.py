@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from trainer.config import Frozen, PositiveInt
+from trainer.config import IMAGE_FIELDS, Frozen, PositiveInt
 from trainer.config_errors import explain
 from trainer.config_text import parsed_override
 from trainer.data.corpus.wheels import sha256_of
@@ -70,7 +70,7 @@ class TeacherSpec(Frozen):
     """Of a pair of towers (CLIP): which one."""
     fields: tuple[str, ...] = ()
     """What is read, a group per reading: `txt`, or `long,txt` for alternatives. The prompts' where
-    empty."""
+    empty. Of an image, the members that hold it, the first that a sample has, as `input.jpg`."""
     prompts: str = "plain"
     """A set's name or YAML file."""
     pooling: Literal["auto", "mean", "last", "cls", "projected"] = "auto"
@@ -347,6 +347,7 @@ def _lite_teacher(
         dim=FEATURES,
         unit_norm=spec.unit_norm,
         batch_images=spec.batch_images,
+        images=spec.fields or IMAGE_FIELDS,
     )
 
 
@@ -387,6 +388,7 @@ def _vision_teacher(
         settings=_settings(folder, pixels=pixels.text),
         note=f"{name}: {type(loaded.backbone).__name__}, pooling {how}, {pixels.text}; "
         f"{_took(began)}",
+        images=spec.fields or IMAGE_FIELDS,
     )
 
 
