@@ -17,9 +17,9 @@ SOURCES = sorted([*ROOT.glob("trainer/**/*.py"), *ROOT.glob("tools/*.py")])
 ROOMS = (
     *("errors", "types", "hashing", "kernels", "launchers", "meeting", "comm"),
     *("config_errors", "config_text", "config_section", "recipe_files", "command", "config"),
-    *("stop", "periods", "losses", "data", "models", "store", "teachers", "engine", "recipe"),
-    *("export", "log", "checkpoint", "evals", "cluster", "pictures", "parts", "run", "recipes"),
-    *("loop", "programs", "bench", "__main__"),
+    *("stop", "periods", "losses", "data", "models", "store", "concepts"),
+    *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),
+    *("pictures", "parts", "run", "recipes", "loop", "programs", "bench", "__main__"),
 )
 KEPT_TO = {
     "deepspeed": {"trainer/engine/"},
