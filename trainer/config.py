@@ -82,6 +82,10 @@ class RecipeConfig(Frozen):
         """What data workers read beside the images (`trainer.data.feed.Join`), if anything."""
         return None
 
+    def prompted(self, tokenizer: Any) -> Any:
+        """The tokenizer as the method reads texts: with a prompt around them, for example."""
+        return tokenizer
+
     def wanted_views(self) -> ViewsConfig:
         """The views of an image that the method reads; one where a recipe says nothing."""
         return ViewsConfig()

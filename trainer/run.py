@@ -68,7 +68,7 @@ def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast | Non
     model = text_model_of(config)
     if model is None:
         return None
-    return tokenizer_for(
+    plain = tokenizer_for(
         model.tokenizer or model.text.path,
         config.data,
         comm,
@@ -77,6 +77,8 @@ def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast | Non
         length=model.text_length,
         seed=config.seed,
     )
+    prompted: PreTrainedTokenizerFast = config.recipe.prompted(plain)
+    return prompted
 
 
 def stream_of(

@@ -211,6 +211,32 @@ def _with_bias(value: Any, info: Any) -> Any:
     return _settled(value, info, key="bias", on=True)
 
 
+def lexical_sections(value: Any) -> Any:
+    """A two-tower section whose texts end at the language model's last state, and whose images
+    are no single vector: neither has a projection to choose."""
+    values = _given(value)
+    if not isinstance(values, dict):
+        return value
+    text, image = (_given(values.get(name, {})) for name in ("text", "image"))
+    if not (isinstance(text, dict) and isinstance(image, dict)):
+        return value
+    for name, section in (("text", text), ("image", image)):
+        for key, allowed in _LEXICAL[name].items():
+            if (said := section.get(key, "auto")) not in allowed:
+                raise ValueError(
+                    f"{name}.{key} is {said}, and lexical vectors have none to choose; drop it"
+                )
+    text = {**text, "pooling": "last"}
+    text |= {"projection": "none"} if text.get("path") else {}
+    image = {**image, "projection": "new"} if image.get("path") else image
+    return {**values, "text": text, "image": image}
+
+
+_LEXICAL: dict[str, dict[str, tuple[str, ...]]] = {
+    "text": {"pooling": ("auto", "last"), "projection": ("auto", "none")},
+    "image": {"pooling": ("auto",), "projection": ("auto", "new")},
+}
+
 HeadedTwoTower = Annotated[TwoTowerConfig, BeforeValidator(_with_head)]
 """Of a recipe that needs prototype heads: the given ones, else the preset's."""
 SigmoidTwoTower = Annotated[TwoTowerConfig, BeforeValidator(_with_bias)]

@@ -417,7 +417,11 @@ def is_causal(backbone: Any) -> bool:
     """Whether a token sees only those before it."""
     if isinstance(backbone, CLIPTextModel):
         return True
-    settings = backbone.config
+    return is_causal_kind(backbone.config)
+
+
+def is_causal_kind(settings: Any) -> bool:
+    """Whether a configuration is of a model that says next words."""
     both_ways = settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(
         settings, "use_bidirectional_attention", False
     )
