@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.comm import Comm
 from trainer.command import run_command
+from trainer.config import Weights
 from trainer.export.transformers_folder import export_model
 from trainer.programs.workdir import open_workdir
 from trainer.store.header import HEADER, Identity, read_header
@@ -23,11 +24,12 @@ def main() -> None:
     parser.add_argument("workdir", type=Path, help="of a run: the folder that has checkpoints/")
     parser.add_argument("overrides", nargs="*", help="key=value, for folders that have moved")
     parser.add_argument("--out", type=Path, help="WORKDIR/export where not given")
+    parser.add_argument("--weights", choices=get_args(Weights), default="trained")
     parser.add_argument("--data-licence", help="a sentence for the model card")
     arguments = parser.parse_args()
     disable_progress_bar()
     workdir = arguments.workdir.expanduser()
-    trained = open_workdir(workdir, Comm.solo(), arguments.overrides)
+    trained = open_workdir(workdir, Comm.solo(), arguments.overrides, weights=arguments.weights)
     exported = export_model(
         trained.model,
         trained.tokenizer,
@@ -36,7 +38,9 @@ def main() -> None:
         texts=_texts(trained.run.recipe),
     )
     reason = f" ({exported.why_not_clip})" if exported.why_not_clip else ""
-    print(f"step {trained.restored.step} -> {exported.folder}: {exported.loads_as}{reason}")
+    which = "" if arguments.weights == "trained" else f", {arguments.weights} weights"
+    step = f"step {trained.restored.step}{which}"
+    print(f"{step} -> {exported.folder}: {exported.loads_as}{reason}")
     if exported.beside:
         print(exported.beside)
 

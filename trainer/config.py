@@ -255,8 +255,12 @@ class AverageConfig(Frozen):
     """The same at the last step; from one to the other by half a cosine."""
 
 
+Weights = Literal["trained", "averaged"]
+"""Which weights of a run: as the last step left them, or their average over the steps."""
+
+
 class EvalConfig(Frozen):
-    """One evaluation: what, on which shards, how often."""
+    """One evaluation: what, on which shards, how often, of which weights."""
 
     name: Literal["zero_shot", "retrieval", "cross_lingual", "knn", "linear_probe"]
     label: str
@@ -269,6 +273,8 @@ class EvalConfig(Frozen):
     """json key whose values are the classes (zero_shot, knn, linear_probe)."""
     every: Every = NEVER
     """The end of a run is always evaluated."""
+    weights: Weights = "trained"
+    """`averaged`: of the momentum copy that the run keeps (`average`)."""
     limit: PositiveInt | None = None
     """Use at most this many samples, chosen by hash of their id."""
     templates: Annotated[tuple[str, ...], OnlyWhere("name", "zero_shot"), Field(min_length=1)] = (
@@ -327,6 +333,9 @@ class RunConfig(Frozen):
     """`name` is the recipe's file; its other keys are that file's `Config`."""
     data: DataConfig
     optim: OptimConfig = OptimConfig()
+    average: AverageConfig | None = None
+    """A momentum copy of the trained weights beside them, for evaluations and exports that ask for
+    `averaged` ones; 4 bytes a weight, divided as ZeRO divides the moments. None where None."""
     evals: tuple[EvalConfig, ...] = ()
     log_every: Every = Period.model_construct(count=10.0, unit="steps")
     save_every: Every = Period.model_construct(count=10.0, unit="min")
@@ -348,6 +357,16 @@ class RunConfig(Frozen):
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"several evaluations are labelled {', '.join(twice)}")
         return evals
+
+    @model_validator(mode="after")
+    def _no_average_that_is_not_kept(self) -> RunConfig:
+        wanting = [entry.label for entry in self.evals if entry.weights == "averaged"]
+        if wanting and self.average is None:
+            raise ValueError(
+                f"evaluation {wanting[0]} is of averaged weights, and the run keeps no average; "
+                "add `average: {}`, or drop `weights: averaged`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_keys_of_a_tower_that_is_not_there(self) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -24,22 +24,25 @@ from trainer.checkpoint.run_state import (
     undone_unless_done,
 )
 from trainer.comm import Comm, agreed, stop_together
-from trainer.config import EvalConfig, RunConfig, micro_batches
+from trainer.config import EvalConfig, RunConfig, Weights, micro_batches
+from trainer.data.labels import ClusterLabels
 from trainer.data.stream import Stream
 from trainer.engine.accumulate import accumulate
 from trainer.engine.schedule import warmup_cosine
 from trainer.engine.zero import Engine, persistent_buffers
 from trainer.engine.zero_file import Decided, completed
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
-from trainer.evals import evaluate_each
+from trainer.evals import EvalContext, Result, by_weights, evaluate_each
 from trainer.evals.check import check_evaluations
 from trainer.log.metrics import MetricLog, evaluated
 from trainer.log.opening_lines import describe
 from trainer.log.skipped_step import SkippedSteps, explain_skip, one_line
+from trainer.parts.averaged_weights import AveragedWeights
 from trainer.periods import Clock
 from trainer.pictures.run import training_pictures
 from trainer.recipe import Recipe, attach_parts, load_recipe
 from trainer.run import (
+    add_average,
     context_of,
     eval_context,
     loading_notes,
@@ -74,6 +77,7 @@ class Run(NamedTuple):
     recipe: Recipe
     frozen: str
     engine: Engine
+    average: AveragedWeights | None
     buffers: Mapping[str, Tensor]
     """Of the model's state: what a forward pass in training changes."""
     checkpoints: Checkpointer
@@ -85,6 +89,13 @@ class Run(NamedTuple):
         """The engine's, for what takes long: a stop is looked at before each batch."""
         self.check()
         return self.engine.encode(batch)
+
+    def running_on(self, weights: Weights) -> AbstractContextManager[None]:
+        """Inside, `encode` uses these weights; all ranks enter and leave, and take no step."""
+        if weights == "trained":
+            return nullcontext()
+        assert self.average is not None, "the configuration refuses it"
+        return self.average.applied()
 
 
 def train(config: RunConfig) -> Outcome:
@@ -163,7 +174,8 @@ def _built(
     recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check))
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
-    needed = bytes_needed(restored, parameters["trained"])
+    averaged = config.average is not None
+    needed = bytes_needed(restored, parameters["trained"], averaged=averaged)
     check_room(config.workdir / "checkpoints", comm, needed=needed)
     if restored:
         load_weights(restored, recipe.model, config, frozen=frozen)
@@ -175,6 +187,7 @@ def _built(
         micro_batch=micro_batch,
         accumulation=accumulation,
     )
+    average = add_average(recipe, config)
     attach_parts(recipe, engine)
     start = Place(Progress())
     if restored:
@@ -195,7 +208,7 @@ def _built(
     if restored:
         log.say(f"going on from step {restored.step} in {restored.folder}")
     return Run(
-        *(config, comm, check, tokenizer, stream, recipe, frozen, engine),
+        *(config, comm, check, tokenizer, stream, recipe, frozen, engine, average),
         buffers=persistent_buffers(engine.module),
         checkpoints=checkpoints,
         log=log,
@@ -257,21 +270,42 @@ def _due(run: Run, before: Progress, progress: Progress) -> list[EvalConfig]:
 def _look(run: Run, progress: Progress, due: Sequence[EvalConfig]) -> list[str]:
     """Evaluate and draw what is due. Returns what failed: an event, for training goes on."""
     context = eval_context(run.config, run.comm, run.tokenizer, run.check)
-    failed, found = [], []
-    for result in evaluate_each(due, run.encode, context):
-        label = result.config.label
-        if result.failure is None:
-            run.log.evaluation(progress, label, result.figures)
-            found.append(result.config)
-        else:
-            run.log.event(progress, "not evaluated", evaluation=label, why=result.failure)
-            failed.append(f"evaluation {label} failed: {result.failure}")
-    for name, picture in training_pictures(run.recipe, run.config, found, run.encode, context):
+    failed, groups = [], run.recipe.shown_groups()
+    for weights, entries in by_weights(due):
+        with run.running_on(weights):
+            found = []
+            for result in evaluate_each(entries, run.encode, context):
+                if _logged(run, progress, result):
+                    found.append(result.config)
+                else:
+                    failed.append(f"evaluation {result.config.label} failed: {result.failure}")
+            _draw(run, progress, found, context, groups)
+        groups = None if found else groups  # are drawn once
+    return failed
+
+
+def _logged(run: Run, progress: Progress, result: Result) -> bool:
+    """Whether an evaluation found something; what, or why it did not, is in the log."""
+    label = result.config.label
+    if result.failure is None:
+        run.log.evaluation(progress, label, result.figures)
+    else:
+        run.log.event(progress, "not evaluated", evaluation=label, why=result.failure)
+    return result.failure is None
+
+
+def _draw(
+    run: Run,
+    progress: Progress,
+    found: Sequence[EvalConfig],
+    context: EvalContext,
+    groups: ClusterLabels | None,
+) -> None:
+    for name, picture in training_pictures(groups, run.config, found, run.encode, context):
         if isinstance(picture, str):
             run.log.event(progress, "not drawn", picture=name, why=picture)
         else:
             run.log.image(progress, name, picture)
-    return failed
 
 
 def _owed(config: RunConfig, restored: Restored, comm: Comm) -> list[EvalConfig]:

@@ -16,11 +16,14 @@ from trainer.evals import EvalContext
 from trainer.models.config import ModelConfig, TwoTowerConfig
 from trainer.models.load import model_pixels, pixels_note
 from trainer.models.tower import Tower
+from trainer.parts.averaged_weights import AveragedWeights
 from trainer.parts.prototype_head import PrototypeHead
 from trainer.recipe import Context, Recipe
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
 
+AVERAGE = "average"
+"""The part that follows the weights, in a recipe's parts and in checkpoints."""
 NEED_TEXTS = frozenset({"zero_shot", "retrieval", "cross_lingual"})
 """Evaluations that compare images with texts."""
 
@@ -118,6 +121,20 @@ def loading_notes(config: RunConfig, recipe: Recipe) -> list[str]:
     if isinstance(section, ModelConfig) and section.image.path is not None:
         notes.append(pixels_note(section, section.image.path))
     return notes
+
+
+def add_average(recipe: Recipe, config: RunConfig) -> AveragedWeights | None:
+    """The momentum copy of weights that a run asks for, from now on a part of its recipe."""
+    if config.average is None:
+        return None
+    if AVERAGE in recipe.parts:
+        raise ConfigError(
+            f"average: {config.recipe.name} has a part of its own called {AVERAGE}, under whose "
+            "name the checkpoint would keep the average; drop it, or rename the part"
+        )
+    average = AveragedWeights(config.average, steps=config.steps)
+    recipe.parts = {**recipe.parts, AVERAGE: average}
+    return average
 
 
 def context_of(

@@ -167,17 +167,33 @@ def slimmer(comm: Comm) -> tuple[Any, dict[str, Any]]:
 
 
 def rebuild_everywhere(comm: Comm, stages: list[str]) -> list[dict[str, Tensor]]:
+    from trainer.parts.averaged_weights import AveragedWeights, momentum_at
+
     results = []
     for stage in stages:
         engine = new_engine(comm, stage)
+        average = AveragedWeights(MOMENTUM, steps=STEPS)
+        average.attach(engine)
         run_steps(engine, comm, range(2), 1)
+        average.after_step(1, applied=True, learning_rate_factor=1.0)
+        naive = gathered(average.state_share(), comm)
         model, keep = slimmer(comm)
         model.gradient_checkpointing(True)
         engine.rebuild(model, batch_of(0, comm, 1)[0], keep=keep)
+        naive = {n: keep[n].of(whole) if n in keep else whole for n, whole in naive.items()}
+        same(gathered(average.state_share(), comm), naive)
         weights, moments = engine.weights_share(), engine.moments_share()
         accumulate(engine, loss_of(comm), batch_of(2, comm, 1))
         assert engine.step(factor(2))
+        average.after_step(2, applied=True, learning_rate_factor=1.0)
         end = engine.gathered_weights()
+        for name, value in everywhere(engine, comm).items():
+            naive[name].lerp_(value, 1.0 - momentum_at(2, STEPS, MOMENTUM))
+        same(gathered(average.state_share(), comm), naive)
+        before = everywhere(engine, comm)
+        with average.applied():
+            same(everywhere(engine, comm), naive)
+        same(everywhere(engine, comm), before)
         again = slimmer(comm)[0]
         again.load_state_dict(gathered(weights, comm))
         from trainer.engine.zero import Engine

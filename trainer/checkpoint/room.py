@@ -11,8 +11,8 @@ from trainer.checkpoint.restored import Restored
 from trainer.comm import Comm, agreed
 from trainer.errors import CheckpointError
 
-BYTES_PER_PARAMETER = 12
-"""Of a trained one in a checkpoint: the weight and Adam's two moments in float32."""
+FLOAT = 4
+"""Bytes of a value in a checkpoint."""
 
 
 def check_room(folder: Path, comm: Comm, *, needed: int) -> None:
@@ -24,12 +24,14 @@ def check_room(folder: Path, comm: Comm, *, needed: int) -> None:
     agreed(comm, lambda: _compare(folder, token, needed) if comm.is_main else None)
 
 
-def bytes_needed(restored: Restored | None, trained_parameters: int) -> int:
-    """Size of the next checkpoint: that of the last one, or, before there is one, of weights and
-    moments (the parts' come on top)."""
+def bytes_needed(
+    restored: Restored | None, trained_parameters: int, *, averaged: bool = False
+) -> int:
+    """Size of the next checkpoint: that of the last one, or, before there is one, of weights,
+    moments and an average of the weights (other parts come on top)."""
     if restored is not None:
         return sum(entry.size for entry in restored.manifest.files)
-    return BYTES_PER_PARAMETER * trained_parameters
+    return FLOAT * trained_parameters * (4 if averaged else 3)
 
 
 def free_bytes(folder: Path) -> int:

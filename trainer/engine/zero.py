@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -21,9 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.comm import Comm
 from trainer.config import OptimConfig
+from trainer.engine.copies import WeightCopy
 from trainer.engine.groups import parameter_groups, set_learning_rate
 from trainer.engine.kept import Kept
-from trainer.engine.masters import Masters, Piece
+from trainer.engine.masters import Masters, Piece, write_piece
 from trainer.engine.once import OncePerPass
 from trainer.engine.zero_file import Decided, completed, for_frozen
 from trainer.errors import CheckpointError
@@ -39,6 +41,21 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
 # Without a GPU DeepSpeed would compile an op at the first launch, for minutes, and a build that is
 # killed leaves a lock for which every later launch waits forever. Only inference uses that op.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _read_muon_uncompiled() -> None:
+    """Import DeepSpeed's file of the optimizer Muon without torch's compiler.
+
+    Each optimizer is asked whether it is Muon, and that file would bring the whole compiler along
+    for its decorators: four seconds of every start. No run here has Muon.
+    """
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    kept, compiler.compile = compiler.compile, lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    compiler.compile = kept
+
+
+_read_muon_uncompiled()
 
 
 class Engine:
@@ -74,6 +91,7 @@ class Engine:
             self._config["gradient_clipping"] = 0.0
         self.gradient_norm: float | Tensor = 0.0
         """Global norm before clipping, of the last step; NaN if it was not finite."""
+        self._copies: list[WeightCopy] = []
         self._start(model)
 
     def _start(self, model: Model) -> None:
@@ -193,6 +211,11 @@ class Engine:
         """This rank's float32 values of each trained weight, as the optimizer holds them."""
         return {name: self._masters.piece(parameter) for name, parameter in self._trained()}
 
+    def weight_copy(self) -> WeightCopy:
+        """A copy of this rank's pieces, which `rebuild` carries over as it does the weights."""
+        self._copies.append(WeightCopy(self.pieces()))
+        return self._copies[-1]
+
     def wholes_share(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Tensor]]:
         """This rank's disjoint share of what the ranks' pieces make, in full, on the CPU."""
         names = {parameter: name for name, parameter in self._trained()}
@@ -214,12 +237,14 @@ class Engine:
     def rebuild(self, model: Model, batch: Batch, *, keep: Mapping[str, Kept]) -> None:
         """Go on with another model: a smaller one, or one with other layers.
 
-        What `keep` says of a trained parameter of `model` is cut from the old float32 weights and
-        moments; one that it does not name is carried over whole where the old model has that name,
-        else it starts as `model` has it, with moments of zero. The number of steps goes on. `model`
-        brings its own buffers and frozen weights. Both models are in memory until this returns.
+        What `keep` says of a trained parameter of `model` is cut from the old float32 weights,
+        moments and copies; one that it does not name is carried over whole where the old model has
+        that name, else it starts as `model` has it, with moments of zero. The number of steps goes
+        on. `model` brings its own buffers and frozen weights. Both models are in memory until this
+        returns.
         """
         old, masters, before = self._engine, self._masters, dict(self._trained())
+        copied = [copy.values for copy in self._copies]
         steps = self._num_steps()
         self._link_moments()
         self._start(model)
@@ -227,14 +252,20 @@ class Engine:
             self._step_on_nothing(batch)
             self._link_moments()
             self._count_steps(steps)
-        for name, parameter in self._trained():
-            kept = keep.get(name, Kept(name))
-            source = before.get(kept.name)
+        carried = [
+            (name, parameter, kept, before[kept.name])
+            for name, parameter in self._trained()
+            if (kept := keep.get(name, Kept(name))).name in before
+        ]
+        for _, parameter, kept, source in carried:
             for key in (None, *MOMENTS) if steps else (None,):
-                if source is not None:
-                    whole = masters.whole(source, masters.piece(source, key))
-                    self._masters.write(parameter, kept.of(whole), key)
+                whole = masters.whole(source, masters.piece(source, key))
+                self._masters.write(parameter, kept.of(whole), key)
         self._masters.refresh()
+        for copy, values in zip(self._copies, copied, strict=True):
+            copy.begin_at(self.pieces())
+            for name, _, kept, source in carried:
+                write_piece(copy.values[name], kept.of(masters.whole(source, values[kept.name])))
         old.destroy()
 
     def _exchange(self, pieces: Mapping[str, Piece]) -> None:

@@ -5,6 +5,6 @@ with their floors beside them. Nothing is registered.
 """
 
 from trainer.evals.context import EvalContext
-from trainer.evals.evaluate import Result, evaluate_all, evaluate_each, run_eval
+from trainer.evals.evaluate import Result, by_weights, evaluate_all, evaluate_each, run_eval
 
-__all__ = ["EvalContext", "Result", "evaluate_all", "evaluate_each", "run_eval"]
+__all__ = ["EvalContext", "Result", "by_weights", "evaluate_all", "evaluate_each", "run_eval"]

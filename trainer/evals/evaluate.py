@@ -6,9 +6,9 @@ import importlib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from trainer.config import EvalConfig
+from trainer.config import EvalConfig, Weights
 from trainer.errors import ConfigError, TrainerError
 from trainer.evals.context import EvalContext
 from trainer.recipe import Encode
@@ -53,6 +53,13 @@ def evaluate_each(
         failures = sharing.comm.gather_json(own)
         failure = next((reason for reason in failures if reason is not None), None)
         yield Result(config, figures if failure is None else {}, failure)
+
+
+def by_weights(configs: Sequence[EvalConfig]) -> Iterator[tuple[Weights, list[EvalConfig]]]:
+    """The evaluations of each kind of weights that has any; each kind is another model."""
+    for weights in get_args(Weights):
+        if entries := [config for config in configs if config.weights == weights]:
+            yield weights, entries
 
 
 def refuse_equal_labels(configs: Sequence[EvalConfig]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import AverageConfig
-from trainer.engine.masters import Piece, write_piece
+from trainer.engine.masters import write_piece
 from trainer.engine.zero import Engine
 from trainer.errors import CheckpointError
 
@@ -31,34 +31,36 @@ class AveragedWeights:
     def attach(self, engine: Engine) -> None:
         """Begin at the weights that the engine has now."""
         self._engine = engine
-        self._weights = engine.pieces()
-        self._averages = {n: Piece(p.start, p.values.clone()) for n, p in self._weights.items()}
+        self._copy = engine.weight_copy()
 
     def gradients_finite(self) -> None:
         return None
 
     @torch.no_grad()
     def after_step(self, step: int, *, applied: bool, learning_rate_factor: float) -> None:
-        if not applied or not self._averages:
+        if not applied or not self._copy.values:
             return
         share = 1.0 - momentum_at(step, self._steps, self._config)
-        averages = [piece.values for piece in self._averages.values()]
-        torch._foreach_lerp_(averages, [piece.values for piece in self._weights.values()], share)
+        weights, averages = (
+            [piece.values for piece in pieces.values()]
+            for pieces in (self._copy.weights, self._copy.values)
+        )
+        torch._foreach_lerp_(averages, weights, share)
 
     def applied(self) -> AbstractContextManager[None]:
         """The engine runs on the average inside; all ranks enter, and take no step there."""
-        return self._engine.running_on(self._averages)
+        return self._engine.running_on(self._copy.values)
 
     def state_share(self) -> Iterator[tuple[str, Tensor]]:
-        return self._engine.wholes_share(self._averages)
+        return self._engine.wholes_share(self._copy.values)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if differing := sorted(set(state) ^ set(self._averages)):
+        if differing := sorted(set(state) ^ set(self._copy.values)):
             raise CheckpointError(
                 f"the average of weights in the checkpoint is of another model: {differing[0]} "
                 "stands on one side only"
             )
-        for name, piece in self._averages.items():
+        for name, piece in self._copy.values.items():
             write_piece(piece, state[name])
 
 

@@ -23,7 +23,7 @@ from trainer.evals.features import embed_images, embed_texts
 from trainer.hashing import key_of, permutation
 from trainer.pictures.montage import Hit, Pixels, Sample, cluster_montage, retrieval_montage
 from trainer.pictures.page import ClusterCard
-from trainer.recipe import Encode, Recipe
+from trainer.recipe import Encode
 
 SHOWN_SIZE = 96
 SHOWN_SAMPLES = 512
@@ -32,19 +32,18 @@ ROWS, COLUMNS = 8, 9
 
 
 def training_pictures(
-    recipe: Recipe,
+    groups: ClusterLabels | None,
     config: RunConfig,
     due: Sequence[EvalConfig],
     encode: Encode,
     context: EvalContext,
 ) -> Iterator[tuple[str, Pixels | str]]:
-    """What to show beside the evaluations that are due: clusters, and retrieval where it is due.
+    """What to show beside the evaluations that are due: groups, and retrieval where it is due.
 
     Collective; the pictures are drawn on rank 0, and the other ranks get none. Where one fails, a
     sentence stands in its place.
     """
     drawings: dict[str, Callable[[], Pixels | None]] = {}
-    groups = recipe.shown_groups()
     if due and context.comm.is_main and groups is not None and config.data.reader == "indexed":
         drawings["clusters"] = partial(clusters_picture, groups, config.data, seed=config.seed)
     for evaluation in due:

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
-from trainer.checkpoint.run_state import frozen_digest
+from trainer.checkpoint.run_state import Beneath, frozen_digest
 from trainer.comm import Comm
-from trainer.config import RunConfig, parse_run
+from trainer.config import RunConfig, Weights, parse_run
 from trainer.errors import CheckpointError, ConfigError
-from trainer.evals import evaluate_all
+from trainer.evals import by_weights, evaluate_all
 from trainer.export.native import load_trained
 from trainer.models.model import Model
 from trainer.recipe import Encode, build_model
-from trainer.run import eval_context, tokenizer_of
+from trainer.run import AVERAGE, eval_context, tokenizer_of
 from trainer.types import Batch, Features
 
 RUN_KEYS = frozenset({"step", "samples", "skipped", "after_save"})
@@ -37,7 +38,13 @@ class Trained(NamedTuple):
     restored: Restored
 
 
-def open_workdir(workdir: Path, comm: Comm, overrides: Sequence[str] = ()) -> Trained:
+def open_workdir(
+    workdir: Path,
+    comm: Comm,
+    overrides: Sequence[str] = (),
+    *,
+    weights: Weights = "trained",
+) -> Trained:
     """Rebuild the model of the newest good checkpoint, in evaluation mode.
 
     `overrides` are dotted `key=value`, for folders that have moved since. CheckpointError where
@@ -60,8 +67,22 @@ def open_workdir(workdir: Path, comm: Comm, overrides: Sequence[str] = ()) -> Tr
             f"those that {workdir} was trained with; restore the model they came from, and give "
             "its place if that is another one"
         )
-    load_trained(model, dict(restored.tensors("weights")))
+    load_trained(model, weights_of(restored, run, weights))
     return Trained(run, model.to(comm.device).eval(), tokenizer, restored)
+
+
+def weights_of(restored: Restored, run: RunConfig, weights: Weights) -> dict[str, Tensor]:
+    """All that a checkpoint holds of the model; ConfigError where it holds no average."""
+    found = dict(restored.tensors("weights"))
+    if weights == "trained":
+        return found
+    if run.average is None:
+        raise ConfigError(
+            f"the run in {run.workdir} kept no average of its weights; train with `average: {{}}` "
+            "in its run file, or ask for the trained ones"
+        )
+    averages = Beneath(restored.lazily("parts"), f"{AVERAGE}/")
+    return {name: averages.get(name, value) for name, value in found.items()}
 
 
 def _folders(run: RunConfig) -> dict[str, str]:
@@ -99,12 +120,22 @@ def encoder(model: Model) -> Encode:
 
 
 def evaluate_workdir(
-    workdir: Path, comm: Comm, overrides: Sequence[str] = ()
+    workdir: Path, comm: Comm, overrides: Sequence[str] = (), *, weights: Weights | None = None
 ) -> dict[str, dict[str, float]]:
-    """The run's evaluations on its newest weights, spread over the ranks."""
+    """The run's evaluations on its newest weights, spread over the ranks.
+
+    Of the weights that each evaluation names, or all of `weights` where they are given.
+    """
     trained = open_workdir(workdir, comm, overrides)
     context = eval_context(trained.run, comm, trained.tokenizer)
-    return evaluate_all(trained.run.evals, encoder(trained.model), context)
+    entries = trained.run.evals
+    if weights is not None:
+        entries = tuple(entry.model_copy(update={"weights": weights}) for entry in entries)
+    figures: dict[str, dict[str, float]] = {}
+    for kind, some in by_weights(entries):
+        load_trained(trained.model, weights_of(trained.restored, trained.run, kind))
+        figures |= evaluate_all(some, encoder(trained.model), context)
+    return {entry.label: figures[entry.label] for entry in entries}
 
 
 def logged_results(workdir: Path) -> dict[str, Mapping[str, float]]:
