@@ -146,6 +146,8 @@ class AugmentConfig(Frozen):
     blur_probability: Fraction = 0.2
     blur_sigma: Annotated[tuple[float, float], OnlyWith("blur_probability")] = (0.1, 2.0)
     """Standard deviation of the blur at 224 pixels, lowest and highest; scales with the image."""
+    solarize_probability: Fraction = 0.0
+    """Of turning the bright half of the values of each channel upside down."""
 
     @field_validator("crop_scale", "crop_ratio", "blur_sigma")
     @classmethod
@@ -155,14 +157,19 @@ class AugmentConfig(Frozen):
         return value
 
 
+Geometry = Literal["independent", "covering", "as_published"]
+"""How the crops of several views relate."""
+
+
 class ViewsConfig(Frozen):
     """How many random views of each image a method reads, and how their crops relate."""
 
     count: PositiveInt = 1
     """Views in all. The first is `Batch.images`, the others are `Batch.views`."""
-    geometry: Literal["independent", "covering"] = "independent"
+    geometry: Geometry = "independent"
     """`covering`: one more look at the image, without changes of colour, whose crop holds the crops
-    of all views; `Batch.boxes` says where in it each of them lies."""
+    of all views; `Batch.boxes` says where in it each of them lies. `as_published`: that of A-CLIP's
+    code for two views, which misses a part of one in most cases."""
     augment: AugmentConfig | None = None
     """How the views behind the first are drawn; as `data.augment` says where None."""
     cover_scale: float = Field(default=1.0, gt=0, le=1.0)

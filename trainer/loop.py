@@ -40,7 +40,7 @@ from trainer.log.skipped_step import SkippedSteps, explain_skip, one_line
 from trainer.parts.averaged_weights import AveragedWeights
 from trainer.periods import Clock
 from trainer.pictures.run import training_pictures
-from trainer.recipe import Recipe, attach_parts, load_recipe
+from trainer.recipe import Recipe, attach_parts, load_recipe, prepared
 from trainer.run import (
     add_average,
     context_of,
@@ -378,6 +378,7 @@ def train_step(
         asked = any(vote is not None for vote in votes)
         return not (asked and engine.comm.any(False in votes))
 
+    batches = prepared(recipe, batches)
     losses = accumulate(engine, loss_of, batches, all_finite=all_finite, check=check)
     factor = warmup_cosine(
         progress.step, warmup_steps=config.optim.warmup_steps, total_steps=config.steps

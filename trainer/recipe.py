@@ -5,7 +5,7 @@ The file's name is the key in YAML. Nothing is registered and recipes never impo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -101,6 +101,15 @@ class FollowsWeights(Protocol):
 
 
 @runtime_checkable
+class PreparesBatches(Protocol):
+    """A part that adds something to the batches of a step before any of them is run."""
+
+    def prepared(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The same samples with `Batch.more`. All ranks call it, with equally many batches."""
+        ...
+
+
+@runtime_checkable
 class Recipe(Protocol):
     """A method: a model for ZeRO, parts beside it, and a loss."""
 
@@ -175,6 +184,14 @@ def attach_parts(recipe: Recipe, engine: Any) -> None:
     for part in recipe.parts.values():
         if isinstance(part, FollowsWeights):
             part.attach(engine)
+
+
+def prepared(recipe: Recipe, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """A step's batches with what the recipe's parts add to them."""
+    for part in recipe.parts.values():
+        if isinstance(part, PreparesBatches):
+            batches = part.prepared(batches)
+    return batches
 
 
 def every_nth(state: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:

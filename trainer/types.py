@@ -41,6 +41,9 @@ class Batch(NamedTuple):
     boxes: Float[Tensor, "batch count 4"] | None = None
     """Left, top, right and bottom of each view's crop in `cover`, whose sides have length one. A
     view that is flipped has its left edge on the right."""
+    more: dict[str, Tensor] | None = None
+    """What parts add before a step, by name: a row for each sample. `kept` [batch, count, kept] are
+    the patches of each view that the image tower reads, in ascending order."""
 
 
 class Features(NamedTuple):

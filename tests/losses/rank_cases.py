@@ -34,7 +34,10 @@ from trainer.losses.sigmoid import sigmoid_loss
 
 Arrays = Mapping[str, np.ndarray]
 GOLDEN = Path(__file__).parent.parent / "golden"
-RECIPE_FILES = ("open_clip/*.npz", "protoclip/step_*.npz", "flame/mp_*.npz")
+RECIPE_FILES = (
+    *("open_clip/*.npz", "protoclip/step_*.npz", "flame/mp_*.npz"),
+    *("aclip/loss_*.npz", "aclip/simclr_*.npz"),
+)
 NUM_PROTOTYPES = (3, 7, 10)
 """On four ranks: 3 leaves one of them without rows, 7 and 10 split unevenly."""
 TEMPERATURES = (-1.0, 0.05)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from tests.cluster.stores import identity
 from trainer.cluster.problem import KMeansResult
@@ -201,6 +202,68 @@ def protoclip_case(values: Mapping[str, Tensor], comm: Comm, folder: Path) -> di
     )
 
 
+def aclip_case(values: Mapping[str, Tensor], comm: Comm, folder: Path) -> dict[str, np.ndarray]:
+    """The published code's loss, of rows that are not yet of length one; view 1 before view 2."""
+    heads = {"head": {"hidden": 8, "dim": 4}}
+    settings = {
+        "name": "aclip",
+        "model": TOWERS,
+        "parity": "code",
+        "tokens": {"select": "none"},
+        "simclr": heads,
+        "byol": heads,
+    }
+    names = ("image_embed", "text_embed", "image_ssl_embed", "byol_pred")
+    leaves = {name: values[name][comm.rank].clone().requires_grad_() for name in names}
+    scale = values["logit_scale"].clone().requires_grad_()
+    image, found, predicted = (
+        torch.stack(normalize(leaves[name], dim=1).chunk(2), dim=1)
+        for name in ("image_embed", "image_ssl_embed", "byol_pred")
+    )
+    features = Features(
+        image=image[:, 0],
+        text=normalize(leaves["text_embed"], dim=1),
+        logit_scale=scale,
+        more={"further": image[:, 1:], "simclr": found, "byol": predicted},
+    )
+    target = normalize(values["byol_target"][comm.rank], dim=1)
+    batch = batch_of(torch.arange(len(target)))._replace(more={"byol_target": target})
+    return scored(recipe(settings, comm, folder), features, batch, {**leaves, "logit_scale": scale})
+
+
+def cross_view_case(
+    values: Mapping[str, Tensor], comm: Comm, folder: Path
+) -> dict[str, np.ndarray]:
+    """SimCLR as the paper means it; CLIP beside it is of other rows."""
+    settings = {
+        "name": "aclip",
+        "model": TOWERS,
+        "tokens": {"select": "none"},
+        "simclr": {"head": {"hidden": 8, "dim": 4}},
+        "byol": None,
+    }
+    leaves = {name: values[name][comm.rank].clone().requires_grad_() for name in ("view1", "view2")}
+    found = torch.stack([normalize(view, dim=1) for view in leaves.values()], dim=1)
+    spare = torch.ones_like(found[:, 0])
+    more = {"further": spare[:, None], "simclr": found}
+    features = Features(image=spare, text=spare, logit_scale=torch.ones(()), more=more)
+    return scored(
+        recipe(settings, comm, folder), features, batch_of(torch.arange(len(spare))), leaves
+    )
+
+
+def scored(
+    recipe: Any, features: Features, batch: Batch, leaves: Mapping[str, Tensor]
+) -> dict[str, np.ndarray]:
+    losses = recipe.losses(features, batch, 0)
+    losses.total.backward()
+    return {
+        "loss": losses.total.detach().numpy(),
+        **{f"term {name}": losses[name].detach().numpy() for name in losses},
+        **{f"grad_{name}": leaf.grad.numpy() for name, leaf in leaves.items()},
+    }
+
+
 def external_groups(values: Mapping[str, Tensor], ids: Tensor, comm: Comm) -> TeacherGroups:
     centroids = values["centroids_external"]
     return TeacherGroups(
@@ -226,4 +289,6 @@ CASES = {
     "siglip": siglip_case,
     "mp_": flame_case,
     "step": protoclip_case,
+    "loss_w": aclip_case,
+    "simclr_crossview": cross_view_case,
 }

@@ -232,7 +232,8 @@ def _batch(case: StepCase, comm: Comm) -> Batch:
     rows = slice(*comm.row_range(case.global_batch))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     ids = torch.arange(case.global_batch)
-    return Batch(*(part[rows].to(comm.device) for part in (images, tokens, mask, ids)))
+    images, tokens, mask, ids = (x[rows].to(comm.device) for x in (images, tokens, mask, ids))
+    return Batch(images, tokens, mask, ids)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.config import AugmentConfig, ViewsConfig
+from trainer.config import AugmentConfig, Geometry, ViewsConfig
 from trainer.data.decode import Box
 from trainer.data.views import View, random_crop
 from trainer.hashing import key_of, uniform_of
@@ -30,8 +30,10 @@ def cover_size(image_size: int, views: ViewsConfig) -> int:
 class Crops:
     """The crops of one visit of a sample, known once the size of its image is."""
 
-    def __init__(self, sample_id: int, views: Sequence[View]) -> None:
-        self.sample_id, self.views = sample_id, views
+    def __init__(
+        self, sample_id: int, views: Sequence[View], *, geometry: Geometry = "covering"
+    ) -> None:
+        self.sample_id, self.views, self.geometry = sample_id, views, geometry
         self._size = (0, 0)
 
     def of(self, view: View, width: int, height: int) -> Box:
@@ -46,17 +48,21 @@ class Crops:
         self._size = width, height
         boxes = [self.of(view, width, height) for view in self.views]
         lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-        seed, epoch, purpose, _ = self.views[0]
-        left, top, right, bottom = (
-            uniform_of(self.sample_id, key_of(seed, purpose, "cover"), epoch, edge)
-            for edge in range(4)
-        )
+        left, top, right, bottom = draws = self._cover_draws()
+        if self.geometry == "as_published":
+            return _as_published(boxes, draws, width, height)
         return (
             left * min(lefts),
             top * min(tops),
             min(max(rights) + right * (width - max(rights)), width),
             min(max(bottoms) + bottom * (height - max(bottoms)), height),
         )
+
+    def _cover_draws(self) -> Box:
+        seed, epoch, purpose, _ = self.views[0]
+        key = key_of(seed, purpose, "cover")
+        left, top, right, bottom = (uniform_of(self.sample_id, key, epoch, n) for n in range(4))
+        return left, top, right, bottom
 
     def boxes(self) -> list[Box]:
         """Where each view lies in the covering crop, whose sides have length one."""
@@ -66,3 +72,19 @@ class Crops:
             ((x - left) / width, (y - top) / height, (u - left) / width, (v - top) / height)
             for x, y, u, v in (self.of(view, *self._size) for view in self.views)
         ]
+
+
+def _as_published(boxes: Sequence[Box], draws: Box, width: int, height: int) -> Box:
+    """The bounds of A-CLIP's code, by which most boxes of wide images miss a part of a view: the
+    left one is the second view's height, and a box that moves out doesn't grow by as much."""
+    (first, *_), (_, upper, _, lower) = boxes
+    least_left, least_top = min(first, lower - upper), min(top for _, top, _, _ in boxes)
+    left, top = draws[0] * least_left, draws[1] * least_top
+    across = max(right for _, _, right, _ in boxes) - least_left
+    down = max(bottom for _, _, _, bottom in boxes) - least_top
+    return (
+        left,
+        top,
+        left + across + draws[2] * (width - left - across),
+        top + down + draws[3] * (height - top - down),
+    )

@@ -143,10 +143,10 @@ class Prepare:
                 View(self.seed, epoch, purpose, config)
                 for purpose, config in view_purposes(task.purpose, views, self.config.augment)
             ],
+            geometry=views.geometry,
         )
-        look = self._looker(
-            find_image(raw.fields, self.config.images), several=len(crops.views) > 1
-        )
+        several = views.count > 1 or views.geometry != "independent"
+        look = self._looker(find_image(raw.fields, self.config.images), several=several)
         images = tuple(look(self.image_size, crop=partial(crops.of, v)) for v in crops.views)
         if views.geometry == "independent":
             return Prepared(caption, images, cover=None, boxes=())

@@ -87,7 +87,7 @@ def augment(
     mean: Three = IMAGE_MEAN,
     deviation: Three = IMAGE_STD,
 ) -> Float[Tensor, "batch 3 size size"]:
-    """Flip, colour jitter, gray and blur, each on the rows that draw it; then normalised.
+    """Flip, colour jitter, gray, blur, solarize, each on the rows that draw it; then normalised.
 
     The four changes of a jitter come in a random order, as in torchvision's ColorJitter; hue is
     in turns of the colour circle.
@@ -99,6 +99,9 @@ def augment(
     _on_rows(pixels, stream.rows("jitter", config.jitter_probability), stream, config, _jitter)
     _on_rows(pixels, stream.rows("gray", config.gray_probability), stream, config, _gray)
     _on_rows(pixels, stream.rows("blur", config.blur_probability), stream, config, _blur)
+    _on_rows(
+        pixels, stream.rows("solarize", config.solarize_probability), stream, config, _solarize
+    )
     return _standardized(pixels, mean, deviation)
 
 
@@ -213,6 +216,11 @@ def _blur(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
     table = _blur_weights(pixels.shape[-1], config.blur_sigma).to(pixels.device)
     weights = table[(stream.uniform("sigma") * len(table)).long()]
     return _filtered(_filtered(pixels, weights).mT, weights).mT
+
+
+def _solarize(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
+    """Pillow's, at half of the largest value."""
+    return torch.where(pixels >= 0.5, 1 - pixels, pixels)
 
 
 @lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ The towers have no dropout, so both passes see the same features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -83,8 +83,10 @@ def _carried(again: Features, leaves: Features, index: int, count: int) -> Tenso
 
 
 def _joined_batch(batches: Sequence[Batch]) -> Batch:
-    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+    def joined(values: Sequence[Any]) -> Any:
         present = [value for value in values if value is not None]
+        if present and isinstance(present[0], dict):
+            return {name: torch.cat([each[name] for each in present]) for name in present[0]}
         return torch.cat(present) if present else None
 
     return Batch._make(joined(values) for values in zip(*batches, strict=True))

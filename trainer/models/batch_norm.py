@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -68,3 +69,20 @@ class GlobalBatchNorm(nn.Module):
         with exact_buffers(self, persistent=True):
             super()._apply(fn, recurse)
         return self
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it the norms in a module take the statistics of the batch, as in training.
+
+    A target network does so (BYOL, arXiv 2006.07733), although it learns nothing. All ranks run it.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, GlobalBatchNorm)]
+    before = [norm.training for norm in norms]
+    for norm in norms:
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, training in zip(norms, before, strict=True):
+            norm.training = training

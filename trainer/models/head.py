@@ -13,14 +13,16 @@ from trainer.models.config import HeadConfig
 class ProjectionHead(nn.Module):
     """`layers` x (Linear, norm, ReLU), then Linear; reads the tower's output unnormalised."""
 
-    def __init__(self, config: HeadConfig, *, input_dim: int, comm: Comm) -> None:
+    def __init__(
+        self, config: HeadConfig, *, input_dim: int, comm: Comm, bias: bool = True
+    ) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         width = input_dim
         for _ in range(config.layers):
-            blocks += [nn.Linear(width, config.hidden), _norm(config, comm), nn.ReLU()]
+            blocks += [nn.Linear(width, config.hidden, bias=bias), _norm(config, comm), nn.ReLU()]
             width = config.hidden
-        self.layers = nn.Sequential(*blocks, nn.Linear(width, config.dim))
+        self.layers = nn.Sequential(*blocks, nn.Linear(width, config.dim, bias=bias))
 
     def forward(self, rows: Float[Tensor, "n input"]) -> Float[Tensor, "n dim"]:
         """Projected rows, not normalised."""

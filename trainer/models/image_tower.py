@@ -8,6 +8,7 @@ from trainer.models.config import ImageTowerConfig
 from trainer.models.head import ProjectionHead
 from trainer.models.load import image_tower
 from trainer.models.model import Model
+from trainer.models.token_selection import asks_for_scores, first_kept, scored
 from trainer.models.tower import Tower
 from trainer.models.two_tower import projection_head, seeded, unit
 from trainer.types import Batch, Features, TowerName
@@ -27,10 +28,13 @@ class ImageTower(Model):
         self.image_head = image_head
 
     def forward(self, batch: Batch) -> Features:
-        """`image`, and `image_projected` where there is a head, which reads it unnormalised."""
+        """`image`, and `image_projected` where there is a head, which reads it unnormalised. Of a
+        batch that has a cover and nothing else, how its patches are attended to."""
+        if asks_for_scores(batch):
+            return scored(self.image, batch)[0]
         if batch.images is None:
             raise DataError("an image tower was given a batch without images")
-        image = self.image(batch.images)
+        image = self.image(batch.images, kept=first_kept(batch))
         projected = None if self.image_head is None else self.image_head(image)
         return Features(image=unit(image), image_projected=unit(projected))
 

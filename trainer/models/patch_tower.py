@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
@@ -11,6 +11,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.models.config import ImageTowerConfig
 from trainer.models.load import image_tower
 from trainer.models.model import Model
+from trainer.models.patches import reading_only
 from trainer.models.scales import LearnedBias, LearnedScale
 from trainer.models.tower import Tower
 from trainer.models.two_tower import seeded, unit
@@ -23,9 +24,14 @@ SMALLEST_HIDDEN = 4096
 class PatchEncoder(Tower):
     """A vision transformer whose patches, not its class token, become the embedding."""
 
-    def images(self, pixels: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n dim"]:
+    def images(
+        self, pixels: Float[Tensor, "n 3 s s"], kept: Int[Tensor, "n kept"] | None = None
+    ) -> Float[Tensor, "n dim"]:
         """The mean of the projected patches, not normalised, in the dtype of the weights."""
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+        with (
+            torch.set_grad_enabled(self.trained and torch.is_grad_enabled()),
+            reading_only(self.backbone, kept, image_size=pixels.shape[-1]),
+        ):
             states = self.backbone(pixel_values=pixels).last_hidden_state
         # The projection ends in a norm, so its mean is not the projection of the mean.
         embeddings: Tensor = self.projection(states[:, 1:]).mean(dim=1)

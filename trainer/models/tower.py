@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.models.exact import exact_buffers
+from trainer.models.patches import (
+    patches_per_side,
+    reading_only,
+    resized,
+    watching_class_token,
+)
 
 Pool = Literal["clip", "own", "eos", "last", "mean", "cls"]
 """`clip` and `own`: what the model pools by itself, CLIP's or another's."""
@@ -64,12 +70,37 @@ class Tower(nn.Module):
             super()._apply(fn, recurse)
         return self
 
-    def images(self, pixels: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n dim"]:
-        """Embeddings of images, not normalised, in the dtype of the weights."""
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            output = self.backbone(pixel_values=pixels)
-        embeddings: Tensor = self.projection(pooled_image(output, self.pool))
+    def images(
+        self, pixels: Float[Tensor, "n 3 s s"], kept: Int[Tensor, "n kept"] | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """Embeddings of images, not normalised, in the dtype of the weights.
+
+        `kept` are the patches of each image that the blocks see; all of them where None.
+        """
+        embeddings: Tensor = self.projection(self.pooled(pixels, kept))
         return embeddings
+
+    def pooled(
+        self, pixels: Float[Tensor, "n 3 s s"], kept: Int[Tensor, "n kept"] | None = None
+    ) -> Float[Tensor, "n width"]:
+        """What the projection reads of images."""
+        with (
+            torch.set_grad_enabled(self.trained and torch.is_grad_enabled()),
+            reading_only(self.backbone, kept, image_size=pixels.shape[-1]),
+        ):
+            output = self.backbone(pixel_values=pixels)
+        return pooled_image(output, self.pool)
+
+    @torch.no_grad()
+    def attended(
+        self, pixels: Float[Tensor, "n 3 s s"]
+    ) -> tuple[Float[Tensor, "n width"], Float[Tensor, "n patches"]]:
+        """What the projection reads of images of any size, and how the class token attends to
+        their patches, in the mean over layers and heads."""
+        with watching_class_token(self.backbone) as seen:
+            output = self.backbone(pixel_values=pixels, **resized(self.backbone, pixels))
+        num_patches = patches_per_side(self.backbone, pixels.shape[-1]) ** 2
+        return pooled_image(output, self.pool), seen.mean[:, -num_patches:]
 
     def texts(
         self, tokens: Int[Tensor, "n length"], mask: Bool[Tensor, "n length"]
@@ -89,10 +120,22 @@ class Tower(nn.Module):
         return embeddings
 
     def forward(
-        self, values: Tensor, mask: Bool[Tensor, "n length"] | None = None
-    ) -> Float[Tensor, "n dim"]:
-        """`texts` where there is a mask, else `images`."""
-        return self.images(values) if mask is None else self.texts(values, mask)
+        self,
+        values: Tensor,
+        mask: Bool[Tensor, "n length"] | None = None,
+        *,
+        kept: Int[Tensor, "n kept"] | None = None,
+        wanted: Literal["embeddings", "pooled", "attended"] = "embeddings",
+    ) -> Float[Tensor, "n _"] | tuple[Float[Tensor, "n width"], Float[Tensor, "n patches"]]:
+        """`texts` where there is a mask, else what is wanted of images.
+
+        A pass of any kind goes through here: ZeRO-3 foresees one that begins as others did.
+        """
+        if wanted == "attended":
+            return self.attended(values)
+        if wanted == "pooled":
+            return self.pooled(values, kept)
+        return self.images(values, kept) if mask is None else self.texts(values, mask)
 
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Keep the inputs of the blocks only, and compute the rest again in the backward pass."""

@@ -20,6 +20,7 @@ from trainer.models.head import ProjectionHead
 from trainer.models.load import image_tower, text_tower
 from trainer.models.model import Model
 from trainer.models.scales import LearnedBias, LearnedScale
+from trainer.models.token_selection import asks_for_scores, first_kept, scored
 from trainer.models.tower import PairScales, Tower
 from trainer.types import Batch, Features, TowerName
 
@@ -59,9 +60,12 @@ class TwoTower(Model):
     def forward(self, batch: Batch) -> Features:
         """Features of what the batch has: a missing modality is skipped and stays None.
 
-        Rows are L2-normalised in float32. The heads read the towers' output unnormalised.
+        Rows are L2-normalised in float32. The heads read the towers' output unnormalised. Of a
+        batch that has a cover and nothing else, how its patches are attended to.
         """
-        image = None if batch.images is None else self.image(batch.images)
+        if asks_for_scores(batch):
+            return scored(self.image, batch)[0]
+        image = None if batch.images is None else self.image(batch.images, kept=first_kept(batch))
         text = None if batch.tokens is None else self.text(batch.tokens, _mask(batch))
         return Features(
             image=unit(image),

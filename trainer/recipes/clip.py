@@ -16,11 +16,12 @@ from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.parts.distillation import DistillConfig, TeacherPair, distillation, teacher_part
 from trainer.parts.prototypes import PrototypesTerm, WeightedPrototypesConfig
+from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(RecipeConfig):
+class Config(SelectsTokens, RecipeConfig):
     name: Literal["clip"] = "clip"
     model: TwoTowerConfig = TwoTowerConfig()
     distill: DistillConfig | None = None
@@ -46,7 +47,7 @@ class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm, self.distill = context.comm, config.distill
         self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, Part] = token_parts(config, context, self.model)
         if config.distill is not None:
             captions = context.data.captions
             self.parts["teacher"] = teacher_part(config.distill, captions, context.comm)

@@ -19,11 +19,12 @@ from trainer.comm import Comm
 from trainer.config import RecipeConfig
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
 from trainer.parts.prototypes import PrototypesConfig, PrototypesTerm
+from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(RecipeConfig, PrototypesConfig):
+class Config(SelectsTokens, RecipeConfig, PrototypesConfig):
     """Defaults are MLCD's. Where the model has a head, its output is compared."""
 
     name: Literal["mlcd"] = "mlcd"
@@ -46,7 +47,10 @@ class Recipe(WithoutPhases):
         self.model = build_model(config, context.text_tokenizer, context.comm, seed=context.seed)
         self.term = PrototypesTerm(config, context, dim=config.model.compared_dim)
         self.labels, self.head = self.term.labels, self.term.head
-        self.parts: dict[str, Part] = {"head": self.head}
+        self.parts: dict[str, Part] = {
+            "head": self.head,
+            **token_parts(config, context, self.model),
+        }
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         return self.term.losses(features, batch, step)

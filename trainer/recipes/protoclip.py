@@ -46,6 +46,7 @@ from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.parts.episode import EpisodeTables
 from trainer.parts.teacher import TeacherConfig, load_teachers
 from trainer.parts.teacher_digests import TeacherDigests
+from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Encode, Part, Samples
 from trainer.types import Batch, Features, Losses, Progress, TowerName
 
@@ -53,7 +54,7 @@ Modality = Literal["image", "text"]
 OTHER: Mapping[Modality, Modality] = {"image": "text", "text": "image"}
 
 
-class Config(RecipeConfig):
+class Config(SelectsTokens, RecipeConfig):
     """Defaults are the recipe of the paper's 8-GPU run; K is a tenth of an episode."""
 
     name: Literal["protoclip"] = "protoclip"
@@ -115,7 +116,10 @@ class Recipe:
         self.config, self.context, self.comm = config, context, context.comm
         self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
         self.episode = EpisodeTables(context.comm)
-        self.parts: dict[str, Part] = {"episode": self.episode}
+        self.parts: dict[str, Part] = {
+            "episode": self.episode,
+            **token_parts(config, context, self.model),
+        }
         batch = context.global_batch
         self.episode_samples = -(-config.episode_samples // batch) * batch
         self._check_sizes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -13,11 +12,12 @@ from trainer.config import RecipeConfig
 from trainer.losses.sigmoid import sigmoid_loss
 from trainer.models.config import SigmoidTwoTower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
+from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(RecipeConfig):
+class Config(SelectsTokens, RecipeConfig):
     name: Literal["siglip"] = "siglip"
     model: SigmoidTwoTower = Field(default=TwoTowerConfig(), validate_default=True)
     reads = frozenset({"bias"})
@@ -37,7 +37,7 @@ class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm = context.comm
         self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
-        self.parts: Mapping[str, Part] = {}
+        self.parts: dict[str, Part] = token_parts(config, context, self.model)
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         assert features.image is not None
