@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel
 from trainer.config import Frozen, PositiveInt
 from trainer.kernels.patch_maximum import patch_maximum
 from trainer.losses.lexical import largest_sparse, lexical_rows, threshold_sparse
+from trainer.models.patches import reading_only
 from trainer.models.tower import Tower
 from trainer.models.two_tower import TwoTower
 from trainer.types import Batch, Features
@@ -39,15 +40,15 @@ class AdapterConfig(Frozen):
 class StateEncoder(Tower):
     """An image encoder of which every state counts: the class token's and the patches'."""
 
-    def images(self, pixels: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n states width"]:
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+    def images(
+        self, pixels: Float[Tensor, "n 3 s s"], kept: Int64[Tensor, "n kept"] | None = None
+    ) -> Float[Tensor, "n states width"]:
+        with (
+            torch.set_grad_enabled(self.trained and torch.is_grad_enabled()),
+            reading_only(self.backbone, kept, image_size=pixels.shape[-1]),
+        ):
             states: Tensor = self.backbone(pixel_values=pixels).last_hidden_state
         return states.flatten(2).mT if states.dim() == 4 else states
-
-    def forward(
-        self, values: Float[Tensor, "n 3 s s"], mask: Tensor | None = None
-    ) -> Float[Tensor, "n states width"]:
-        return self.images(values)
 
 
 class Adapter(nn.Module):
