@@ -80,8 +80,8 @@ def is_open(log_alpha: Float[Tensor, "... units"]) -> Float[Tensor, "... units"]
 def kept_weights(open_share: Gates, *, head_dim: int) -> Float[Tensor, ""]:
     """Expected weights of attention and MLPs: of each pair of units the product of their chances.
 
-    4 head_dim (sum of hidden) (sum of heads) + 2 (sum of hidden) (sum of neurons). Biases, norms
-    and embeddings are not counted; of gates that are 0 or 1 this is the number of weights that stay.
+    4 head_dim (sum of hidden) (sum of heads) + 2 (sum of hidden) (sum of neurons). Biases,
+    norms and embeddings are not counted. Of gates that are 0 or 1: the weights that stay.
     """
     hidden, heads, neurons = (part.sum() for part in open_share)
     return hidden * (4 * head_dim * heads + 2 * neurons)
