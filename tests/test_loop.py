@@ -21,6 +21,7 @@ from trainer.comm import Comm
 from trainer.config import RunConfig, parse_run
 
 STEPS = 8
+TOWERS = ("image", "text", "other")
 
 RUN = """
 workdir: {folder}/run
@@ -93,6 +94,27 @@ def uninterrupted(tmp_path_factory) -> RunConfig:
     ranks = run_ranks(run_once, 2, config, None, timeout_seconds=300)
     assert ranks == [{"step": STEPS, "finished": True}] * 2
     return config
+
+
+def test_a_run_leaves_what_it_was_started_from_and_all_that_it_printed(uninterrupted):
+    """Every figure of the log stands beside the losses; nothing needs a checkpoint opened."""
+    workdir = uninterrupted.workdir
+    assert parse_run((workdir / "run.yaml").read_text()) == uninterrupted
+    [start] = json.loads((workdir / "environment.json").read_text())
+    assert start["step"] == 0
+    assert start["ranks"] == 2
+    assert start["packages"]["torch"] == torch.__version__
+    assert len(start["hosts"]) == 1
+    printed = (workdir / "log.txt").read_text()
+    assert "2 ranks x 3 micro-batches of 2" in printed
+    assert printed.count("  step 8/8  ") == 1
+    line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"logit_scale", "prototype_scale", "learning_rate/image"} <= line["values"].keys()
+    assert line["values"]["gradient_norm/text"] > 0
+    whole = sum(line["values"][f"gradient_norm/{tower}"] ** 2 for tower in TOWERS) ** 0.5
+    assert whole == pytest.approx(line["values"]["gradient_norm"], rel=1e-5)
+    assert line["timing"]["tflops_per_device"] > 0
+    assert line["timing"]["peak_gib"] > 0
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(uninterrupted, tmp_path):

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer.data.index import MAX_MEMBER_BYTES, index_path, write_index
 from trainer.data.remote import expand_shards
 from trainer.errors import TrainerError
+from trainer.long_work import counted, tell
 
 _SHARDS_PER_WORKER = 16  # starting a process takes as long as indexing some
 
@@ -41,10 +42,12 @@ def main() -> int:
     workers = min(wanted, arguments.workers or os.cpu_count() or 1, len(shards))
     index = partial(_index, missing=arguments.missing, most=arguments.max_member_bytes)
     outcomes = []
-    for outcome in _each(index, shards, workers=workers):
+    for outcome in counted(
+        _each(index, shards, workers=workers), "indexing", total=len(shards), unit="shards"
+    ):
         outcomes.append(outcome)
         if not outcome.failed:
-            print(outcome.said, flush=True)
+            tell(outcome.said)
     print(f"{sum(outcome.samples for outcome in outcomes)} samples")
     if any(outcome.failed for outcome in outcomes):
         _complain([outcome.said for outcome in outcomes if outcome.failed], len(shards))

@@ -345,6 +345,14 @@ class RunConfig(Frozen):
     `averaged` ones; 4 bytes a weight, divided as ZeRO divides the moments. None where None."""
     evals: tuple[EvalConfig, ...] = ()
     log_every: Every = Period.model_construct(count=10.0, unit="steps")
+    log_term_gradients: bool = False
+    """Log the norm of each loss term's gradient at the features too. Terms then go backward one by
+    one, which may change the last bit of a gradient."""
+    device_peak_tflops: float | None = Field(default=None, gt=0)
+    """What one device can do, in 10^12 FLOPs per second, as its maker says for the run's precision;
+    the share of it that a run uses is then logged."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases that takes the same numbers (`pip install wandb`)."""
     save_every: Every = Period.model_construct(count=10.0, unit="min")
     keep_checkpoints: int = Field(default=2, ge=2)
     """Two at least: the one before is the way back if the newest is damaged."""

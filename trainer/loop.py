@@ -34,9 +34,14 @@ from trainer.engine.zero_file import Decided, completed
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
 from trainer.evals import EvalContext, Result, by_weights, evaluate_each
 from trainer.evals.check import check_evaluations
+from trainer.log.environment import write_start
+from trainer.log.meter import Meter
 from trainer.log.metrics import MetricLog, evaluated
 from trainer.log.opening_lines import describe
+from trainer.log.printed import told_to_log
 from trainer.log.skipped_step import SkippedSteps, explain_skip, one_line
+from trainer.log.tracker import tracker_for
+from trainer.long_work import tell
 from trainer.parts.averaged_weights import AveragedWeights
 from trainer.periods import Clock
 from trainer.pictures.run import training_pictures
@@ -82,6 +87,7 @@ class Run(NamedTuple):
     """Of the model's state: what a forward pass in training changes."""
     checkpoints: Checkpointer
     log: MetricLog
+    meter: Meter
     clock: Clock
     skipped: SkippedSteps
 
@@ -115,7 +121,8 @@ def train(config: RunConfig) -> Outcome:
         if restored and restored.step >= config.steps and not owed:
             return Outcome(start.progress, finished=True, steps_now=0)
         try:
-            run = _built(config, comm, checkpoints, restored, partial(stop.check, comm))
+            with told_to_log(config.workdir, comm):
+                run = _built(config, comm, checkpoints, restored, partial(stop.check, comm))
         except Stopped:
             return Outcome(start.progress, finished=False, steps_now=0)
         with closing(run.stream), run.log:
@@ -168,9 +175,14 @@ def _built(
     decided = Decided(micro_batch, accumulation, config.optim)
     agreed(comm, lambda: completed(config.deepspeed, comm, decided))
     agreed(comm, lambda: refuse_text_evals(config))
+    tracker = agreed(comm, lambda: tracker_for(config, comm))
+    if config.evals:
+        tell(f"looking into the data of {len(config.evals)} evaluations")
     check_evaluations(config.evals, comm, dim=config.recipe.model.embed_dim)
+    tell(f"opening {config.data.train}")
     tokenizer = tokenizer_of(config, comm)
     stream = agreed(comm, lambda: stream_of(config, comm, tokenizer, micro_batch=micro_batch))
+    tell(f"building the model of {config.recipe.name}")
     recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check))
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
@@ -178,6 +190,7 @@ def _built(
     needed = bytes_needed(restored, parameters["trained"], averaged=averaged)
     check_room(config.workdir / "checkpoints", comm, needed=needed)
     if restored:
+        tell(f"reading {restored.folder}")
         load_weights(restored, recipe.model, config, frozen=frozen)
     engine = Engine(
         recipe.model,
@@ -194,12 +207,16 @@ def _built(
         load_rest(restored, engine, recipe, stream.take_one())
         start = place_of(restored)
     stream.seek(start.progress.samples)
+    write_start(config, comm, step=start.progress.step)
+    meter = Meter(comm, samples_per_micro_batch=micro_batch, peak_tflops=config.device_peak_tflops)
     log = MetricLog(
         config.workdir,
         comm,
         total_steps=config.steps,
         log_every=config.log_every,
         epoch_size=stream.epoch_size,
+        meter=meter,
+        tracker=tracker,
     )
     log.resume(start.progress, phase_begun=start.phase_begun)
     notes = loading_notes(config, recipe)
@@ -212,6 +229,7 @@ def _built(
         buffers=persistent_buffers(engine.module),
         checkpoints=checkpoints,
         log=log,
+        meter=meter,
         clock=Clock(comm, epoch_size=stream.epoch_size),
         skipped=SkippedSteps(limit=config.max_skipped_steps),
     )
@@ -228,8 +246,10 @@ def _step(run: Run, progress: Progress) -> Progress:
     """One step and its numbers in the log. A stop between its micro-batches undoes it."""
     with undone_unless_done(run.buffers):
         batches = _taken(run)
+        run.meter.watch(run.engine.module)
+        said: dict[str, Tensor] = {}
         losses, applied = train_step(
-            run.engine, run.recipe, batches, progress, run.config, check=run.check
+            run.engine, run.recipe, batches, progress, run.config, check=run.check, said=said
         )
     progress = progress.advance(samples=run.config.global_batch, applied=applied)
     if applied:
@@ -238,8 +258,12 @@ def _step(run: Run, progress: Progress) -> Progress:
         why = one_line(explain_skip(run.engine, batches, losses))
         run.log.event(progress, "skipped", why=why)
         run.skipped.one_more(why)
-    numbers = {"loss": losses.total, **losses, "gradient_norm": run.engine.gradient_norm}
-    run.log.put(progress, numbers, wait_seconds=run.stream.wait_seconds)
+    numbers = {"loss": losses.total, **losses, "gradient_norm": run.engine.gradient_norm, **said}
+
+    def more() -> dict[str, float | Tensor]:
+        return {**run.engine.learning_rates(), **run.engine.tower_norms()}
+
+    run.log.put(progress, numbers, wait_seconds=run.stream.wait_seconds, more=more)
     return progress
 
 
@@ -355,13 +379,15 @@ def train_step(
     config: RunConfig,
     *,
     check: Check = go_on,
+    said: dict[str, Tensor] | None = None,
 ) -> tuple[Losses, bool]:
     """Take one optimizer step over this rank's micro-batches.
 
     Every loss is a mean over this rank's samples; ZeRO averages gradients over ranks and each
     Part divides its own. Returns the losses and whether the step was applied: it is not, on any
     rank and in any Part, if a gradient on some rank was not finite. Where `check` raises, between
-    micro-batches, nothing was applied either.
+    micro-batches, nothing was applied either. `said` takes what the model and the gradients say
+    beside the losses (`accumulate`).
     """
 
     def loss_of(features: Features, batch: Batch) -> Losses:
@@ -379,7 +405,13 @@ def train_step(
         return not (asked and engine.comm.any(False in votes))
 
     batches = prepared(recipe, batches)
-    losses = accumulate(engine, loss_of, batches, all_finite=all_finite, check=check)
+    losses = accumulate(
+        *(engine, loss_of, batches),
+        all_finite=all_finite,
+        check=check,
+        said=said,
+        term_norms=config.log_term_gradients,
+    )
     factor = warmup_cosine(
         progress.step, warmup_steps=config.optim.warmup_steps, total_steps=config.steps
     )

@@ -60,3 +60,21 @@ def test_a_feature_that_was_not_said_is_named_with_those_that_were():
     assert features.more is not None
     with pytest.raises(KeyError, match="no 'text', only image, patches"):
         features.tensor("text")
+
+
+def test_the_norm_of_a_terms_gradient_is_that_of_the_term_alone():
+    """And what goes into the parameters is the gradient of the sum, as without norms."""
+    torch.manual_seed(1)
+    batch = Batch(torch.randn(ROWS, 6).double(), None, None, torch.arange(ROWS))
+    models, said = [Patches(), Patches()], {}
+    accumulate(models[0], loss_of, [batch])
+    accumulate(models[1], loss_of, [batch], said=said, term_norms=True)
+    for plain, by_term in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(by_term.grad, plain.grad, rtol=1e-12, atol=1e-14)
+    features = Patches()(batch)
+    leaves = [v for v in features.tensors().values() if v.is_floating_point()]
+    for name, value in loss_of(features, batch).items():
+        alone = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+        norm = sum(g.square().sum() for g in alone if g is not None).sqrt()
+        assert float(said[f"feature_gradient_norm/{name}"]) == pytest.approx(float(norm), rel=1e-6)
+    assert float(said["heat"]) == float(features.tensor("heat").detach())

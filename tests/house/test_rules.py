@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("trainer/**/*.py"), *ROOT.glob("tools/*.py")])
 # The rooms of trainer/ from the ground up: packages, and the files at its top level. An import goes
 # to a room further up in this list or stays in its own. A new room needs a place here.
 ROOMS = (
-    *("errors", "types", "hashing", "kernels", "launchers", "meeting", "comm"),
+    *("errors", "types", "hashing", "long_work", "kernels", "launchers", "meeting", "comm"),
     *("config_errors", "config_text", "config_section", "recipe_files", "command", "config"),
     *("stop", "periods", "losses", "data", "models", "store", "concepts"),
     *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),

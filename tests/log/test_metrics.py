@@ -29,7 +29,8 @@ from trainer.config import Period
 from trainer.errors import ConfigError
 from trainer.log.metrics import EVENTS, METRICS, MetricLog
 from trainer.log.records import JsonLines
-from trainer.log.terminal import Speedometer, duration, event_line
+from trainer.log.terminal import Speedometer, episode_line, event_line
+from trainer.long_work import duration
 from trainer.types import Progress
 
 BATCH = 64
@@ -326,3 +327,19 @@ def test_durations_and_events_in_words() -> None:
     assert event_line(at(3), "saved", {}) == "step 3  saved"
     many = event_line(at(3), "episode", {f"figure_{n}": n for n in range(14)})
     assert many.endswith("figure_9 9, and 4 more in events.jsonl")
+    words = episode_line(
+        at(6),
+        {
+            "episode": 3,
+            "seconds_extract": 5.0,
+            "seconds_cluster": 7.4,
+            "nmi_image_text": 0.413,
+            "image_objective": 0.51,
+            "text_repaired": 2.0,
+        },
+    )
+    assert words == (
+        "step 6  episode 3: clustered in 12 s; image and text clusters agree by 0.41 (NMI); "
+        "mean squared distance to the own cluster 0.51 (image)"
+    )
+    assert episode_line(at(0), {"episode": 0}) == "step 0  episode 0: no prototypes"

@@ -19,6 +19,7 @@ from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.tokenize import load_tokenizer, save_tokenizer, train_tokenizer
 from trainer.errors import DataError
 from trainer.hashing import key_of, permutation
+from trainer.long_work import counted
 
 MOST_CAPTIONS = 200_000
 
@@ -41,7 +42,8 @@ def tokenizer_for(
         return load_tokenizer(path)
 
     def train_and_keep() -> None:
-        captions = captions_of(data, seed=seed, most=MOST_CAPTIONS)
+        found = captions_of(data, seed=seed, most=MOST_CAPTIONS)
+        captions = counted(found, "reading for a tokenizer", total=None, unit="captions")
         keep_tokenizer(train_tokenizer(captions, vocab_size=vocabulary, length=length), folder)
 
     lacking = comm.is_main and not (folder / "tokenizer.json").exists()

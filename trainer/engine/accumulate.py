@@ -32,6 +32,8 @@ def accumulate(
     *,
     all_finite: Callable[[], bool] = lambda: True,
     check: Check = go_on,
+    said: dict[str, Tensor] | None = None,
+    term_norms: bool = False,
 ) -> Losses:
     """Add the gradient of `loss_of` on all micro-batches together; the result never depends on
     how the rows are cut into micro-batches (up to batch statistics of a norm, if there is one).
@@ -39,6 +41,10 @@ def accumulate(
     `all_finite` is asked when the gradients outside of the engine are known. If it says no, the
     engine's become NaN where they are not zero anyway, so that it will discard the step. `check`
     is called before each of several passes; where it raises, the gradients are worth nothing.
+
+    What `said` is given takes the scalars among the features, as the logit scale, and with
+    `term_norms` the norm of each term's gradient at this rank's features. Terms then go backward
+    one by one, which may round otherwise in the last bit.
     """
     at_once = len(batches) == 1
     check = go_on if at_once else check
@@ -46,12 +52,36 @@ def accumulate(
         passes = [_checked(engine, batch, check) for batch in batches]
     leaves = _joined(passes)
     losses = loss_of(leaves, _joined_batch(batches))
-    losses.total.backward()
+    if term_norms and said is not None:
+        said.update(_backward_by_term(losses, leaves))
+    else:
+        losses.total.backward()
+    if said is not None:
+        said.update({n: v.detach() for n, v in leaves.tensors().items() if not v.dim()})
     factor = 1.0 if all_finite() else float("nan")
     for index, batch in enumerate(batches):
         again = passes[0] if at_once else _checked(engine, batch, check)
         engine.backward(_carried(again, leaves, index, len(batches)) * factor)
     return losses.detach()
+
+
+def _backward_by_term(losses: Losses, leaves: Features) -> dict[str, Tensor]:
+    """The gradient of the total, a term at a time; the norm of what each adds to the leaves."""
+    norms: dict[str, Tensor] = {}
+    rows = [leaf for leaf in leaves.tensors().values() if leaf.requires_grad]
+    used = [(name, weight) for name, weight in losses.weights.items() if weight]
+    for number, (name, weight) in enumerate(used):
+        before = [None if leaf.grad is None else leaf.grad.clone() for leaf in rows]
+        (losses[name] * weight).backward(retain_graph=number + 1 < len(used))
+        added = [
+            leaf.grad if old is None else leaf.grad - old
+            for leaf, old in zip(rows, before, strict=True)
+            if leaf.grad is not None
+        ]
+        norms[f"feature_gradient_norm/{name}"] = torch.stack(
+            [torch.linalg.vector_norm(value.float()) for value in added]
+        ).norm()
+    return norms
 
 
 def _checked(engine: Differentiable, batch: Batch, check: Check) -> Features:

@@ -27,6 +27,7 @@ from trainer.engine.groups import parameter_groups, set_learning_rate
 from trainer.engine.kept import Kept
 from trainer.engine.masters import Masters, Piece, write_piece
 from trainer.engine.once import OncePerPass
+from trainer.engine.tower_norms import TowerNorms
 from trainer.engine.zero_file import Decided, completed, for_frozen
 from trainer.errors import CheckpointError
 from trainer.models.model import Model
@@ -95,6 +96,7 @@ class Engine:
         self._start(model)
 
     def _start(self, model: Model) -> None:
+        self._model = model
         self._optimizer = _adamw(model, self._optim, self._config)
         self._once: OncePerPass | None = None
         if self.stage == 3:
@@ -105,6 +107,8 @@ class Engine:
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )
         self._masters = Masters(self._engine, self._optimizer, self.comm, self.stage)
+        self._tower_norms = TowerNorms(self.comm, divided=self.stage > 0)
+        self._optimizer.register_step_pre_hook(self._tower_norms.look)
         if self._clips_itself:
             self._optimizer.register_step_pre_hook(lambda *_: self._clip(self._optim.clip_norm))
 
@@ -134,6 +138,7 @@ class Engine:
         finite.
         """
         set_learning_rate(self._optimizer.param_groups, learning_rate_factor, locked)
+        self._tower_norms.begin()
         if self.stage == 0 and self.comm.any(not _all_finite(self._engine.module)):
             self._engine.module.zero_grad()
             self.gradient_norm = float("nan")
@@ -146,6 +151,20 @@ class Engine:
         elif norm is not None:
             self.gradient_norm = norm
         return applied
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of the last step, by tower: that of its topmost layer."""
+        rates: dict[str, float] = {}
+        for group in self._optimizer.param_groups:
+            name = f"learning_rate/{group['tower']}"
+            rates[name] = max(rates.get(name, 0.0), float(group["lr"]))
+        return rates
+
+    def tower_norms(self) -> dict[str, Tensor]:
+        """`weight_norm/TOWER` after and `gradient_norm/TOWER` of the last step. Collective."""
+        towers = {name: self._model.parameter_depth(name)[0] for name, _ in self._trained()}
+        weights = ((towers[name], piece.values) for name, piece in self.pieces().items())
+        return self._tower_norms.norms(weights, self.gradient_norm)
 
     # -- state by name --------------------------------------------------------------------------
 

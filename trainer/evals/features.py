@@ -18,6 +18,7 @@ from trainer.data.tokenize import tokenize
 from trainer.errors import ConfigError
 from trainer.evals.context import EvalContext
 from trainer.evals.samples import BLOCK, FILLER, Block, Record, own_positions, read_blocks
+from trainer.long_work import counted
 from trainer.recipe import Encode
 from trainer.types import Batch
 
@@ -59,7 +60,8 @@ def embed_texts(
         )
     comm = context.comm
     own = own_positions(len(texts), comm)
-    features = torch.cat([_encode_texts(row.tolist(), texts, encode, context) for row in own])
+    rows = counted(own, "evaluating", total=own.numel(), unit="texts", size=len)
+    features = torch.cat([_encode_texts(row.tolist(), texts, encode, context) for row in rows])
     return comm.gather_rows(features[(own.flatten() >= 0).to(features.device)])
 
 

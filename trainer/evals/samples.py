@@ -25,6 +25,7 @@ from trainer.data.pixels import Pixels
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import hash_bits, key_of
+from trainer.long_work import counted
 
 BLOCK = 64
 _LONGEST_TEXT = 64 * 1024  # bytes of a member that may be a text and is read as one
@@ -93,7 +94,8 @@ def read_blocks(
     if not len(chosen):
         raise DataError(f"no sample in {spec}; an evaluation needs at least one")
     reader = _Reader(shards, pixels or Pixels(size, background=data.background), data)
-    for positions in own_positions(len(chosen), comm):
+    own = own_positions(len(chosen), comm)
+    for positions in counted(own, "evaluating", total=own.numel(), unit="images", size=len):
         yield reader.block([int(chosen[p]) if p >= 0 else FILLER for p in positions.tolist()])
     reader.check(spec, len(chosen), comm)
 

@@ -1,14 +1,15 @@
 """The numbers of a run: JSON lines, TensorBoard, and what a person sees.
 
 `metrics.jsonl` has one line per logged step: what the training is (equal for equal runs), then
-under `timing` what the machine did. `events.jsonl` has evaluations, episodes, checkpoints.
-Only rank 0 writes.
+under `timing` what the machine did. `events.jsonl` has evaluations, episodes, checkpoints;
+`log.txt` every line that was printed. Only rank 0 writes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,9 +22,20 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import Period
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
+from trainer.log.meter import Meter
+from trainer.log.printed import Printed
 from trainer.log.records import JsonLines, TensorBoard, plain, read_lines
-from trainer.log.terminal import Display, Speed, Speedometer, display_for, event_line
+from trainer.log.terminal import (
+    Display,
+    Speed,
+    Speedometer,
+    display_for,
+    episode_line,
+    event_line,
+)
+from trainer.log.tracker import WeightsAndBiases
+from trainer.long_work import speaking_to
 from trainer.periods import Clock
 from trainer.types import Progress
 
@@ -38,6 +50,7 @@ class _Pending(NamedTuple):
     progress: Progress
     names: tuple[str, ...]
     means: Float64[Tensor, " values"]
+    peak_gib: Float64[Tensor, ""]
     speed: Speed
 
 
@@ -56,7 +69,10 @@ class MetricLog:
         log_every: Period = _EVERY_TEN_STEPS,
         epoch_size: int | None = None,
         console: Console | None = None,
+        meter: Meter | None = None,
+        tracker: WeightsAndBiases | None = None,
     ) -> None:
+        """`tracker` is rank 0's; others have none."""
         if log_every.unit == "epochs" and epoch_size is None:
             raise ConfigError(f"log_every {log_every}: the size of an epoch is not known here")
         self._workdir = workdir
@@ -68,10 +84,17 @@ class MetricLog:
         self._pending: _Pending | None = None
         self._files: _Files | None = None
         self._display: Display | None = None
+        self._meter = meter or Meter(comm)
+        self._tracker = tracker
+        self._printed = Printed(workdir) if comm.is_main else None
+        self._speaking = ExitStack()
         if comm.is_main:
             self._display = display_for(console or Console(), total_steps=total_steps)
 
     def __enter__(self) -> MetricLog:
+        """Long work inside tells how far it is in the same place."""
+        if self._display is not None and self._printed is not None:
+            self._speaking.enter_context(speaking_to(self._display, self._printed.line))
         return self
 
     def __exit__(
@@ -80,6 +103,8 @@ class MetricLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, TrainerError) and self._printed is not None:
+            self._printed.line(f"error: {error}")
         self.close()
 
     def resume(self, progress: Progress, *, phase_begun: bool = False) -> None:
@@ -95,7 +120,9 @@ class MetricLog:
         self._started = time.monotonic()
         self._speedometer = Speedometer(progress, self._started)
         if self._comm.is_main:
-            self._files = _Files(self._workdir, progress, phase_begun=phase_begun)
+            self._files = _Files(
+                self._workdir, progress, phase_begun=phase_begun, tracker=self._tracker
+            )
 
     def put(
         self,
@@ -103,6 +130,7 @@ class MetricLog:
         values: Mapping[str, float | int | Tensor],
         *,
         wait_seconds: float = 0.0,
+        more: Callable[[], Mapping[str, float | int | Tensor]] = dict,
     ) -> None:
         """Take a step's numbers: scalars, each the mean over this rank's samples.
 
@@ -110,7 +138,8 @@ class MetricLog:
         order are equal on all. They are read from the device by the next call, when it has long
         finished with them. `wait_seconds` is this rank's total wait for data since the start.
         A line holds the numbers of its step, not a mean over the interval, which a resume in the
-        middle of one could not reproduce.
+        middle of one could not reproduce. `more` gives further numbers, and is called only where
+        logging is due, on all ranks.
         """
         self._write_pending()
         last = self._begun()
@@ -119,7 +148,7 @@ class MetricLog:
             self._display.step(progress, speed)
         is_due = self._clock.due("log", self._log_every, last, progress)
         if is_due or last.step < progress.step == self._total_steps:
-            self._pending = self._reduced(progress, values, speed)
+            self._pending = self._reduced(progress, {**values, **more()}, speed)
         self._last = progress
 
     def event(self, progress: Progress, name: str, /, **figures: Any) -> None:
@@ -138,7 +167,11 @@ class MetricLog:
     ) -> None:
         if self._files is not None:
             self._files.event(progress, name, plain(figures), after_save=after_save)
-        self.say(event_line(progress, name, plain(figures)))
+        self.say(
+            episode_line(progress, plain(figures))
+            if name == "episode"
+            else event_line(progress, name, plain(figures))
+        )
 
     def image(
         self, progress: Progress, name: str, pixels: UInt8[np.ndarray, "height width 3"]
@@ -146,12 +179,13 @@ class MetricLog:
         """A picture for TensorBoard; what rank 0 passes is written."""
         self._begun()
         if self._files is not None:
-            self._files.tensorboard.image(progress.step, name, pixels)
+            self._files.image(progress, name, pixels)
 
     def say(self, text: str) -> None:
         """Show a line; what rank 0 passes is shown."""
-        if self._display is not None:
+        if self._display is not None and self._printed is not None:
             self._display.line(text)
+            self._printed.line(text)
 
     def flush(self) -> None:
         """Everything put so far is in the files and on the disk; call it before each save.
@@ -161,16 +195,20 @@ class MetricLog:
         """
         self._write_pending()
         self._saved_at = self._begun().samples
-        if self._files is not None:
+        if self._files is not None and self._printed is not None:
             self._files.flush()
+            self._printed.flush()
 
     def close(self) -> None:
+        self._speaking.close()
         self._write_pending()
         if self._files is not None:
             self._files.close()
         if self._display is not None:
             self._display.close()
-        self._files = self._display = None
+        if self._printed is not None:
+            self._printed.close()
+        self._files = self._display = self._printed = None
 
     def _begun(self) -> Progress:
         if self._last is None:
@@ -180,11 +218,12 @@ class MetricLog:
     def _reduced(
         self, progress: Progress, values: Mapping[str, float | int | Tensor], speed: Speed
     ) -> _Pending:
-        """One collective for all values; nothing waits for the device."""
+        """One collective for all values and one for the memory; nothing waits for the device."""
         numbers = [*values.values(), speed.data_wait]
         stacked = torch.stack([_scalar(number, self._comm.device) for number in numbers])
         means = self._comm.sum(stacked) / self._comm.world_size
-        return _Pending(progress, tuple(values), means, speed)
+        peak = self._comm.max(_scalar(self._meter.peak_gib(), self._comm.device))
+        return _Pending(progress, tuple(values), means, peak, speed)
 
     def _write_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -193,9 +232,19 @@ class MetricLog:
         *means, data_wait = pending.means.tolist()
         values = dict(zip(pending.names, means, strict=True))
         speed = pending.speed._replace(data_wait=data_wait)
-        self._files.step(pending.progress, values, speed, time.monotonic() - self._started)
+        timing = {
+            "samples_per_second": speed.samples_per_second,
+            "data_wait": speed.data_wait,
+            "seconds_per_step": speed.seconds_per_step,
+            "data_seconds_per_step": speed.data_wait * speed.seconds_per_step,
+            "peak_gib": pending.peak_gib.item(),
+            **self._meter.arithmetic(speed),
+        }
+        self._files.step(pending.progress, values, timing, time.monotonic() - self._started)
         loss = values.get("loss", next(iter(values.values()), None))
-        self._display.figures(pending.progress, loss, speed)
+        shown = self._display.figures(pending.progress, loss, speed)
+        if self._printed is not None:
+            self._printed.line(shown)
 
 
 def evaluated(workdir: Path, progress: Progress) -> set[str]:
@@ -214,7 +263,15 @@ def evaluated(workdir: Path, progress: Progress) -> set[str]:
 class _Files:
     """All files that rank 0 writes."""
 
-    def __init__(self, workdir: Path, resumed: Progress, *, phase_begun: bool) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        resumed: Progress,
+        *,
+        phase_begun: bool,
+        tracker: WeightsAndBiases | None,
+    ) -> None:
+        self._tracker = tracker
         workdir.mkdir(parents=True, exist_ok=True)
         last = (resumed.samples, phase_begun)
 
@@ -228,19 +285,29 @@ class _Files:
         )
 
     def step(
-        self, progress: Progress, values: Mapping[str, float], speed: Speed, seconds: float
+        self,
+        progress: Progress,
+        values: Mapping[str, float],
+        timing: Mapping[str, float],
+        seconds: float,
     ) -> None:
-        timing = {
-            "samples_per_second": speed.samples_per_second,
-            "data_wait": speed.data_wait,
-            "seconds": seconds,
-            "time": time.time(),
-        }
-        self._metrics.append({**_place(progress), "values": values, "timing": timing})
+        clock = {**timing, "seconds": seconds, "time": time.time()}
+        self._metrics.append({**_place(progress), "values": values, "timing": clock})
         scalars = {f"train/{name}": value for name, value in values.items()}
-        scalars["speed/samples_per_second"] = speed.samples_per_second
-        scalars["speed/data_wait"] = speed.data_wait
-        self.tensorboard.scalars(progress.step, scalars)
+        scalars |= {f"speed/{name}": value for name, value in timing.items()}
+        self._scalars(progress.step, scalars)
+
+    def image(
+        self, progress: Progress, name: str, pixels: UInt8[np.ndarray, "height width 3"]
+    ) -> None:
+        self.tensorboard.image(progress.step, name, pixels)
+        if self._tracker is not None:
+            self._tracker.image(progress.step, name, pixels)
+
+    def _scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.tensorboard.scalars(step, scalars)
+        if self._tracker is not None:
+            self._tracker.scalars(step, scalars)
 
     def event(
         self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
@@ -252,7 +319,7 @@ class _Files:
         scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
         if scalars:
             # After a save it belongs to the step to come, with which a resume takes it back.
-            self.tensorboard.scalars(progress.step + int(after_save), scalars)
+            self._scalars(progress.step + int(after_save), scalars)
 
     def flush(self) -> None:
         for file in (self._metrics, self._events, self.tensorboard):
@@ -261,6 +328,8 @@ class _Files:
     def close(self) -> None:
         for file in (self._metrics, self._events, self.tensorboard):
             file.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _place(progress: Progress) -> dict[str, int]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+from trainer.long_work import duration
 from trainer.types import Progress
 
 MOST_FIGURES = 10
@@ -50,6 +51,8 @@ class Speedometer:
 class PlainLines:
     """One line per logging interval, for files and pipes."""
 
+    is_live = False
+
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
         self._total_steps = total_steps
@@ -57,14 +60,18 @@ class PlainLines:
     def step(self, progress: Progress, speed: Speed) -> None:
         """Called every step; only a bar moves that often."""
 
-    def figures(self, progress: Progress, loss: float | None, speed: Speed) -> None:
-        """Called once per logging interval."""
-        parts = [f"step {progress.step}/{self._total_steps}", *_figures(loss, speed)]
-        self.line("  ".join([*parts, f"ETA {_eta(progress, self._total_steps, speed)}"]))
+    def figures(self, progress: Progress, loss: float | None, speed: Speed) -> str:
+        """Called once per logging interval; the line."""
+        text = _line(progress, self._total_steps, loss, speed)
+        self.line(text)
+        return text
 
     def line(self, text: str) -> None:
         self._console.file.write(text + "\n")
         self._console.file.flush()
+
+    def live(self, text: str) -> None:
+        """Nothing is drawn over in a file."""
 
     def close(self) -> None:
         pass
@@ -73,22 +80,29 @@ class PlainLines:
 class LiveBar:
     """A bar that stays at the bottom while lines scroll above it."""
 
+    is_live = True
+
     def __init__(self, console: Console, total_steps: int) -> None:
         self._total_steps = total_steps
         self._loss: float | None = None
+        self._shown = ""
         columns = (BarColumn(), TextColumn("{task.description}", markup=False))
         self._bar = Bar(*columns, console=console, refresh_per_second=4, transient=False)
         self._task: TaskID = self._bar.add_task("", total=total_steps)
         self._bar.start()
 
     def step(self, progress: Progress, speed: Speed) -> None:
-        parts = [f"step {progress.step}/{self._total_steps}", *_figures(self._loss, speed)]
-        parts.append(f"ETA {_eta(progress, self._total_steps, speed)}")
-        self._bar.update(self._task, completed=progress.step, description="  ".join(parts))
+        self._shown = _line(progress, self._total_steps, self._loss, speed)
+        self._bar.update(self._task, completed=progress.step, description=self._shown)
 
-    def figures(self, progress: Progress, loss: float | None, speed: Speed) -> None:
+    def figures(self, progress: Progress, loss: float | None, speed: Speed) -> str:
         self._loss = loss
         self.step(progress, speed)
+        return _line(progress, self._total_steps, loss, speed)
+
+    def live(self, text: str) -> None:
+        """What else goes on, in the bar's own line."""
+        self._bar.update(self._task, description=text or self._shown)
 
     def line(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -122,20 +136,28 @@ def event_line(progress: Progress, name: str, figures: Mapping[str, Any]) -> str
     return f"step {progress.step}  {name}" + (": " + ", ".join(shown) if shown else "")
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `2 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    whole = round(seconds)
-    for size, unit, smaller_size, smaller_unit in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if whole >= size:
-            rest = whole % size // smaller_size
-            return f"{whole // size} {unit} {rest} {smaller_unit}"
-    return f"{whole} s"
+def episode_line(progress: Progress, figures: Mapping[str, Any]) -> str:
+    """`step 120  episode 3: clustered in 12 s; image and text clusters agree by 0.41 (NMI)`, of
+    whatever figures there are; `events.jsonl` has all."""
+    seconds = [value for key, value in figures.items() if key.startswith("seconds_")]
+    said = [f"clustered in {duration(sum(seconds))}"] if seconds else ["no prototypes"]
+    if (agreed := figures.get("nmi_image_text")) is not None:
+        said.append(f"image and text clusters agree by {agreed:.2f} (NMI)")
+    spread = [f"{figures[k]:.3g} ({k.removesuffix('_objective')})" for k in _objectives(figures)]
+    if spread:
+        said.append(f"mean squared distance to the own cluster {', '.join(spread)}")
+    number = figures.get("episode")
+    name = "episode" if number is None else f"episode {number}"
+    return f"step {progress.step}  {name}: {'; '.join(said)}"
+
+
+def _objectives(figures: Mapping[str, Any]) -> list[str]:
+    return [key for key in figures if key.endswith("_objective")]
+
+
+def _line(progress: Progress, total_steps: int, loss: float | None, speed: Speed) -> str:
+    parts = [f"step {progress.step}/{total_steps}", *_figures(loss, speed)]
+    return "  ".join([*parts, f"ETA {_eta(progress, total_steps, speed)}"])
 
 
 def _figures(loss: float | None, speed: Speed) -> list[str]:

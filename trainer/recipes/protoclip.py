@@ -33,6 +33,7 @@ from trainer.data.classes import class_labels
 from trainer.data.labels import ClusterLabels
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError
+from trainer.long_work import counted
 from trainer.losses.constant_prototypes import (
     PrototypeTable,
     prototype_cross_entropy,
@@ -192,7 +193,13 @@ class Recipe:
             return figures
         with _timed(figures, "seconds_extract"):
             view = samples.view(progress.samples, self.episode_samples, purpose="extract")
-            extracted = _extract(encode, view)
+            own = -(-self.episode_samples // self.comm.world_size)
+            extracted = _extract(
+                encode,
+                counted(
+                    view, "extracting", total=own, unit="samples", size=lambda b: len(b.sample_id)
+                ),
+            )
         with _timed(figures, "seconds_cluster"):
             clustered: dict[Modality, KMeansResult] = {
                 "image": self._clustered("image", extracted.image, extracted.ids),

@@ -20,6 +20,7 @@ from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.texts import TextSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import key_of, uniform
+from trainer.long_work import LongWork
 from trainer.store import EmbeddingStore, Identity, StoreWriter
 from trainer.store.shard_file import SUFFIX, encode, map_shard
 
@@ -92,17 +93,19 @@ def embed(
     writer = StoreWriter.begin(Path(out), teacher.identity, sources)
     agreed(comm, writer.announce if comm.is_main else _nothing)
     todo = _agreed_list(comm, lambda: [row for row, n in enumerate(names) if not writer.has(n)])
-    skipped, checked = [0], [0]
+    skipped, checked, own = [0], [0], todo[comm.rank :: comm.world_size]
+    work = LongWork("embedding", total=sum(shards.sizes[row] for row in own), unit="samples")
 
     def compute() -> None:
-        for row in todo[comm.rank :: comm.world_size]:
-            ids, vectors = _shard_vectors(shards, row, teacher)
+        for row in own:
+            ids, vectors = _shard_vectors(shards, row, teacher, work)
             writer.write(names[row], ids, vectors)
             skipped.append(shards.sizes[row] - len(ids))
             checked.append(_check_again(writer.path(names[row]), shards, row, teacher))
             report(f"{names[row]}: {len(ids)} samples")
 
-    agreed(comm, lambda: _together(teacher, compute))
+    with work:
+        agreed(comm, lambda: _together(teacher, compute))
     agreed(comm, writer.finish if comm.is_main else _nothing)
     sums = comm.gather_json([sum(skipped), sum(checked)])
     return Embedded(len(names), len(todo), *(sum(column) for column in zip(*sums, strict=True)))
@@ -174,7 +177,7 @@ def _nothing() -> None: ...
 
 
 def _shard_vectors(
-    shards: ShardSet | TextSet, shard: int, teacher: Teacher
+    shards: ShardSet | TextSet, shard: int, teacher: Teacher, work: LongWork
 ) -> tuple[NDArray[np.int64], Tensor]:
     identity = teacher.identity
     ids: list[int] = []
@@ -182,6 +185,7 @@ def _shard_vectors(
     for chunk, items in read_items(shards, shard, teacher):
         ids += chunk
         parts.append(teacher.encode(items))
+        work.done(len(chunk))
     return np.array(ids, dtype=np.int64), torch.cat(parts)
 
 
