@@ -1,0 +1,82 @@
+"""A CLIP tower in which every layer has heads and neurons of its own number."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trainer.models.tower import Tower
+
+
+class NarrowShape(NamedTuple):
+    """What a tower has left of its units; heads and neurons for each layer."""
+
+    width: int
+    head_dim: int
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+
+class BiasAttention(nn.Module):
+    """An attention layer whose heads have all gone: what is left is its output's bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out_proj = _Bias(width)
+
+    def forward(self, hidden_states: Float[Tensor, "b n d"], **_: Any) -> tuple[Tensor, None]:
+        return self.out_proj(hidden_states), None
+
+
+class _Bias(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.bias.expand_as(states)
+
+
+class BiasMlp(nn.Module):
+    """An MLP whose neurons have all gone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc2 = _Bias(width)
+
+    def forward(self, hidden_states: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.fc2(hidden_states)  # type: ignore[no-any-return]
+
+
+def narrow(tower: Tower, shape: NarrowShape) -> None:
+    """Give the layers of a CLIP tower of the right width their own heads and neurons, in place.
+
+    The new layers' weights are zero, to be filled.
+    """
+    width, head_dim = shape.width, shape.head_dim
+    for layer, heads, neurons in zip(
+        tower.backbone.encoder.layers, shape.heads, shape.neurons, strict=True
+    ):
+        if not heads:
+            layer.self_attn = BiasAttention(width)
+        else:
+            attention = layer.self_attn
+            for part in ("q_proj", "k_proj", "v_proj"):
+                setattr(attention, part, _zeros(width, heads * head_dim))
+            attention.out_proj = _zeros(heads * head_dim, width)
+            attention.num_heads, attention.head_dim = heads, head_dim
+            attention.scale = head_dim**-0.5
+        if not neurons:
+            layer.mlp = BiasMlp(width)
+        else:
+            layer.mlp.fc1, layer.mlp.fc2 = _zeros(width, neurons), _zeros(neurons, width)
+
+
+def _zeros(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
