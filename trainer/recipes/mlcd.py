@@ -13,44 +13,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from transformers import PreTrainedTokenizerFast
-
-from trainer.comm import Comm
-from trainer.config import RecipeConfig
-from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
-from trainer.parts.prototypes import PrototypesConfig, PrototypesTerm
+from trainer.parts.image_prototypes import ImagePrototypes, ImagePrototypesConfig, build_model
 from trainer.parts.token_selection import SelectsTokens, token_parts
-from trainer.recipe import Context, Part, WithoutPhases
-from trainer.types import Batch, Features, Losses
+from trainer.recipe import Context
+
+__all__ = ["Config", "Recipe", "build_model"]
 
 
-class Config(SelectsTokens, RecipeConfig, PrototypesConfig):
-    """Defaults are MLCD's. Where the model has a head, its output is compared."""
+class Config(SelectsTokens, ImagePrototypesConfig):
+    """Defaults are MLCD's."""
 
     name: Literal["mlcd"] = "mlcd"
-    model: ImageTowerConfig = ImageTowerConfig()
-    reads = frozenset({"head"})
 
 
-def build_model(
-    config: Config,
-    tokenizer: PreTrainedTokenizerFast | None,
-    comm: Comm | None = None,
-    *,
-    seed: int = 0,
-) -> ImageTower:
-    return build_image_tower(config.model, comm, seed=seed)
-
-
-class Recipe(WithoutPhases):
+class Recipe(ImagePrototypes):
     def __init__(self, config: Config, context: Context) -> None:
-        self.model = build_model(config, context.text_tokenizer, context.comm, seed=context.seed)
-        self.term = PrototypesTerm(config, context, dim=config.model.compared_dim)
-        self.labels, self.head = self.term.labels, self.term.head
-        self.parts: dict[str, Part] = {
-            "head": self.head,
-            **token_parts(config, context, self.model),
-        }
-
-    def losses(self, features: Features, batch: Batch, step: int) -> Losses:
-        return self.term.losses(features, batch, step)
+        super().__init__(config, context)
+        self.parts |= token_parts(config, context, self.model)

@@ -1,0 +1,190 @@
+"""Which tests the fast lane runs (`--fast`), and which a change asks for (`--changed`).
+
+Heavy are tests that start a process, as their code says, and those that are marked so. A test of
+the fast lane that starts one all the same fails there.
+"""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import multiprocessing.process
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STARTERS = (subprocess, multiprocessing)
+"""Modules that start processes; a test that reaches one of them through its code is heavy."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="no test that is heavy")
+    parser.addoption("--changed", action="store_true", help="what imports a changed file")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        heavy = [is_heavy(item) for item in items]
+        config.hook.pytest_deselected(items=list(compress(items, heavy)))
+        items[:] = [item for item, is_one in zip(items, heavy, strict=True) if not is_one]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not config.getoption("--changed") or not collection_path.name.startswith("test_"):
+        return None
+    return True if collection_path not in changed_tests(ROOT) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    before = len(started)
+    yield
+    if len(started) > before and item.config.getoption("--fast"):
+        pytest.fail(
+            f"{item.nodeid} starts a process ({started[-1]}), as its code does not show; mark it "
+            "@pytest.mark.heavy",
+            pytrace=False,
+        )
+
+
+# -- what starts processes ----------------------------------------------------------------------
+
+started: list[str] = []
+"""What this process has started since pytest began."""
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen":
+        started.append(str(arguments[0]))
+
+
+sys.addaudithook(_listen)
+_start = multiprocessing.process.BaseProcess.start
+
+
+def _start_and_tell(self: Any) -> None:
+    started.append(repr(self))
+    _start(self)
+
+
+multiprocessing.process.BaseProcess.start = _start_and_tell  # type: ignore[method-assign]
+
+
+def is_heavy(item: pytest.Item) -> bool:
+    """Marked so or as slow, or of a code that names a starter: its own, or that of its fixtures."""
+    if item.get_closest_marker("heavy") or item.get_closest_marker("slow"):
+        return True
+    info = getattr(item, "_fixtureinfo", None)
+    fixtures = [d.func for ds in info.name2fixturedefs.values() for d in ds] if info else []
+    return any(map(starts_processes, [getattr(item, "function", None), *fixtures]))
+
+
+@cache
+def starts_processes(function: Callable[..., Any] | None) -> bool:
+    function = getattr(function, "__wrapped__", function)
+    return isinstance(function, types.FunctionType) and _reaches(function, set())
+
+
+def _reaches(function: types.FunctionType, seen: set[types.FunctionType]) -> bool:
+    """Whether a function of the tests names a starter, itself or through others of the tests."""
+    seen.add(function)
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name)
+        value = getattr(value, "__wrapped__", value)
+        if value in STARTERS or getattr(value, "__module__", None) in ("subprocess", "tests.ranks"):
+            return True
+        ours = isinstance(value, types.FunctionType) and value.__module__.startswith("tests.")
+        if ours and value not in seen and _reaches(value, seen):
+            return True
+    return False
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+# -- what imports what has changed --------------------------------------------------------------
+
+
+@cache
+def changed_tests(root: Path) -> frozenset[Path]:
+    """The files of tests that import, at whatever distance, a file that is not as on `main`.
+
+    The rules of the house always; all tests where a change is one that no import shows.
+    """
+    files = [root / name for name in changed_names(root)]
+    sources = frozenset(p for r in PACKAGES for p in (root / r).rglob("*.py"))
+    everything = {path for path in sources if path.name.startswith("test_")}
+    if any(path.suffix != ".md" and path not in sources for path in files):
+        return frozenset(everything)
+    if sources & set(files) & {root / "tests" / name for name in OF_ALL_TESTS}:
+        return frozenset(everything)
+    asked = dependants(root, files) | set((root / "tests/house").glob("test_*.py"))
+    return frozenset(everything & asked)
+
+
+PACKAGES = ("trainer", "tests", "tools")
+OF_ALL_TESTS = ("conftest.py", "lanes.py", "shapes.py")
+
+
+def changed_names(root: Path) -> Sequence[str]:
+    """Files that differ from where this branch left `main`, and new ones."""
+    base = _git(root, "merge-base", "HEAD", "main") or ["HEAD"]
+    changed = _git(root, "diff", "--name-only", base[0])
+    return sorted({*changed, *_git(root, "ls-files", "--others", "--exclude-standard")})
+
+
+def _git(root: Path, *command: str) -> list[str]:
+    found = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
+    return found.stdout.splitlines()
+
+
+def dependants(root: Path, files: Sequence[Path]) -> set[Path]:
+    """The files themselves and all that import them, directly or not."""
+    paths = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+    modules = {_module(path.relative_to(root)): path for path in paths}
+    importers: dict[Path, set[Path]] = {}
+    for path in paths:
+        for needed in needed_files(path, root, modules):
+            importers.setdefault(needed, set()).add(path)
+    found, open_files = set(files), list(files)
+    while open_files:
+        new = importers.get(open_files.pop(), set()) - found
+        found |= new
+        open_files += new
+    return found
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def needed_files(path: Path, root: Path, modules: Mapping[str, Path]) -> set[Path]:
+    """What a file imports; as strings: files by their path, `trainer` as a program, and of
+    `f"trainer.recipes.{name}"` all that it may mean."""
+    names, needed = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+            if text == "trainer":
+                names.add("trainer.__main__")
+            elif text.endswith(".") and text.startswith("trainer."):
+                names |= {name for name in modules if name.startswith(text)}
+            elif re.fullmatch(r"[\w./-]+\.\w+", text):
+                needed.add(root / text)
+    packages = {name[:place] for name in names for place in range(len(name)) if name[place] == "."}
+    return needed | {modules[name] for name in names | packages if name in modules}
