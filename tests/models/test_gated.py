@@ -53,7 +53,7 @@ def test_open_gates_change_nothing(kind: str) -> None:
     plain, gated = tower_of(kind), tower_of(kind)
     values = GatedTower(gated)
     assert torch.equal(said(gated, kind), said(plain, kind))
-    values.values = values.sizes
+    values.final = values.sizes
     torch.testing.assert_close(said(gated, kind), said(plain, kind), rtol=1e-5, atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_hard_gates_are_the_smaller_tower(kind: str) -> None:
     for name, value in small.named_parameters():
         kept = kept_places(name, units, head_dim=8)
         value.data.copy_(kept.of(weights[kept.name]))
-    GatedTower(large).values = HARD
+    GatedTower(large).final = HARD
     torch.testing.assert_close(said(small, kind), said(large, kind), rtol=1e-5, atol=1e-5)
     counted = sum(p.numel() for n, p in small.named_parameters() if n.endswith("proj.weight"))
     assert counted == sum(4 * 8 * len(heads) * len(units.hidden) for heads in units.heads)
@@ -104,15 +104,15 @@ def test_gates_have_gradients_with_checkpointing_too(kind: str) -> None:
         tower = tower_of(kind).train()
         tower.gradient_checkpointing(enabled)
         gated = GatedTower(tower)
-        gated.values = Gates(*(part.clone().requires_grad_() for part in gated.sizes))
+        gated.drawn = Gates(*(part.clone().requires_grad_() for part in gated.sizes))
         rows = (
             tower.images(batch.images)
             if kind == "image"
             else tower.texts(batch.tokens, batch.token_mask)
         )
         rows.square().sum().backward()
-        assert all(part.grad.abs().sum() > 0 for part in gated.values)
-        found.append([part.grad for part in gated.values])
+        assert all(part.grad.abs().sum() > 0 for part in gated.drawn)
+        found.append([part.grad for part in gated.drawn])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
 

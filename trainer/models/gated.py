@@ -21,14 +21,17 @@ from trainer.models.tower import Tower
 
 class GatedTower:
     """Puts gates into a tower's passes. They are no parameters of it: whoever owns them sets
-    `values`, and collects gradients there. None: the tower as it is."""
+    `drawn` for training, where gradients collect, and `final` for evaluation. None: the tower as
+    it is."""
 
     def __init__(self, tower: Tower) -> None:
         backbone: Any = tower.backbone
         if not isinstance(tower.backbone, CLIPTextModel | CLIPVisionModel):
             kind = type(backbone).__name__
             raise ConfigError(f"gates are for CLIP's towers, not for a {kind}")
-        self.values: Gates | None = None
+        self.drawn: Gates | None = None
+        self.final: Gates | None = None
+        self._tower = tower
         self.sizes = gate_sizes(backbone)
         self.head_dim: int = backbone.encoder.layers[0].self_attn.head_dim
         backbone.embeddings.register_forward_hook(self._scale_output)
@@ -41,6 +44,11 @@ class GatedTower:
             layer.self_attn.out_proj.register_forward_pre_hook(_before(self._heads, number))
             layer.mlp.fc2.register_forward_pre_hook(_before(self._neurons, number))
 
+    @property
+    def values(self) -> Gates | None:
+        """What counts in the mode that the tower is in."""
+        return self.drawn if self._tower.training else self.final
+
     def _heads(self, gates: Gates, layer: int) -> Tensor:
         return gates.heads[layer].repeat_interleave(self.head_dim)
 
@@ -48,14 +56,14 @@ class GatedTower:
         return gates.neurons[layer]
 
     def _scale_output(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        return None if self.values is None else output * self.values.hidden.to(output.dtype)
+        values = self.values
+        return None if values is None else output * values.hidden.to(output.dtype)
 
     def _norm(self, module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-        if self.values is None:
+        values = self.values
+        if values is None:
             return None
-        return gated_norm(
-            inputs[0], self.values.hidden, module.weight, module.bias, epsilon=module.eps
-        )
+        return gated_norm(inputs[0], values.hidden, module.weight, module.bias, epsilon=module.eps)
 
 
 def gate_sizes(backbone: Any) -> Gates:
@@ -94,8 +102,9 @@ def _before(gate_of: Any, layer: int) -> Any:
 
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         gated: GatedTower = gate_of.__self__
-        if gated.values is None:
+        values = gated.values
+        if values is None:
             return None
-        return (inputs[0] * gate_of(gated.values, layer).to(inputs[0].dtype),)
+        return (inputs[0] * gate_of(values, layer).to(inputs[0].dtype),)
 
     return hook

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from trainer.models.load import ATTENTION
 from trainer.models.tower import Tower
 
 
@@ -49,6 +51,27 @@ class BiasMlp(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.fc2(hidden_states)  # type: ignore[no-any-return]
+
+
+def narrowed(tower: Tower, shape: NarrowShape) -> Tower:
+    """A tower of the same kind with these sizes; what it has learned is to be filled in."""
+    settings = copy.deepcopy(tower.backbone.config)
+    # One head of the whole width is only what the class needs to begin with.
+    settings.update({"hidden_size": shape.width, "num_attention_heads": 1})
+    backbone: Any = type(tower.backbone)._from_config(settings, attn_implementation=ATTENTION)
+    projection = nn.Linear(shape.width, tower.projection.out_features, bias=False)
+    result = Tower(
+        backbone,
+        projection,
+        pool=tower.pool,
+        trained=tower.trained,
+        causal=tower.causal,
+        eos_token_id=tower.eos_token_id,
+        pair=tower.pair,
+        note=tower.note,
+    )
+    narrow(result, shape)
+    return result
 
 
 def narrow(tower: Tower, shape: NarrowShape) -> None:
