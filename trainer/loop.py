@@ -83,13 +83,16 @@ class Run(NamedTuple):
     frozen: str
     engine: Engine
     average: AveragedWeights | None
-    buffers: Mapping[str, Tensor]
-    """Of the model's state: what a forward pass in training changes."""
     checkpoints: Checkpointer
     log: MetricLog
     meter: Meter
     clock: Clock
     skipped: SkippedSteps
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Of the model's state: what a forward pass in training changes."""
+        return persistent_buffers(self.engine.module)
 
     def encode(self, batch: Batch) -> Features:
         """The engine's, for what takes long: a stop is looked at before each batch."""
@@ -183,7 +186,8 @@ def _built(
     tokenizer = tokenizer_of(config, comm)
     stream = agreed(comm, lambda: stream_of(config, comm, tokenizer, micro_batch=micro_batch))
     tell(f"building the model of {config.recipe.name}")
-    recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check))
+    shape = restored.state.get("shape") if restored else None
+    recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check, shape))
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
     averaged = config.average is not None
@@ -226,7 +230,6 @@ def _built(
         log.say(f"going on from step {restored.step} in {restored.folder}")
     return Run(
         *(config, comm, check, tokenizer, stream, recipe, frozen, engine, average),
-        buffers=persistent_buffers(engine.module),
         checkpoints=checkpoints,
         log=log,
         meter=meter,

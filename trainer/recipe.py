@@ -36,6 +36,9 @@ class Context(NamedTuple):
     steps: int
     workdir: Path
     data: DataConfig
+    shape: Mapping[str, Any] | None = None
+    """Of a model that has changed its shape since its run began: what `ChangesShape.shape` said
+    when it was saved. None: as the configuration says."""
     check: Check = go_on
     """For what takes long and calls no `Encode`, as a clustering: between its passes a stop is
     looked at. All ranks must call it equally often."""
@@ -97,6 +100,16 @@ class FollowsWeights(Protocol):
 
     def attach(self, engine: Any) -> None:
         """Called once, after the engine is made and before anything is restored."""
+        ...
+
+
+@runtime_checkable
+class ChangesShape(Protocol):
+    """A recipe whose model changes in the middle of a run (by `Engine.rebuild`, in a phase)."""
+
+    def shape(self) -> Mapping[str, Any] | None:
+        """What `build_model(..., shape=)` and `Context.shape` need to make the model of now; it
+        must survive JSON. None: the model is still that of the configuration."""
         ...
 
 
@@ -166,24 +179,31 @@ def load_recipe(config: Any, context: Context) -> Recipe:
 
 
 def build_model(
-    config: Any, tokenizer: PreTrainedTokenizerFast | None, comm: Comm, *, seed: int
+    config: Any,
+    tokenizer: PreTrainedTokenizerFast | None,
+    comm: Comm,
+    *,
+    seed: int,
+    shape: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The model that the recipe of `config` trains, as it is before the first step."""
+    """The model that the recipe of `config` trains, as it is before the first step; where a
+    checkpoint says a `shape`, in that shape."""
     build = getattr(recipe_module(config.name), "build_model", None)
     if build is None:
         raise ConfigError(
             f"trainer/recipes/{config.name}.py has no build_model(config, tokenizer, comm, seed=), "
             "so only training can make its model; let its Recipe call one"
         )
-    model: Model = build(config, tokenizer, comm, seed=seed)
+    changed = {} if shape is None else {"shape": shape}
+    model: Model = build(config, tokenizer, comm, seed=seed, **changed)
     return model
 
 
 def attach_parts(recipe: Recipe, engine: Any) -> None:
-    """Show the engine to the parts that follow its weights."""
-    for part in recipe.parts.values():
-        if isinstance(part, FollowsWeights):
-            part.attach(engine)
+    """Show the engine to the parts that follow its weights, and to a recipe that changes it."""
+    for follower in (recipe, *recipe.parts.values()):
+        if isinstance(follower, FollowsWeights):
+            follower.attach(engine)
 
 
 def prepared(recipe: Recipe, batches: Sequence[Batch]) -> Sequence[Batch]:

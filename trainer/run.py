@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -142,6 +144,7 @@ def context_of(
     comm: Comm,
     tokenizer: PreTrainedTokenizerFast | None,
     check: Check = go_on,
+    shape: Mapping[str, Any] | None = None,
 ) -> Context:
     return Context(
         comm=comm,
@@ -151,6 +154,7 @@ def context_of(
         steps=config.steps,
         workdir=config.workdir,
         data=config.data,
+        shape=shape,
         check=check,
     )
 

@@ -16,7 +16,7 @@ from trainer.checkpoint.restored import Restored
 from trainer.config import RunConfig, dump_run, parse_run
 from trainer.engine.zero import Engine, persistent_buffers
 from trainer.errors import CheckpointError
-from trainer.recipe import Recipe
+from trainer.recipe import ChangesShape, Recipe
 from trainer.types import Batch, NamedTensors, Progress
 
 # What may change between two starts of the same run. Anything else would continue another run
@@ -80,6 +80,8 @@ def save_state(
         "frozen_weights": frozen,
         "evaluations_due": list(evaluations_due),
     }
+    if isinstance(recipe, ChangesShape) and (shape := recipe.shape()) is not None:
+        state["shape"] = shape
     checkpoints.save(here.progress.step, tensors, state, {"run.yaml": dump_run(config)})
 
 

@@ -58,7 +58,8 @@ def open_workdir(
     run = parse_run(restored.texts["run.yaml"], places, source=source)
     try:
         tokenizer = tokenizer_of(run, comm)
-        model = build_model(run.recipe, tokenizer, comm, seed=run.seed)
+        shape = restored.state.get("shape")
+        model = build_model(run.recipe, tokenizer, comm, seed=run.seed, shape=shape)
     except ConfigError as error:
         raise _told_of_moved_folders(error, run) from error
     if restored.state["frozen_weights"] != frozen_digest(model):
