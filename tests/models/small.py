@@ -66,7 +66,11 @@ def small_config(**changes: object) -> TwoTowerConfig:
         "patch_size": 16,
         "text_length": LENGTH,
     }
-    return TwoTowerConfig.model_validate(values | changes)
+    values |= changes
+    image = values["image"]
+    if isinstance(image, dict) and "path" in image and "patch_size" not in changes:
+        del values["patch_size"]  # the loaded model's
+    return TwoTowerConfig.model_validate(values)
 
 
 def small_batch(count: int = 4, *, seed: int = 0) -> Batch:

@@ -85,7 +85,8 @@ class TwoTowerConfig(ModelSection):
     image: TowerConfig
     text: TowerConfig
     patch_size: PositiveInt | None = None
-    """Pixels per side of a patch; that of the model at `image.path` where there is one."""
+    """Pixels per side of a patch. Where there is a model at `image.path` it is that one's: leave it
+    out, or say the same."""
     text_length: PositiveInt
     """Tokens per caption, begin and end included."""
     vocabulary: PositiveInt | None = None
@@ -145,7 +146,8 @@ class ImageTowerConfig(ModelSection):
     preset: Preset = "tiny"
     image: TowerConfig
     patch_size: PositiveInt | None = None
-    """Pixels per side of a patch; that of the model at `image.path` where there is one."""
+    """Pixels per side of a patch. Where there is a model at `image.path` it is that one's: leave it
+    out, or say the same."""
     head: HeadConfig | None = None
     """A projection head whose output stands beside the embedding; none where None."""
 

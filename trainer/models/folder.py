@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
 from trainer.errors import ConfigError
@@ -79,6 +79,17 @@ def load_folder(
     return _part_of(model.eval(), part, path)._replace(is_decoded=decoded)
 
 
+def load_pair(path: Path | str, *, dtype: torch.dtype = torch.float32) -> tuple[Loaded, Loaded]:
+    """Image and text encoder of one folder, which is read once; ConfigError where it is no pair."""
+    image = load_folder(path, part="image", dtype=dtype, local_files_only=True)
+    if image.pair is None:
+        raise ConfigError(
+            f"{path} is a {type(image.backbone).__name__} and no pair of towers, so it can't say "
+            "how well an image and a text match"
+        )
+    return image, _part_of(image.pair, "text", path)
+
+
 def folder_settings(path: Path | str, *, local_files_only: bool = False) -> Any:
     """The configuration at `path`, as it was saved."""
     folder = Path(path)
@@ -142,7 +153,14 @@ def _class_of(settings: Any) -> Any:
     if encoder.endswith("EncoderModel") and hasattr(transformers, encoder):
         settings.is_encoder_decoder = False
         return getattr(transformers, encoder)
+    known = getattr(transformers, saved, None)
+    if type(settings) not in AutoModel._model_mapping and _is_model(known):
+        return known  # one tower of a pair, such as SigLIP's of texts, which has no automatic class
     return AutoModel
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, PreTrainedModel)
 
 
 def _not_loaded(path: Path | str, part: Part, error: BaseException) -> str:

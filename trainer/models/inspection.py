@@ -106,7 +106,8 @@ def leave_out_head(model: Any) -> None:
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None
     if getattr(model, "use_head", False):
-        model.use_head = False
+        # The configuration goes along, or a saved copy would lack what it says it has.
+        model.use_head = model.config.vision_use_head = False
         del model.head
 
 

@@ -148,7 +148,8 @@ def _loaded_text_tower(
     if loaded.is_decoded:
         raise ConfigError(f"{path} is an encoder-decoder; a tower is one of the two")
     reach = inspect_text(loaded.backbone, tokenizer, path, length=config.text_length)
-    _check_length(reach, config.text_length, path)
+    check_length(reach, config.text_length, path)
+    _check_row(reach, config.text_length, path)
     rows = tokenize(tokenizer, [_PROBE_TEXT], length=config.text_length)
 
     def tower(pool: Pool) -> Tower:
@@ -177,6 +178,31 @@ def _loaded_text_tower(
     )
     finished.note += said_otherwise(tokenizer)
     return finished
+
+
+def own_image_tower(loaded: Loaded, sight: Sight, path: str, *, size: int) -> Tower:
+    """A frozen tower that says of an image what the folder's model says by itself."""
+    kept = loaded if loaded.projection is not None else loaded._replace(projection=nn.Identity())
+    section = TowerConfig(path=path, trained=False)
+    dim = getattr(kept.projection, "out_features", sight.width)
+    weight = next(kept.backbone.parameters())
+    pixels = torch.rand(2, 3, size, size, generator=_generator()).to(weight.dtype)
+    towers = [
+        Tower(
+            kept.backbone,
+            _projection(section, "image", dim, sight.width, kept),
+            pool=pool,
+            trained=False,
+        )
+        for pool in _image_pools(section, kept, sight, path)
+    ]
+    return _like_the_pair(
+        towers,
+        lambda built: built.images(pixels),
+        lambda pair: pair.get_image_features(pixel_values=pixels),
+        kept,
+        path,
+    )
 
 
 def own_text_tower(
@@ -234,7 +260,7 @@ def _finished(
         hold_unread(tower.backbone, probe)
     if section.lora:
         add_lora(tower.backbone, section.lora)
-    tower.pair = _scales(loaded)
+    tower.pair = pair_scales(loaded)
     mapped = {
         "Identity": "no projection",
         "Linear": "the projection at its path"
@@ -296,7 +322,8 @@ def _projection(
     return nn.Identity() if wanted == "none" else cast(nn.Module, own)
 
 
-def _scales(loaded: Loaded) -> PairScales | None:
+def pair_scales(loaded: Loaded) -> PairScales | None:
+    """What a pair multiplies and shifts its cosines by; None where it says no scale."""
     scale = getattr(loaded.pair, "logit_scale", None)
     if not isinstance(scale, Tensor):
         return None
@@ -339,21 +366,38 @@ def _sizes(section: TowerConfig) -> dict[str, Any]:
 
 
 def _check_image_size(backbone: Any, config: ModelConfig) -> None:
-    patch, size = getattr(backbone.config, "patch_size", None), config.image_size
-    if isinstance(patch, int) and size % patch:
+    patch, size, path = _patch_of(backbone), config.image_size, config.image.path
+    if config.patch_size is not None and config.patch_size != patch:
+        cuts = "has no patches of one size" if patch is None else f"has patches of {patch}"
+        raise ConfigError(
+            f"patch_size is {config.patch_size}, but {path} {cuts}; drop model.patch_size"
+        )
+    if patch is not None and size % patch:
         lower = max(patch, size // patch * patch)
         raise ConfigError(
-            f"image_size is {size}, but {config.image.path} cuts images into patches of {patch}; "
+            f"image_size is {size}, but {path} cuts images into patches of {patch}; "
             f"set model.image_size={lower} or {lower + patch}"
         )
 
 
-def _check_length(reach: Reach, length: int, path: str) -> None:
+def _patch_of(backbone: Any) -> int | None:
+    """Pixels of a side of a patch, where there are square ones."""
+    said = getattr(backbone.config, "patch_size", None)
+    sides = set(said) if isinstance(said, list | tuple) else {said}
+    side = sides.pop()
+    return side if isinstance(side, int) and not sides else None
+
+
+def check_length(reach: Reach, length: int, path: str) -> None:
+    """ConfigError where a row is longer than the model reads."""
     if reach.longest is not None:
         raise ConfigError(
             f"text_length is {length}, but {path} reads at most {reach.longest} tokens; "
             f"set model.text_length={reach.longest}"
         )
+
+
+def _check_row(reach: Reach, length: int, path: str) -> None:
     if reach.fills and reach.row != length:
         raise ConfigError(
             f"{path} pools at the end of rows that are filled up to {reach.row} tokens, but "

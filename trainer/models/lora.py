@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import ConfigError
 from trainer.models.config import LoraConfig
@@ -19,6 +21,7 @@ def add_lora(backbone: Any, config: LoraConfig) -> None:
     from peft import LoraConfig as Settings
     from peft import inject_adapter_in_model
 
+    _refuse_unknown(backbone, config.layers or ())
     settings = Settings(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -31,6 +34,18 @@ def add_lora(backbone: Any, config: LoraConfig) -> None:
         raise ConfigError(
             f"no low-rank additions to {type(backbone).__name__}: {reason}"
         ) from error
+
+
+def _refuse_unknown(backbone: nn.Module, layers: Sequence[str]) -> None:
+    """peft passes over names that no layer has, as long as another one is found."""
+    linear = [n for n, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    unknown = [layer for layer in layers if not any(f".{n}".endswith(f".{layer}") for n in linear)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise ConfigError(
+            f"lora.layers has {unknown[0]}, but the linear layers of {type(backbone).__name__} "
+            f"are {', '.join(known)}"
+        )
 
 
 def merge_lora(backbone: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -94,20 +96,43 @@ def build_patch_tower(
     `hidden` between (at least 4096 where None). The transformer's own last norm is not used, and
     not kept. Equal on all ranks. FLAME, arXiv 2411.11927.
     """
+    began, section = time.perf_counter(), config.image
     with seeded(seed, "image"):
-        plain = image_tower(config)
+        plain = image_tower(_without_projection(config))
     backbone = plain.backbone
     if not isinstance(backbone, CLIPVisionModel):
         kind = type(backbone).__name__
         raise ConfigError(f"the patches of a {kind} are not known; use a preset or a CLIP model")
-    if config.image.pooling not in ("auto", "mean"):
-        raise ConfigError(f"image.pooling is {config.image.pooling}; patches are averaged")
+    if section.pooling not in ("auto", "mean"):
+        raise ConfigError(f"image.pooling is {section.pooling}; patches are averaged")
     setattr(backbone, "post_layernorm", nn.Identity())  # noqa: B010 (its type is LayerNorm)
     with seeded(seed, "patch head"):
         head = patch_head(backbone.config.hidden_size, config.embed_dim, hidden=hidden)
-    image = PatchEncoder(backbone, head, pool="mean", trained=plain.trained)
+    note = "" if section.path is None else _note(section.path, time.perf_counter() - began)
+    image = PatchEncoder(backbone, head, pool="mean", trained=plain.trained, note=note)
     return PatchTower(
         config, image=image, logit_scale=logit_scale, scale_max=scale_max, logit_bias=logit_bias
+    )
+
+
+def _without_projection(config: ImageTowerConfig) -> ImageTowerConfig:
+    """Patches have a head of their own, so what the folder projects its pooled state with, and
+    into how many numbers, does not matter."""
+    section = config.image
+    if section.projection != "auto":
+        raise ConfigError(
+            f"image.projection is {section.projection}, but patches have a head of their own; "
+            "drop it"
+        )
+    if section.path is None:
+        return config
+    return config.model_copy(update={"image": section.model_copy(update={"projection": "new"})})
+
+
+def _note(path: str, seconds: float) -> str:
+    return (
+        f"image tower: the patches of CLIPVisionModel of {path}, a new head; loaded and looked at "
+        f"in {seconds:.1f} s"
     )
 
 
