@@ -37,7 +37,7 @@ def main() -> None:
         data_licence=arguments.data_licence,
         texts=_texts(trained.run.recipe),
     )
-    reason = f" ({exported.why_not_clip})" if exported.why_not_clip else ""
+    reason = f" ({exported.why_apart})" if exported.why_apart else ""
     which = "" if arguments.weights == "trained" else f", {arguments.weights} weights"
     step = f"step {trained.restored.step}{which}"
     print(f"{step} -> {exported.folder}: {exported.loads_as}{reason}")

@@ -60,7 +60,7 @@ def picture(width: int, height: int) -> Image.Image:
 def test_clip_model_gives_the_same_embeddings(tmp_path: Path) -> None:
     model = moved_model()
     exported = export_model(model, word_tokenizer(), tmp_path)
-    assert exported.is_clip
+    assert exported.is_whole
     clip = CLIPModel.from_pretrained(tmp_path).eval()
     batch = small_batch(6)
     ours = model(batch)
@@ -194,7 +194,7 @@ def test_native_weights_come_back_bit_for_bit_without_the_original_folders(
     model = moved_model(text={**text, "trained": trained})
     expected = model(small_batch())
     exported = export_model(model, word_tokenizer(), tmp_path / "out")
-    assert exported.is_clip == (kind == "clip")
+    assert exported.is_whole == (kind == "clip")
     if save:
         (tmp_path / "before").rename(tmp_path / "gone")
     (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -218,7 +218,7 @@ def test_a_clip_that_was_loaded_from_a_folder_exports_as_clip_again(tmp_path: Pa
     original = moved_model()(small_batch())
     torch.testing.assert_close(again(small_batch()).image, original.image, rtol=0, atol=1e-5)
     torch.testing.assert_close(again(small_batch()).text, original.text, rtol=0, atol=1e-5)
-    assert export_model(again, word_tokenizer(), tmp_path / "second").is_clip
+    assert export_model(again, word_tokenizer(), tmp_path / "second").is_whole
     loaded, _ = load_exported(tmp_path / "second")
     assert torch.equal(loaded(small_batch()).text, again(small_batch()).text)
 
@@ -228,9 +228,9 @@ def test_an_end_token_that_clip_misreads_gives_towers_and_says_why(tmp_path: Pat
     assert tokenizer.eos_token_id == 2
     model = build_two_tower(small_config(), tokenizer)
     exported = export_model(model, tokenizer, tmp_path)
-    assert not exported.is_clip
-    assert "id 2" in exported.why_not_clip
-    assert exported.why_not_clip in (tmp_path / "README.md").read_text()
+    assert not exported.is_whole
+    assert "id 2" in exported.why_apart
+    assert exported.why_apart in (tmp_path / "README.md").read_text()
     assert (tmp_path / "text" / "config.json").exists()
 
 

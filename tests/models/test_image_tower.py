@@ -68,7 +68,7 @@ def test_a_batch_without_images_is_refused():
 def test_transformers_loads_the_exported_tower_with_and_without_its_projection(tmp_path: Path):
     model, batch = moved_tower(), small_batch()
     exported = export_model(model, None, tmp_path)
-    assert exported.is_clip
+    assert exported.is_whole
     assert exported.loads_as == "CLIPVisionModelWithProjection"
     whole = CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
     rows = torch.nn.functional.normalize(whole(batch.images).image_embeds, dim=-1)
@@ -87,7 +87,7 @@ def test_transformers_loads_the_exported_tower_with_and_without_its_projection(t
 def test_the_native_form_comes_back_bit_for_bit(pooling: str, tmp_path: Path):
     model = moved_tower(head=HEAD, image={**SIZES["image"], "pooling": pooling})
     exported = export_model(model, None, tmp_path / "out")
-    assert exported.is_clip == (pooling == "auto")
+    assert exported.is_whole == (pooling == "auto")
     again = load_exported_image_tower(tmp_path / "out")
     for before, after in zip(model(small_batch()), again(small_batch()), strict=True):
         assert (before is None and after is None) or torch.equal(before, after)

@@ -27,12 +27,35 @@ with torch.inference_mode():
 print({probabilities}
 ```
 """
+_SIGLIP_USE = """\
+```python
+import torch
+from PIL import Image
+from transformers import AutoProcessor, SiglipModel
+
+folder = "."  # where this file is
+model = SiglipModel.from_pretrained(folder).eval()
+processor = AutoProcessor.from_pretrained(folder)
+
+batch = processor(
+    text=["a red apple", "a cat"], images=Image.open("picture.png").convert("RGB"),
+    padding="max_length", truncation=True, return_tensors="pt",
+)
+with torch.inference_mode():
+    logits = model(**batch).logits_per_image
+print(torch.sigmoid(logits))  # of each pair, whether it matches
+```
+
+Rows must be filled up (`padding="max_length"`), and no mask is given: the text tower sees the
+padding and pools at the end of the row.
+"""
 _SOFTMAX = "logits.softmax(dim=-1))  # of the texts, which one is the picture's"
 _SIGMOID = "torch.sigmoid(logits + model.config.logit_bias))  # of each pair, whether it matches"
 
 _TOWERS_USE = """\
-`CLIPModel` can't load it: {why_not_clip}. `image/` and `text/` hold the towers for
-`transformers.AutoModel`; pooling and projections are ours, so from a checkout of the trainer:
+`{form}` can't load it: {why_apart}. `image/` and `text/` hold the towers for
+transformers' `{image}` and `{text}`; pooling and projections are ours, so from a checkout of the
+trainer:
 
 ```python
 from trainer.export.native import load_exported
@@ -65,7 +88,7 @@ with torch.inference_mode():
 """
 
 _IMAGE_TOWER_USE = """\
-transformers' CLIP classes can't load it: {why_not_clip}. `image/` holds the tower for
+transformers' CLIP classes can't load it: {why_apart}. `image/` holds the tower for
 `transformers.AutoModel`; pooling and projection are ours, so from a checkout of the trainer:
 
 ```python
@@ -150,10 +173,10 @@ def _texts(texts: Identity | None) -> str:
 
 
 def image_card(
-    config: ImageTowerConfig, *, why_not_clip: str = "", data_licence: str | None = None
+    config: ImageTowerConfig, *, why_apart: str = "", data_licence: str | None = None
 ) -> str:
     """As `model_card`, of an image tower alone."""
-    use = _IMAGE_TOWER_USE if why_not_clip else _IMAGE_USE
+    use = _IMAGE_TOWER_USE if why_apart else _IMAGE_USE
     return f"""\
 # Image encoder
 
@@ -167,7 +190,7 @@ Maps images to unit vectors of {config.embed_dim} numbers; similar images have a
 
 ## Use
 
-{use.format(why_not_clip=why_not_clip)}
+{use.format(why_apart=why_apart)}
 `native/model.safetensors` has all weights under the trainer's own names and `native/model.json`
 the configuration. The prototypes it was trained against are not part of it.
 
@@ -179,18 +202,26 @@ the configuration. The prototypes it was trained against are not part of it.
 
 def model_card(
     config: TwoTowerConfig,
+    form: str,
+    towers: tuple[str, str],
     *,
     scale: float,
     bias: float | None,
-    why_not_clip: str = "",
+    why_apart: str = "",
     data_licence: str | None = None,
 ) -> str:
     """Markdown: what the model is, what it must be fed, how to load it, and under which terms.
 
-    `scale` and `bias` make logits of cosines.
+    `form` is the class of transformers that holds the model; where there is a reason why none does,
+    `towers` are the classes of its two parts. `scale` and `bias` make logits of cosines.
     """
-    use = _TOWERS_USE if why_not_clip else _CLIP_USE
+    whole = _SIGLIP_USE if form == "SiglipModel" else _CLIP_USE
+    use = _TOWERS_USE if why_apart else whole
     probabilities = _SOFTMAX if bias is None else _SIGMOID
+    image, text = towers
+    told = use.format(
+        probabilities=probabilities, why_apart=why_apart, form=form, image=image, text=text
+    )
     return f"""\
 # Image and text encoder
 
@@ -200,7 +231,7 @@ match.
 - Image tower: {_tower(config.image)}
 - Text tower: {_tower(config.text)}; at most {config.text_length} tokens
 - Prototype heads: {_head(config)}
-- Logits: {_logits(scale, bias)}
+- Logits: {_logits(scale, bias, form)}
 
 ## Input
 
@@ -210,7 +241,7 @@ match.
 
 ## Use
 
-{use.format(probabilities=probabilities, why_not_clip=why_not_clip)}
+{told}
 `native/model.safetensors` has all weights under the trainer's own names, prototype heads included,
 and `native/model.json` the configuration.
 
@@ -220,13 +251,18 @@ and `native/model.json` the configuration.
 """
 
 
-def _logits(scale: float, bias: float | None) -> str:
+def _logits(scale: float, bias: float | None, form: str) -> str:
     if bias is None:
         return f"{scale:.4f} times the cosine; softmax over the candidates"
-    return (
+    said = (
         f"{scale:.4f} times the cosine, plus a bias of {bias:.4f} (trained with the sigmoid loss): "
-        "sigmoid of that is the probability that a pair matches. transformers' CLIP classes have "
-        "no bias and show softmax: add `config.logit_bias` yourself, or read `native/`"
+        "sigmoid of that is the probability that a pair matches"
+    )
+    if form == "SiglipModel":
+        return said
+    return (
+        f"{said}. transformers' CLIP classes have no bias and show softmax: add "
+        "`config.logit_bias` yourself, or read `native/`"
     )
 
 

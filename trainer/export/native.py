@@ -137,7 +137,7 @@ def save_native(model: Exportable, folder: Path, form: Frozen) -> None:
     (folder / NATIVE / "model.json").write_text(form.model_dump_json(indent=2) + "\n")
 
 
-def as_exported(model: Exportable, *, is_clip: bool) -> ModelConfig:
+def as_exported(model: Exportable, *, is_whole: bool) -> ModelConfig:
     """Towers that were loaded from somewhere are found in the exported folder from now on.
 
     What was found when they were loaded is written down: where scales begin, and how a tower
@@ -152,8 +152,8 @@ def as_exported(model: Exportable, *, is_clip: bool) -> ModelConfig:
     for name, section in _sections(model.config).items():
         if section.path is not None:
             tower: Any = model.get_submodule(name)
-            found: dict[str, Any] = {"path": "." if is_clip else name}
-            if not is_clip and tower.pool not in ("own", "clip"):
+            found: dict[str, Any] = {"path": "." if is_whole else name}
+            if not is_whole and tower.pool not in ("own", "clip"):
                 found["pooling"] = tower.pool
             if isinstance(tower.projection, nn.Identity):
                 found["projection"] = "none"

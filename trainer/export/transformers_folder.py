@@ -1,6 +1,7 @@
 """Trained weights to folders that `transformers` loads offline, and to plain safetensors.
 
-folder/                config.json, model.safetensors: CLIPModel, where both towers are CLIP's
+folder/                config.json, model.safetensors: CLIPModel, where both towers are CLIP's,
+                       SiglipModel, where both are SigLIP's
 folder/image, text     else the towers alone, each as a transformers model
 folder/                ditto, for an image tower alone: CLIPVisionModelWithProjection
 folder/image           ditto, where patches are compared with stored texts: CLIPVisionModel
@@ -22,6 +23,7 @@ from trainer.export.card import image_card, model_card, patch_card
 from trainer.export.clip import clip_model, clip_vision_model, clip_vision_tower
 from trainer.export.inputs import save_inputs
 from trainer.export.native import Exportable, PatchForm, as_exported, save_native
+from trainer.export.siglip import is_siglip, siglip_model, why_not_siglip
 from trainer.models.config import ImageTowerConfig
 from trainer.models.image_tower import ImageTower
 from trainer.models.load import model_pixels
@@ -40,9 +42,9 @@ class Exported(NamedTuple):
     """What an export wrote."""
 
     folder: Path
-    is_clip: bool
-    """True where `loads_as` is a CLIP class, whose `from_pretrained(folder)` loads it."""
-    why_not_clip: str
+    is_whole: bool
+    """True where `loads_as` is a class whose `from_pretrained(folder)` loads all of it."""
+    why_apart: str
     """Empty where it is."""
     loads_as: str
     """The class of transformers that loads the folder, or `towers apart`."""
@@ -78,7 +80,13 @@ def export_model(
             raise ConfigError("a model with a text tower is exported with its tokenizer")
         exported, card = _two_tower(model, tokenizer, folder, data_licence)
     length = model.config.text_length if isinstance(model, TwoTower) else 0
-    save_inputs(folder, images=model_pixels(model.config), tokenizer=tokenizer, text_length=length)
+    save_inputs(
+        folder,
+        images=model_pixels(model.config),
+        tokenizer=tokenizer,
+        text_length=length,
+        masked=exported.loads_as != "SiglipModel",
+    )
     (folder / "README.md").write_text(card)
     return exported
 
@@ -86,28 +94,41 @@ def export_model(
 def _two_tower(
     model: TwoTower, tokenizer: PreTrainedTokenizerFast, folder: Path, data_licence: str | None
 ) -> tuple[Exported, str]:
-    why_not_clip, bias = _why_not_clip(model, tokenizer), None
-    plain = _without_lora(model)
+    form = "SiglipModel" if is_siglip(model) else "CLIPModel"
+    apart = why_not_siglip(model) if is_siglip(model) else _why_not_clip(model, tokenizer)
+    plain, bias = _without_lora(model), None
     assert isinstance(plain, TwoTower)
     if model.logit_bias is not None:
         bias = model.logit_bias().detach().item()
-    if why_not_clip:
+    if apart:
         plain.image.backbone.save_pretrained(folder / "image")
         plain.text.backbone.save_pretrained(folder / "text")
+    elif is_siglip(model):
+        siglip_model(plain, tokenizer).save_pretrained(folder)
     else:
         clip_model(plain, tokenizer).save_pretrained(folder)
-    save_native(model, folder, as_exported(model, is_clip=not why_not_clip))
+    save_native(model, folder, as_exported(model, is_whole=not apart))
     scale = model.logit_scale().detach().item()
+    towers = type(plain.image.backbone).__name__, type(plain.text.backbone).__name__
     card = model_card(
-        model.config, scale=scale, bias=bias, why_not_clip=why_not_clip, data_licence=data_licence
+        *(model.config, form, towers),
+        scale=scale,
+        bias=bias,
+        why_apart=apart,
+        data_licence=data_licence,
     )
-    loads_as = "towers apart" if why_not_clip else "CLIPModel"
-    beside = "" if bias is None else _sigmoid_sentence(bias, is_clip=not why_not_clip)
-    return Exported(folder, not why_not_clip, why_not_clip, loads_as, beside), card
+    loads_as = "towers apart" if apart else form
+    beside = "" if bias is None else _sigmoid_sentence(bias, loads_as)
+    return Exported(folder, not apart, apart, loads_as, beside), card
 
 
-def _sigmoid_sentence(bias: float, *, is_clip: bool) -> str:
-    where = "config.logit_bias" if is_clip else "logit_bias of native/"
+def _sigmoid_sentence(bias: float, loads_as: str) -> str:
+    if loads_as == "SiglipModel":
+        return (
+            f"trained with the sigmoid loss: a pair matches with probability sigmoid(logit), whose "
+            f"bias of {bias:.4f} SiglipModel adds; texts are padded to max_length, without a mask"
+        )
+    where = "config.logit_bias" if loads_as == "CLIPModel" else "logit_bias of native/"
     return (
         f"trained with the sigmoid loss: a pair matches with probability sigmoid(logit + {where}), "
         f"here {bias:.4f}, and not softmax of the logits"
@@ -115,17 +136,17 @@ def _sigmoid_sentence(bias: float, *, is_clip: bool) -> str:
 
 
 def _image_tower(model: ImageTower, folder: Path, data_licence: str | None) -> tuple[Exported, str]:
-    why_not_clip = _why_not_clip_image(model)
+    apart = _why_not_clip_image(model)
     plain = _without_lora(model)
     assert isinstance(plain, ImageTower)
-    if why_not_clip:
+    if apart:
         plain.image.backbone.save_pretrained(folder / "image")
     else:
         clip_vision_model(plain).save_pretrained(folder)
-    save_native(model, folder, as_exported(model, is_clip=not why_not_clip))
-    card = image_card(model.config, why_not_clip=why_not_clip, data_licence=data_licence)
-    loads_as = "towers apart" if why_not_clip else "CLIPVisionModelWithProjection"
-    return Exported(folder, not why_not_clip, why_not_clip, loads_as), card
+    save_native(model, folder, as_exported(model, is_whole=not apart))
+    card = image_card(model.config, why_apart=apart, data_licence=data_licence)
+    loads_as = "towers apart" if apart else "CLIPVisionModelWithProjection"
+    return Exported(folder, not apart, apart, loads_as), card
 
 
 def _patch_tower(
@@ -134,7 +155,7 @@ def _patch_tower(
     plain = _without_lora(model)
     assert isinstance(plain, PatchTower)
     clip_vision_tower(plain).save_pretrained(folder / "image")
-    config = as_exported(model, is_clip=False)
+    config = as_exported(model, is_whole=False)
     assert isinstance(config, ImageTowerConfig)
     form = PatchForm(
         model=config,
