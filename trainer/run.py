@@ -19,7 +19,6 @@ from trainer.models.config import ModelConfig, TwoTowerConfig
 from trainer.models.load import model_pixels, pixels_note
 from trainer.models.tower import Tower
 from trainer.parts.averaged_weights import AveragedWeights
-from trainer.parts.prototype_head import PrototypeHead
 from trainer.recipe import Context, Recipe
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
@@ -114,10 +113,10 @@ def pixels_of(config: RunConfig) -> Pixels:
 
 
 def loading_notes(config: RunConfig, recipe: Recipe) -> list[str]:
-    """What was found about loaded towers and heads, and how images are prepared; a line each."""
-    heads = [part for part in recipe.parts.values() if isinstance(part, PrototypeHead)]
+    """What was found about loaded towers and parts, and how images are prepared; a line each."""
     towers = [module for module in recipe.model.modules() if isinstance(module, Tower)]
-    notes = [tower.note for tower in towers] + [head.note for head in heads]
+    notes = [tower.note for tower in towers]
+    notes += [str(getattr(part, "note", "")) for part in recipe.parts.values()]
     notes = [note for note in notes if note]
     section = config.recipe.model
     if isinstance(section, ModelConfig) and section.image.path is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from tests.losses.dense import problem, random_rows
 from tests.ranks import run_ranks
 from tests.recipes.golden_cases import PRECISIONS, recipe_case
+from tests.recipes.prototype_cases import prototype_case as head_case
 from trainer.cluster import translate
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
@@ -30,6 +32,7 @@ from trainer.losses.constant_prototypes import (
     target_figures,
 )
 from trainer.losses.contrastive import info_nce
+from trainer.losses.distill import soft_distillation
 from trainer.losses.sigmoid import sigmoid_loss
 
 Arrays = Mapping[str, np.ndarray]
@@ -37,7 +40,13 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 RECIPE_FILES = (
     *("open_clip/*.npz", "protoclip/step_*.npz", "flame/mp_*.npz"),
     *("aclip/loss_*.npz", "aclip/simclr_*.npz"),
+    "tinyclip/affinity_*.npz",
 )
+HEAD_FILES = ("partial_fc/*.npz", "mlcd/*.npz")
+HEAD_SIZES = (1, 2, 4)
+"""Ranks that share the eight rows of files that are of no number of ranks."""
+DIVERGENT = "rankdivergent"
+"""In the name of the file that shows a defect: each rank compares other coordinates."""
 NUM_PROTOTYPES = (3, 7, 10)
 """On four ranks: 3 leaves one of them without rows, 7 and 10 split unevenly."""
 TEMPERATURES = (-1.0, 0.05)
@@ -84,6 +93,15 @@ def every_case(comm: Comm) -> dict[str, Arrays]:
                     cases[f"{name} {precision}"] = recipe_case(
                         name, golden(name), gathering(comm, golden(name)), precision
                     )
+    for name in golden_names("tinyclip/affinity_*.npz"):
+        if world_size_of(name) == comm.world_size:
+            cases[name] = affinity_case(comm, golden(name))
+    for name in head_files(comm.world_size):
+        for precision, dtype in PRECISIONS.items():
+            with TemporaryDirectory() as folder:
+                cases[f"{name} {precision}"] = head_case(
+                    name, golden(name), comm, dtype, Path(folder)
+                )
     for num_prototypes in NUM_PROTOTYPES:
         for temperature in TEMPERATURES:
             cases[f"prototypes {num_prototypes} {temperature}"] = prototype_case(
@@ -95,6 +113,39 @@ def every_case(comm: Comm) -> dict[str, Arrays]:
         "nothing known": nothing_known_case(comm),
         "translate": translate_case(comm),
     }
+
+
+def head_files(world_size: int) -> list[str]:
+    """Files with rows of a head that this many ranks compute."""
+    names = [name for pattern in HEAD_FILES for name in golden_names(pattern)]
+    fits = {name: golden(name).get("world_size") for name in names if DIVERGENT not in name}
+    return [
+        name
+        for name, size in fits.items()
+        if (world_size in HEAD_SIZES if size is None else int(size) == world_size)
+    ]
+
+
+def affinity_case(comm: Comm, arrays: Arrays) -> Arrays:
+    """TinyCLIP's two directions and their half sum, each with its own backward pass."""
+    teacher = [
+        torch.from_numpy(arrays[f"teacher_{side}_features"][comm.rank])
+        for side in ("image", "text")
+    ]
+    found: dict[str, np.ndarray] = {}
+    for which in ("img2text", "text2img", "mean2"):
+        image, text, scale = own_leaves(
+            comm, arrays, "image_features", "text_features", "logit_scale"
+        )
+        said = soft_distillation(
+            image, text, scale, *teacher, float(arrays["teacher_logit_scale"]), comm
+        )
+        terms = {"img2text": said.image_to_text, "text2img": said.text_to_image, "mean2": said.loss}
+        leaves = {"grad_image": image, "grad_text": text, "grad_logit_scale": scale}
+        values = after_backward(terms[which], **leaves)
+        found |= {f"{name}_{which}": value for name, value in values.items()}
+    divergence = said.divergence.detach().numpy()
+    return {**found, "divergence": divergence, "entropy": said.teacher_entropy.numpy()}
 
 
 class KeysAreConstants(Comm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from tests.losses.dense import random_rows
 from trainer.comm import Comm
@@ -29,7 +29,22 @@ def test_equals_the_sums_written_out() -> None:
             said = torch.stack([who[i] @ whom[j] * 30 for j in range(9)])
             own = torch.stack([query[i] @ keys[j] * 9 for j in range(9)])
             total -= float((said.exp() / said.exp().sum() * log_softmax(own, 0)).sum())
-    assert float(found) == pytest.approx(total / 18, rel=1e-12)
+    assert float(found.loss) == pytest.approx(total / 18, rel=1e-12)
+
+
+def test_the_divergence_is_what_torch_calls_kl_and_nothing_where_both_agree() -> None:
+    (image, text), (seen, read) = rows(6), rows(7, dim=4)
+    said = soft_distillation(image, text, torch.tensor(9.0).double(), seen, read, 30.0, SOLO)
+    total = 0.0
+    for query, keys, who, whom in ((image, text, seen, read), (text, image, read, seen)):
+        target = log_softmax(30 * who @ whom.T, 1)
+        own = log_softmax(9 * query @ keys.T, 1)
+        total += float(kl_div(own, target, log_target=True, reduction="batchmean"))
+    assert float(said.divergence) == pytest.approx(total / 2, rel=1e-11)
+    scale = torch.tensor(30.0).double()
+    same = soft_distillation(seen, read, scale, seen, read, 30.0, SOLO)
+    assert abs(float(same.divergence)) < 1e-13
+    assert float(same.loss) == pytest.approx(float(same.teacher_entropy))
 
 
 def test_a_teacher_that_is_sure_of_every_pair_is_info_nce() -> None:
@@ -37,14 +52,14 @@ def test_a_teacher_that_is_sure_of_every_pair_is_info_nce() -> None:
     sure = torch.eye(9, dtype=torch.float64)
     scale = torch.tensor(14.0).double()
     found = soft_distillation(image, text, scale, sure, sure, 1e3, SOLO)
-    assert float(found) == pytest.approx(float(info_nce(image, text, scale, SOLO)), rel=1e-12)
+    assert float(found.loss) == pytest.approx(float(info_nce(image, text, scale, SOLO)), rel=1e-12)
 
 
 def test_a_student_that_says_what_the_teacher_says_has_no_gradient() -> None:
     image, text = (side.requires_grad_() for side in rows(3))
     scale = torch.tensor(11.0).double().requires_grad_()
     value = soft_distillation(image, text, scale, image.detach(), text.detach(), 11.0, SOLO)
-    value.backward()
+    value.loss.backward()
     for leaf in (image, text, scale):
         assert leaf.grad is not None
         assert leaf.grad.abs().max() < 1e-12
@@ -54,6 +69,6 @@ def test_the_teacher_is_a_constant() -> None:
     (image, text), (seen, read) = rows(4), rows(5)
     teacher = [side.requires_grad_() for side in (seen, read)]
     student = [side.requires_grad_() for side in (image, text)]
-    soft_distillation(*student, torch.tensor(5.0).double(), *teacher, 20.0, SOLO).backward()
+    soft_distillation(*student, torch.tensor(5.0).double(), *teacher, 20.0, SOLO).loss.backward()
     assert all(side.grad is None for side in teacher)
     assert all(side.grad is not None for side in student)

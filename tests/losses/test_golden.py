@@ -16,6 +16,7 @@ CLIP = golden_names("open_clip/clip_infonce_*.npz")
 SIGLIP = golden_names("open_clip/siglip_*.npz")
 TERMS = golden_names("protoclip/protoloss_*.npz")
 STEPS = golden_names("protoclip/step_*.npz")
+AFFINITIES = golden_names("tinyclip/affinity_*.npz")
 
 
 def assert_gradient(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -36,6 +37,7 @@ def by_rank(path: str) -> Mapping[str, np.ndarray]:
 
 def test_all_files_are_here() -> None:
     assert (len(CLIP), len(SIGLIP), len(TERMS), len(STEPS)) == (8, 5, 7, 4)
+    assert len(AFFINITIES) == 3
 
 
 @pytest.mark.parametrize("path", CLIP)
@@ -63,6 +65,26 @@ def test_sigmoid(path: str) -> None:
     assert_value(ours["loss"], theirs["loss"])
     for name in ("grad_image", "grad_text", "grad_logit_scale", "grad_logit_bias"):
         assert_gradient(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("path", AFFINITIES)
+def test_affinities_of_tinyclip(path: str) -> None:
+    """Both directions and their half sum; where the student is its teacher, the entropy is left."""
+    theirs, ours = golden(path), by_rank(path)
+    for which in ("img2text", "text2img", "mean2"):
+        assert_value(ours[f"loss_{which}"], theirs[f"loss_{which}"])
+        for name in ("grad_image", "grad_text"):
+            assert_gradient(ours[f"{name}_{which}"], theirs[f"{name}_{which}"])
+        scale = f"grad_logit_scale_{which}"
+        np.testing.assert_allclose(ours[scale], theirs[scale], rtol=1e-8, atol=1e-14)
+    said = [cases[path] for cases in results(world_size_of(path))]
+    divergence = np.array([float(rank["divergence"]) for rank in said])
+    entropy = np.array([float(rank["entropy"]) for rank in said])
+    assert_value(divergence + entropy, theirs["loss_mean2"])
+    if "match" in path:
+        assert abs(divergence) < 1e-12
+    else:
+        assert divergence.min() > 0.01
 
 
 @pytest.mark.parametrize("path", TERMS)

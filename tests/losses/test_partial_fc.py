@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.losses.rank_cases import golden
+from tests.losses.rank_cases import Arrays, golden
 from tests.losses.sharded_cases import PARTIAL_FC, SLOTS, results
 from tests.losses.test_golden import assert_gradient, assert_value
 
@@ -20,7 +20,17 @@ def of_ranks(path: str) -> dict[str, np.ndarray]:
     joined = {
         name: np.stack([rank[name] for rank in ranks]) for name in ranks[0] if name not in sharded
     }
+    if "one_pass_rows" in ranks[0]:
+        joined["one_pass_weight"] = _table(ranks, int(golden(path)["num_classes"]))
     return {**joined, "grad_weight": np.concatenate([rank["grad_weight"] for rank in ranks])}
+
+
+def _table(ranks: list[Arrays], count: int) -> np.ndarray:
+    """The rows that took part, spread over the whole table: zero elsewhere."""
+    table = np.zeros((count, ranks[0]["one_pass_rows"].shape[1]))
+    for rank in ranks:
+        table[rank["one_pass_ids"]] = rank["one_pass_rows"]
+    return table
 
 
 def test_all_files_are_here() -> None:
@@ -36,6 +46,7 @@ def test_cross_entropy_equals_the_published_one(path: str) -> None:
     assert_gradient(ours["grad_weight"], theirs["grad_weight"])
     if "one_pass_loss" in ours:
         assert_gradient(ours["one_pass_features"], theirs["grad_features"])
+        assert_gradient(ours["one_pass_weight"], theirs["grad_weight"])
         assert_value(ours["one_pass_loss"], ours["loss"])
     if ours["row_loss"].max() < FLOOR:
         assert_value(ours["loss"], theirs["loss"])

@@ -12,8 +12,10 @@ from torch.nn.functional import cross_entropy, normalize
 from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.losses.learned_prototypes import prototype_statistics
+from trainer.losses.margin import NO_MARGIN
 from trainer.losses.multilabel import multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
+from trainer.losses.prototype_loss import LogitOptions, slots_loss
 from trainer.parts.initial_rows import normal_rows
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.parts.sampling import sampled_ids
@@ -167,9 +169,54 @@ def rank_mean_on_one_table() -> Tensor:
     return rows.detach().float()
 
 
+def own_negative_steps(comm: Comm) -> dict[str, Any]:
+    """A cross-entropy for each column of labels, with a draw of negatives for each."""
+    head, losses = new_head(comm, config_of("union"), 17), []
+    for step in range(STEPS):
+        features, labels = (
+            rows.chunk(comm.world_size)[comm.rank] for rows in batch_of(step, 17, 8)
+        )
+        active = head.active_each(labels, step)
+        options = LogitOptions("slots", scale=SCALE, margin=NO_MARGIN)
+        result = slots_loss(features.float(), labels, active, head.comm, options, usual_negatives=8)
+        result.loss.backward()
+        losses.append(float(result.loss.detach()))
+        head.after_step(step, applied=head.gradients_finite(), learning_rate_factor=1.0)
+    head._optimizer.settle(None)
+    return {"losses": losses, "rows": head.comm.gather_rows(head.rows).clone()}
+
+
+@cache
+def own_negatives_on_one_table() -> dict[str, Any]:
+    """The same by its definition: each label of a sample against its column's negatives."""
+    config, losses = config_of("union"), []
+    rows = normal_rows(0, 17, DIM, deviation=0.01, seed=SEED).double().requires_grad_()
+    optimizer = torch.optim.SGD([rows], lr=SGD["learning_rate"], weight_decay=SGD["weight_decay"])
+    how = {"rate": config.sample_rate, "sampling": config.sampling, "seed": SEED}
+    for step in range(STEPS):
+        features, labels = batch_of(step, 17, 8)
+        cosines = normalize(features) @ normalize(rows).T
+        each = []
+        for slot, column in enumerate(labels.T):
+            drawn = set(sampled_ids(0, 17, step=step, slot=slot, **how).tolist())
+            drawn |= set(column[column >= 0].tolist())
+            for i, own in enumerate(column.tolist()):
+                if own >= 0:
+                    others = sorted(drawn - {own})
+                    logits = SCALE * cosines[i, [own, *others]]
+                    each.append(logits.logsumexp(0) - logits[0])
+        loss = torch.stack(each).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "rows": rows.detach().float()}
+
+
 def every_case(comm: Comm) -> dict[str, dict[str, Any]]:
     cases = {name: sharded_steps(comm, name) for name in CASES}
     if comm.world_size != 3:
+        cases["own negatives"] = own_negative_steps(comm)
         cases["rank mean"] = rank_mean_steps(comm, group_size=0)
         cases["rank mean in groups"] = rank_mean_steps(comm, group_size=-(-comm.world_size // 2))
     return cases

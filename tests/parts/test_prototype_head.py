@@ -22,6 +22,7 @@ from tests.parts.head_cases import (
     count_of,
     dense_steps,
     new_head,
+    own_negatives_on_one_table,
     rank_mean_on_one_table,
     results,
     sharded_steps,
@@ -65,6 +66,16 @@ def test_a_loss_that_is_the_mean_of_own_samples_moves_rows_the_same_over_any_ran
     for rank in results(world_size):
         for name in ("rank mean", "rank mean in groups"):
             torch.testing.assert_close(rank[name]["rows"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_labels_with_negatives_of_their_own_move_rows_as_on_one_table(world_size):
+    """One leaf holds what all columns need; their draws differ from each other."""
+    expected = own_negatives_on_one_table()
+    for rank in results(world_size):
+        found = rank["own negatives"]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+        torch.testing.assert_close(found["rows"], expected["rows"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -31,6 +31,12 @@ def test_12_every_division_of_the_rows_draws_the_same_sample(cuts, sampling, rat
     assert torch.equal(torch.cat(parts), sampled_ids(0, 1000, **how))
 
 
+def test_every_slot_of_a_step_draws_another_sample():
+    draws = [frozenset(whole(1000, slot=slot).tolist()) for slot in (None, 0, 1, 2)]
+    assert len(set(draws)) == 4
+    assert all(len(a & b) < 0.5 * len(a) for a, b in pairwise(draws))
+
+
 def test_samples_of_ranges_longer_than_what_is_hashed_at_a_time():
     count = 200_001
     parts = [

@@ -130,6 +130,24 @@ def distill_case(values: Mapping[str, Tensor], comm: Comm, folder: Path) -> dict
     return {**found, **{name: found[name] - alone[name] for name in PAIR.values()}}
 
 
+def affinity_case(values: Mapping[str, Tensor], comm: Comm, folder: Path) -> dict[str, np.ndarray]:
+    """TinyCLIP: the teacher's similarities alone, without the pairs themselves."""
+    teacher = torch.stack(
+        [values[f"teacher_{side}_features"][comm.rank] for side in ("image", "text")], dim=1
+    )
+    for side, reads in (("image", "image"), ("text", "txt")):
+        write_one(folder / side, reads, dim=teacher.shape[2])
+    settings = {
+        "image_store": folder / "image",
+        "text_store": folder / "text",
+        "logit_scale": float(values["teacher_logit_scale"]),
+    }
+    clip = {"name": "clip", "model": TOWERS, "weight": 0.0, "distill": settings}
+    batch = batch_of(torch.arange(len(teacher)), teacher)
+    grads = {name: f"{theirs}_mean2" for name, theirs in PAIR.items()}
+    return measured(recipe(clip, comm, folder), pair(values, comm), batch, **grads)
+
+
 def flame_case(values: Mapping[str, Tensor], comm: Comm, folder: Path) -> dict[str, np.ndarray]:
     image = values["image_features"][comm.rank]
     positives = int(values["texts_per_image"])
@@ -286,6 +304,7 @@ def write_one(folder: Path, reads: str, *, dim: int, vectors: int = 1) -> None:
 CASES = {
     "clip_infonce": clip_case,
     "clip_distill": distill_case,
+    "affinity": affinity_case,
     "siglip": siglip_case,
     "mp_": flame_case,
     "step": protoclip_case,

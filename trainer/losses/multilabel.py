@@ -13,7 +13,7 @@ name for it here.
 
 All labels of a sample share one set of negatives, without any of its positives, so that `slots` is
 eight cross-entropies at the price of one. The published form draws negatives for each slot anew,
-and lets a sample's other positives in.
+and lets a sample's other positives in: `trainer.losses.prototype_loss.slots_loss`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ fits; tiles that are computed twice serve every other case there, and Triton's k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,4 +78,34 @@ def prototype_loss(
         scale=options.scale,
         margin=options.margin,
         drop_unlabelled=options.drop_unlabelled,
+    )
+
+
+def slots_loss(
+    features: Float[Tensor, "batch dim"],
+    labels: Int64[Tensor, "batch labels"],
+    active: Sequence[ActiveRows],
+    comm: Comm,
+    options: LogitOptions,
+    *,
+    usual_negatives: int,
+) -> MultilabelLoss:
+    """`slots` with negatives of its own for each column of labels: the mean over all labels.
+
+    A sample's positives of other columns may be among the negatives, as in the published head of
+    eight such cross-entropies (OneVision-Encoder). Costs as much as that many losses.
+    """
+    each = [
+        prototype_loss(features, column, rows, comm, options, usual_negatives=usual_negatives)
+        for column, rows in zip(labels.split(1, dim=1), active, strict=True)
+    ]
+    counted = torch.stack([slot.counted for slot in each], dim=1)
+    shares = counted.sum(dim=0) / counted.sum().clamp_min(1)
+    rows = torch.where(counted, torch.stack([slot.rows for slot in each], dim=1), 0.0)
+    names = each[0].figures
+    return MultilabelLoss(
+        (torch.stack([slot.loss for slot in each]) * shares).sum(),
+        rows.sum(dim=1) / counted.sum(dim=1).clamp_min(1),
+        counted.any(dim=1),
+        {name: (torch.stack([s.figures[name] for s in each]) * shares).sum() for name in names},
     )

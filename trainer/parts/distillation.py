@@ -1,44 +1,73 @@
-"""A frozen pair's vectors as a term of any recipe with two towers: read from two stores, compared.
+"""A frozen pair as a term of any recipe with two towers: who matches whom, as the teacher sees it.
 
-Stores hold what the teacher says of the plain picture and of one text a sample; the student sees
-an augmented view of the same picture.
+Either its vectors were computed once and are read from two stores, of the plain picture and of one
+text a sample, whatever view the student is given. Or the pair runs beside the student, without
+gradient, on the student's own views and tokens.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32, Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainer.comm import Comm
-from trainer.config import CaptionConfig, Frozen, LocalPath
+from trainer.comm import Comm, agreed
+from trainer.config import CaptionConfig, Frozen, LocalPath, OnlyWith, PositiveInt
 from trainer.errors import ConfigError
-from trainer.losses.distill import soft_distillation
+from trainer.losses.distill import SoftDistillation, soft_distillation
+from trainer.models.config import TwoTowerConfig
+from trainer.models.load import model_pixels
 from trainer.parts.teacher_digests import TeacherDigests, store_digest
+from trainer.recipe import Context
 from trainer.store import EmbeddingStore
-from trainer.types import Batch, Features
+from trainer.types import Batch, Features, Losses
 
 _STATES = ("mean", "cls", "last")
 """Poolings that end before a pair's own map into its joint space."""
+_USUAL_SCALE = 100.0
+"""Of trained CLIP models."""
 
 
 class DistillConfig(Frozen):
-    """A frozen pair of towers whose similarities the student learns besides its own task."""
+    """A frozen pair of towers whose similarities the student learns besides its own task: two
+    stores of its vectors, or the pair itself."""
 
-    image_store: LocalPath
+    image_store: LocalPath | None = None
     """What the teacher says of the images; made by `tools/embed.py`, one vector a sample."""
-    text_store: LocalPath
+    text_store: LocalPath | None = None
     """What it says of the texts, in the same space."""
-    logit_scale: float = Field(default=100.0, gt=0)
-    """The teacher's multiplier of cosines; 100 is that of trained CLIP models."""
+    model: LocalPath | None = None
+    """Instead of stores: a folder with a pair that transformers saved, and its image processor. It
+    sees the student's views and reads the student's tokens."""
+    precision: Annotated[Literal["float32", "float16", "bfloat16"], OnlyWith("model")] = "float32"
+    """Of the weights and products of the pair at `model`."""
+    sharded: Annotated[bool, OnlyWith("model")] = False
+    """Deal the pair's weights to all ranks (ZeRO-3); a block is gathered when it runs."""
+    rows_at_once: Annotated[PositiveInt | None, OnlyWith("model")] = None
+    """Samples of one pass of the pair at `model`; all that a rank has of a step where None."""
+    logit_scale: float | None = Field(default=None, gt=0)
+    """The teacher's multiplier of cosines. Where None, that of the pair at `model`, or 100 with
+    stores: that of trained CLIP models."""
     weight: float = Field(default=1.0, gt=0)
-    """Of the term; 1 as in open_clip."""
+    """Of the term; 1 as in open_clip and TinyCLIP."""
 
-    def join(self) -> TeacherPair:
+    @model_validator(mode="after")
+    def _one_teacher(self) -> DistillConfig:
+        stores = (self.image_store, self.text_store)
+        if (self.model is None) != all(stores) or (self.model is not None and any(stores)):
+            raise ValueError("give either `image_store` and `text_store`, or `model`")
+        return self
+
+    def join(self) -> TeacherPair | None:
+        """What data workers read: nothing where the pair itself is there."""
+        if self.image_store is None or self.text_store is None:
+            return None
         return TeacherPair(self.image_store, self.text_store)
 
 
@@ -63,40 +92,119 @@ class TeacherPair:
         return {**self.__dict__, "stores": None}
 
 
-def distillation(config: DistillConfig, features: Features, batch: Batch, comm: Comm) -> Tensor:
-    """The term, unweighted, of a batch whose `texts` `TeacherPair` has read."""
-    assert features.image is not None
-    assert features.text is not None
-    assert features.logit_scale is not None
-    assert batch.texts is not None
-    teacher_image, teacher_text = batch.texts.unbind(dim=1)
-    return soft_distillation(
-        features.image,
-        features.text,
-        features.logit_scale,
-        teacher_image,
-        teacher_text,
-        config.logit_scale,
-        comm,
-    )
+@runtime_checkable
+class Teacher(Protocol):
+    """Who says how well images and texts of a batch match."""
+
+    scale: float
+    """Multiplies the cosines."""
+
+    def vectors(
+        self, batch: Batch
+    ) -> tuple[Float32[Tensor, "batch dim"], Float32[Tensor, "batch dim"]]:
+        """Unit vectors of this rank's images, and of its texts."""
+        ...
 
 
-def teacher_part(config: DistillConfig, captions: CaptionConfig, comm: Comm) -> TeacherDigests:
-    """The part that keeps a run from going on with other vectors; a ConfigError where the stores
-    are no pair, or are of other texts than the student reads."""
-    stores = {
+class StoredTeacher(TeacherDigests):
+    """What `TeacherPair` has read; a run does not go on with other stores."""
+
+    def __init__(self, config: DistillConfig, captions: CaptionConfig, comm: Comm) -> None:
+        """ConfigError where the stores are no pair, or of other texts than the student reads."""
+        stores = _stores(config)
+        for store in stores.values():
+            if store.num_vectors != 1:
+                raise ConfigError(
+                    f"recipe.distill: {store.folder} has {store.num_vectors} vectors a sample; a "
+                    "teacher's similarities are of one vector each"
+                )
+        _refuse_no_pair(stores["image"], stores["text"])
+        _refuse_other_texts(stores["text"], captions)
+        super().__init__({name: store_digest(store) for name, store in stores.items()}, comm)
+        self.scale = config.logit_scale or _USUAL_SCALE
+
+    def vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert batch.texts is not None
+        return batch.texts[:, 0], batch.texts[:, 1]
+
+
+class LiveTeacher(TeacherDigests):
+    """The pair itself, whole on every rank or dealt to them; a run does not go on with another."""
+
+    def __init__(self, config: DistillConfig, model: TwoTowerConfig, context: Context) -> None:
+        """ConfigError where the folder holds no pair that reads the student's rows."""
+        # Imported where it is wanted, with all that runs teachers.
+        from trainer.teachers.pair import as_seen_by, load_live_pair
+
+        assert config.model is not None
+        folder, tokenizer, comm = config.model, context.tokenizer, context.comm
+        found = agreed(
+            comm,
+            lambda: load_live_pair(
+                folder, tokenizer, length=model.text_length, precision=config.precision
+            ),
+        )
+        scale = config.logit_scale or found.scale
+        if scale is None:
+            raise ConfigError(f"{folder} says no logit scale; set recipe.distill.logit_scale")
+        super().__init__({"model": found.digest}, comm)
+        self.scale, self.note = scale, found.note
+        self._seen = partial(as_seen_by, found.pixels, model_pixels(model))
+        self._rows_at_once = config.rows_at_once
+        if config.sharded:
+            from trainer.engine.zero import FrozenEngine  # deepspeed is imported where it is wanted
+
+            self._run = FrozenEngine(found.model, comm).together
+        else:
+            self._run = found.model.to(comm.device)
+
+    @torch.no_grad()
+    def vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert batch.images is not None
+        assert batch.tokens is not None
+        assert batch.token_mask is not None
+        size = self._rows_at_once or len(batch.images)
+        parts = [
+            self._run(pixels=self._seen(images), tokens=tokens, mask=mask)
+            for images, tokens, mask in zip(
+                *(rows.split(size) for rows in (batch.images, batch.tokens, batch.token_mask)),
+                strict=True,
+            )
+        ]
+        images, texts = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(texts)
+
+
+def teacher_of(
+    config: DistillConfig, model: TwoTowerConfig, context: Context
+) -> StoredTeacher | LiveTeacher:
+    """The part that says what the teacher says, for a student of `model`."""
+    if config.model is None:
+        return StoredTeacher(config, context.data.captions, context.comm)
+    return LiveTeacher(config, model, context)
+
+
+def distillation(
+    teacher: Teacher, features: Features, batch: Batch, comm: Comm
+) -> SoftDistillation:
+    """The term, unweighted, of a batch that the student has seen."""
+    image, text, scale = map(features.tensor, ("image", "text", "logit_scale"))
+    return soft_distillation(image, text, scale, *teacher.vectors(batch), teacher.scale, comm)
+
+
+def with_distillation(losses: Losses, found: SoftDistillation, config: DistillConfig) -> Losses:
+    """The term `distill`, and beside it how far it is above its least value."""
+    losses = losses.with_term("distill", found.loss, config.weight)
+    return losses.with_term("distill_divergence", found.divergence.detach(), 0.0)
+
+
+def _stores(config: DistillConfig) -> dict[str, EmbeddingStore]:
+    assert config.image_store is not None
+    assert config.text_store is not None
+    return {
         "image": EmbeddingStore.open(config.image_store),
         "text": EmbeddingStore.open(config.text_store),
     }
-    for store in stores.values():
-        if store.num_vectors != 1:
-            raise ConfigError(
-                f"recipe.distill: {store.folder} has {store.num_vectors} vectors a sample; a "
-                "teacher's similarities are of one vector each"
-            )
-    _refuse_no_pair(stores["image"], stores["text"])
-    _refuse_other_texts(stores["text"], captions)
-    return TeacherDigests({name: store_digest(store) for name, store in stores.items()}, comm)
 
 
 def _refuse_no_pair(image: EmbeddingStore, text: EmbeddingStore) -> None:

@@ -67,6 +67,17 @@ class Touched(NamedTuple):
     places: Places
 
 
+class _Chosen(NamedTuple):
+    """Rows that a step needs, by number."""
+
+    ids: Int64[Tensor, " touched"]
+    num_negatives: int
+    bias: Float[Tensor, " negatives"] | None
+
+    def of(self, rows: Float[Tensor, "touched dim"]) -> ActiveRows:
+        return ActiveRows(rows, self.ids.to(rows.device), self.num_negatives, self.bias)
+
+
 class PrototypeHead:
     """This rank's rows of a table of `num_prototypes`; a Part."""
 
@@ -113,18 +124,42 @@ class PrototypeHead:
         rows are a leaf, whose gradient `after_step` uses. DataError on all ranks if one has a
         label that is no row of the table.
         """
+        active = self._negatives_and_positives(labels, step)
+        places = None if active.num_negatives == len(self.rows) else active.ids - self._first
+        rows = self._take(places)
+        self._counts = (active.num_negatives, len(active.ids))
+        return active.of(rows)
+
+    def active_each(self, labels: Int64[Tensor, "batch labels"], step: int) -> list[ActiveRows]:
+        """As `active`, for each column of labels a sample of negatives of its own.
+
+        The leaf holds the rows that any column needs; what is returned is taken from it.
+        """
+        columns = enumerate(labels.split(1, dim=1))
+        each = [self._negatives_and_positives(column, step, slot=slot) for slot, column in columns]
+        ids = torch.cat([active.ids for active in each]).unique()
+        rows = self._take(None if len(ids) == len(self.rows) else ids - self._first)
+        negatives = torch.cat([active.ids[: active.num_negatives] for active in each]).unique()
+        self._counts = (len(negatives), len(ids))
+        return [
+            active.of(rows[torch.searchsorted(ids, active.ids).to(rows.device)]) for active in each
+        ]
+
+    def _negatives_and_positives(
+        self, labels: Tensor, step: int, slot: int | None = None
+    ) -> _Chosen:
         positives = self._own_positives(labels)
-        ids, num_negatives = self._active_ids(positives, step)
-        bias = self._bias(ids[:num_negatives], positives)
-        places = None if num_negatives == len(self.rows) else ids - self._first
+        ids, num_negatives = self._active_ids(positives, step, slot)
+        return _Chosen(ids, num_negatives, self._bias(ids[:num_negatives], positives))
+
+    def _take(self, places: Places) -> Tensor:
+        """These rows, on the device: the leaf of the step where gradients are recorded."""
         self._optimizer.settle(places)
         rows = self.rows.detach() if places is None else self.rows.index_select(0, places)
         rows = rows.to(self.comm.device)
-        self._counts = (num_negatives, len(ids))
         if torch.is_grad_enabled():
             self._touched = Touched(rows.requires_grad_(), places)
-        ids = ids.to(self.comm.device)
-        return ActiveRows(rows, ids, num_negatives, bias)
+        return rows
 
     def gradients_finite(self) -> bool:
         """Whether this rank's gradient is. Makes it that of the objective, the mean of all ranks'
@@ -207,7 +242,9 @@ class PrototypeHead:
         positives: Tensor = everyones[mine].unique()
         return positives.to(self.rows.device)
 
-    def _active_ids(self, positives: Tensor, step: int) -> tuple[Tensor, int]:
+    def _active_ids(
+        self, positives: Tensor, step: int, slot: int | None = None
+    ) -> tuple[Tensor, int]:
         """Negatives, then what else is a positive; and how many negatives there are."""
         sampled = sampled_ids(
             self._first,
@@ -216,6 +253,7 @@ class PrototypeHead:
             sampling=self.config.sampling,
             seed=self._seed,
             step=step,
+            slot=slot,
             device=self.rows.device,
         )
         if self.config.union_positives:

@@ -22,8 +22,8 @@ from trainer.hashing import hash_bits, key_of
 from trainer.kernels.autotune import KernelSizes
 from trainer.losses.learned_prototypes import ActiveRows, negative_figures
 from trainer.losses.margin import Margin, MarginKind, coordinate_subset
-from trainer.losses.multilabel import LossKind
-from trainer.losses.prototype_loss import LogitOptions, prototype_loss
+from trainer.losses.multilabel import LossKind, MultilabelLoss
+from trainer.losses.prototype_loss import LogitOptions, prototype_loss, slots_loss
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.parts.sampling import rate_with_negatives
 from trainer.recipe import Context
@@ -46,6 +46,10 @@ class PrototypesConfig(Frozen):
     """At most; 8 where None, and 1 for `pfc_ce`."""
     label_choice: Literal["nearest", "random"] = "nearest"
     """Which of a sample's labels; `random` draws again in every step."""
+    negatives: Annotated[Literal["shared", "each"], OnlyWhere("loss", "slots")] = "shared"
+    """`each`: every label of a sample has a draw of its own, which may hold the sample's other
+    labels, and by default all that other samples have there, as in the published head; it costs as
+    much as that many losses. `shared`: one draw, without any of a sample's labels."""
     loss: LossKind = "mlcd"
     scale: float = Field(default=64.0, gt=0)
     """Of cosines."""
@@ -91,7 +95,8 @@ class PrototypesConfig(Frozen):
     @property
     def _unites(self) -> bool:
         said = self.head.union_positives
-        return self.loss == "pfc_ce" if said is None else said
+        alone = self.loss == "pfc_ce" or self.negatives == "each"
+        return alone if said is None else said
 
     @property
     def wanted(self) -> int:
@@ -102,6 +107,7 @@ class PrototypesConfig(Frozen):
         """The head's configuration with what depends on the loss and on the table's size."""
         head = self.head
         labels = min(self.wanted, len(self.classes) or self.wanted)
+        labels = 1 if self.negatives == "each" else labels
         rate = rate_with_negatives(
             head.sample_rate, num_rows, labels=labels, sampling=head.sampling
         )
@@ -140,19 +146,33 @@ class PrototypesTerm:
         rows = features.image if features.image_projected is None else features.image_projected
         assert rows is not None
         labels = self._chosen(batch.sample_id, step)
-        rows, active = self._subspace(rows, self.head.active(labels, step), step)
-        result = prototype_loss(
-            *(rows, labels, active, self.head.comm, self._options),
-            usual_negatives=self._usual_negatives,
-        )
-        figures = {**result.figures, "labelled": (labels >= 0).any(dim=1).float().mean()}
-        if (step + 1) % self.config.figures_every == 0:
-            figures |= negative_figures(rows, labels, active, self.head.comm)
-            figures |= self.head.figures()
+        result, more = self._compared(rows, labels, step)
+        figures = {**result.figures, "labelled": (labels >= 0).any(dim=1).float().mean(), **more}
         losses = Losses().with_term(self.config.loss, result.loss, self.weight)
         for name, value in figures.items():
             losses = losses.with_term(name, value, 0.0)
         return losses
+
+    def _compared(
+        self, rows: Tensor, labels: Tensor, step: int
+    ) -> tuple[MultilabelLoss, dict[str, Tensor]]:
+        """The loss, and the figures that are not due in every step."""
+        each, comm = self.config.negatives == "each", self.head.comm
+        chosen = self.head.active_each(labels, step) if each else [self.head.active(labels, step)]
+        rows, chosen = self._subspace(rows, chosen, step)
+        how = {"usual_negatives": self._usual_negatives}
+        if each:
+            result = slots_loss(rows, labels, chosen, comm, self._options, **how)
+        else:
+            result = prototype_loss(rows, labels, chosen[0], comm, self._options, **how)
+        if (step + 1) % self.config.figures_every:
+            return result, {}
+        columns = labels.split(1, dim=1) if each else [labels]
+        seen = [
+            negative_figures(rows, column, active, comm)["negative_cosine"]
+            for column, active in zip(columns, chosen, strict=True)
+        ]
+        return result, {"negative_cosine": torch.stack(seen).mean(), **self.head.figures()}
 
     def _chosen(self, sample_id: Tensor, step: int) -> Tensor:
         """[batch, labels]: the nearest clusters of each sample, or drawn ones of all it has."""
@@ -166,13 +186,15 @@ class PrototypesTerm:
             table = table.gather(1, order)
         return table[:, : self.config.wanted].contiguous()
 
-    def _subspace(self, rows: Tensor, active: ActiveRows, step: int) -> tuple[Tensor, ActiveRows]:
+    def _subspace(
+        self, rows: Tensor, chosen: list[ActiveRows], step: int
+    ) -> tuple[Tensor, list[ActiveRows]]:
         """Features and prototypes cut to the coordinates of this step, the same on all ranks."""
         if self.config.features_kept is None:
-            return rows, active
+            return rows, chosen
         key = key_of(self.context.seed, "coordinates", step)
         kept = coordinate_subset(self.dim, self.config.features_kept, key).to(rows.device)
-        return rows[:, kept], active._replace(rows=active.rows[:, kept])
+        return rows[:, kept], [active._replace(rows=active.rows[:, kept]) for active in chosen]
 
 
 def _head(config: PrototypesConfig, num_rows: int, context: Context, dim: int) -> PrototypeHead:

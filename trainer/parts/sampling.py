@@ -38,16 +38,18 @@ def sampled_ids(
     sampling: Sampling,
     seed: int,
     step: int,
+    slot: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Int64[Tensor, " sampled"]:
     """Those of the rows [first, last) that are in the sample of a step, ascending.
 
     A row is in it if a hash of (seed, step, row) is below `rate`, or of its block of 128. So
-    every division of a table into ranges draws the same sample, and each step another.
+    every division of a table into ranges draws the same sample, and each step another; where a
+    step has several, each `slot` another.
     """
     if rate >= 1:
         return torch.arange(first, last, device=device)
-    key = key_of("negatives", seed, step)
+    key = key_of("negatives", seed, step, *(() if slot is None else (slot,)))
     if sampling == "rows":
         return _below(first, last, rate, key, device)
     blocks = _below(first // BLOCK, -(-last // BLOCK), rate, key, device)

@@ -1,20 +1,28 @@
 """CLIP: symmetric InfoNCE over the global batch (arXiv 2103.00020). The baseline.
 
-With `distill`, the student also learns the similarities that a frozen pair of towers sees; with
-`prototypes`, its images are also compared with learnable rows for clusters or classes.
+With `distill`, the student also learns the similarities that a frozen pair of towers sees (with
+`weight: 0` these alone, as TinyCLIP does, arXiv 2309.12314); with `prototypes`, its images are also
+compared with learnable rows for clusters or classes.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import RecipeConfig
 from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
-from trainer.parts.distillation import DistillConfig, TeacherPair, distillation, teacher_part
+from trainer.parts.distillation import (
+    DistillConfig,
+    TeacherPair,
+    distillation,
+    teacher_of,
+    with_distillation,
+)
 from trainer.parts.prototypes import PrototypesTerm, WeightedPrototypesConfig
 from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Part, WithoutPhases
@@ -24,10 +32,18 @@ from trainer.types import Batch, Features, Losses
 class Config(SelectsTokens, RecipeConfig):
     name: Literal["clip"] = "clip"
     model: TwoTowerConfig = TwoTowerConfig()
+    weight: float = Field(default=1.0, ge=0)
+    """Of the contrastive loss; with 0 it is computed and logged, and moves nothing."""
     distill: DistillConfig | None = None
-    """A frozen teacher, from two embedding stores; none where None."""
+    """A frozen teacher, from two embedding stores or by itself; none where None."""
     prototypes: WeightedPrototypesConfig | None = None
     """Clusters or classes of the images as a further term; none where None."""
+
+    @model_validator(mode="after")
+    def _both_towers_learn(self) -> Config:
+        if self.weight == 0 and self.distill is None:
+            raise ValueError("weight is 0, so that no text would be learned from; set distill")
+        return self
 
     def join(self, seed: int) -> TeacherPair | None:
         return None if self.distill is None else self.distill.join()
@@ -45,12 +61,12 @@ def build_model(
 
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
-        self.comm, self.distill = context.comm, config.distill
+        self.comm, self.config = context.comm, config
         self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
         self.parts: dict[str, Part] = token_parts(config, context, self.model)
         if config.distill is not None:
-            captions = context.data.captions
-            self.parts["teacher"] = teacher_part(config.distill, captions, context.comm)
+            self.teacher = teacher_of(config.distill, config.model, context)
+            self.parts["teacher"] = self.teacher
         self.prototypes: PrototypesTerm | None = None
         if config.prototypes is not None:
             dim = config.model.embed_dim
@@ -58,15 +74,12 @@ class Recipe(WithoutPhases):
             self.parts["head"] = self.prototypes.head
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
-        assert features.image is not None
-        assert features.text is not None
-        assert features.logit_scale is not None
-        losses = Losses.of(
-            clip=info_nce(features.image, features.text, features.logit_scale, self.comm)
-        )
-        if self.distill is not None:
-            value = distillation(self.distill, features, batch, self.comm)
-            losses = losses.with_term("distill", value, self.distill.weight)
+        image, text, scale = map(features.tensor, ("image", "text", "logit_scale"))
+        contrastive = info_nce(image, text, scale, self.comm)
+        losses = Losses().with_term("clip", contrastive, self.config.weight)
+        if self.config.distill is not None:
+            found = distillation(self.teacher, features, batch, self.comm)
+            losses = with_distillation(losses, found, self.config.distill)
         if self.prototypes is not None:
             losses += self.prototypes.losses(features, batch, step)
         return losses
