@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests.models import folders
 from tests.models.folders import IMAGES, OWN_VECTOR, TEXTS, save
 from tests.models.small import LENGTH, small_config, texts, word_tokenizer
 from trainer.errors import ConfigError
 from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
+from trainer.models.load import model_pixels
 from trainer.models.two_tower import TwoTower, build_two_tower
 
 PIXELS = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -234,3 +236,38 @@ def test_a_folder_of_pickles_says_how_to_convert(tmp_path: Path) -> None:
     refused("no safetensors with weights", tmp_path, "text")
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     refused("a pickle, which is not read; where you trust it, convert it", tmp_path, "text")
+
+
+# -- hub ids ------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_is_followed_in_all_that_its_files_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels and pooling stand beside the model, in the hub's cache; nothing is asked for there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, make in (("vision", IMAGES["vit"]), ("words", TEXTS["bert"])):
+        stored = tmp_path / f"models--someone--{name}"
+        (stored / "refs").mkdir(parents=True)
+        (stored / "refs/main").write_text("a" * 40)
+        save(stored / "snapshots" / ("a" * 40), make)
+    found = {
+        name: next((tmp_path / f"models--someone--{name}/snapshots").iterdir())
+        for name in ("vision", "words")
+    }
+    size = {"height": 32, "width": 32}
+    ViTImageProcessorPil(size=size, image_mean=[0.1] * 3, resample=2).save_pretrained(
+        found["vision"]
+    )
+    steps = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    (found["words"] / "modules.json").write_text(json.dumps(steps))
+    (found["words"] / "1_Pooling").mkdir()
+    (found["words"] / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+    values = {"image": {"path": "someone/vision"}, "embed_dim": 24, "image_size": 32}
+    config = ImageTowerConfig.model_validate(values)
+    assert model_pixels(config).mean == (0.1, 0.1, 0.1)
+    assert build_image_tower(config).image.pool == "cls"
+    assert text_model("someone/words").text.pool == "cls"
+    with pytest.raises(ConfigError, match=r"can't load a .* from someone/nothing"):
+        image_tower("someone/nothing")

@@ -189,7 +189,7 @@ def _processor(folder: Path) -> tuple[Any, dict[str, Any]]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"transformers can't load an image processor from {folder}: {reason}"
+            f"transformers can't load an image processor from {folder}: {reason[:240]}"
         ) from error
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
@@ -28,6 +30,9 @@ RAISED = (
 
 _RANDOM = ("drop", "jitter", "mask_ratio", "mask_time_prob", "mask_feature_prob", "noise_std")
 _RANDOM_IF_GIVEN = ("pos_embed_rescale", "pos_embed_shift", "pos_embed_jitter")
+_LONGEST_SENTENCE = 240
+_FETCHED = ("*.json", "*.txt", "*.model", "*.safetensors")
+"""Of a hub's files: no pickles."""
 _NO_VALUE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 """Keys of a configuration that change no output."""
 
@@ -77,6 +82,21 @@ def load_folder(
     model = model.get_encoder() if decoded else model
     calm_modules(model)
     return _part_of(model.eval(), part, path)._replace(is_decoded=decoded)
+
+
+@lru_cache(maxsize=16)
+def local_folder(path: str) -> str:
+    """`path` where it is a folder; of a hub id the folder of its files, fetched if need be.
+
+    All that a folder says besides the model is read from there: pixels, pooling, prompts. A path
+    that is neither stays as it is, for whoever loads it to complain.
+    """
+    if Path(path).exists() or len(Path(path).parts) != 2 or path.startswith((".", "~", "/")):
+        return path
+    try:
+        return str(snapshot_download(path, allow_patterns=_FETCHED))
+    except (OSError, ValueError):
+        return path
 
 
 def load_pair(path: Path | str, *, dtype: torch.dtype = torch.float32) -> tuple[Loaded, Loaded]:
@@ -139,9 +159,10 @@ def calm_modules(model: nn.Module) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its kind where it says nothing."""
-    said = str(error).strip() or type(error).__name__
-    return said.splitlines()[0]
+    """The first line of what an error says; its kind where it says nothing. transformers lists all
+    that it knows behind some sentences, which are cut."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return said if len(said) <= _LONGEST_SENTENCE else f"{said[:_LONGEST_SENTENCE].rstrip()}..."
 
 
 def _class_of(settings: Any) -> Any:

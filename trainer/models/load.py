@@ -26,7 +26,7 @@ from trainer.data.pixels import Pixels, folder_pixels
 from trainer.data.tokenize import sides_of, tokenize
 from trainer.errors import ConfigError
 from trainer.models.config import ModelConfig, TowerConfig, TwoTowerConfig
-from trainer.models.folder import RAISED, Loaded, load_folder
+from trainer.models.folder import RAISED, Loaded, load_folder, local_folder
 from trainer.models.inspection import (
     Reach,
     Sight,
@@ -49,7 +49,7 @@ def image_tower(config: ModelConfig) -> Tower:
     """The image encoder that `config.image` describes."""
     section = config.image
     if section.path is not None:
-        return _loaded_image_tower(config, section.path)
+        return _loaded_image_tower(config, local_folder(section.path))
     backbone: Any = CLIPVisionModel._from_config(
         _vision_config(config), attn_implementation=ATTENTION
     )
@@ -63,7 +63,7 @@ def text_tower(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerFast) -> To
     """The text encoder that `config.text` describes, for the ids of `tokenizer`."""
     section = config.text
     if section.path is not None:
-        return _loaded_text_tower(config, section.path, tokenizer)
+        return _loaded_text_tower(config, local_folder(section.path), tokenizer)
     backbone: Any = CLIPTextModel._from_config(
         _text_config(config, tokenizer), attn_implementation=ATTENTION
     )
@@ -81,7 +81,7 @@ def text_tower(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerFast) -> To
 
 @lru_cache(maxsize=16)
 def _folder_pixels(path: str, size: int, background: tuple[int, int, int]) -> Pixels | None:
-    return folder_pixels(path, size=size, background=background)
+    return folder_pixels(local_folder(path), size=size, background=background)
 
 
 def model_pixels(config: ModelConfig, background: tuple[int, int, int] = WHITE) -> Pixels:
@@ -96,7 +96,7 @@ def pixels_note(config: ModelConfig, path: str) -> str:
     said = _folder_pixels(path, config.image_size, WHITE)
     if said is None:
         return f"images: {path} has no image processor, so they are prepared as for CLIP"
-    own = folder_pixels(path)
+    own = folder_pixels(local_folder(path))
     assert own is not None
     other = "" if own.size == config.image_size else f", made for {own.size} px"
     return f"images: as the processor of {path} says{other}: {said.text}"
