@@ -94,7 +94,7 @@ def local_folder(path: str) -> str:
     if Path(path).exists() or len(Path(path).parts) != 2 or path.startswith((".", "~", "/")):
         return path
     try:
-        return str(snapshot_download(path, allow_patterns=_FETCHED))
+        return str(snapshot_download(path, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError):
         return path
 
