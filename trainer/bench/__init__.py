@@ -6,6 +6,7 @@ one that is asked for is imported.
 
 BENCHES = {
     "step": "trainer.bench.step",
+    "tokens": "trainer.bench.tokens",
     "data": "trainer.bench.data",
     "episode": "trainer.bench.episode",
     "kmeans": "trainer.bench.kmeans",

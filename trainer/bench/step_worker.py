@@ -62,11 +62,11 @@ def measure(case: StepCase, comm: Comm) -> list[dict[str, Any]]:
     for turn in range(case.rounds):
         # Whoever goes first in one round goes last in the next.
         for name in sorted(sides, reverse=bool(turn % 2)):
-            laps[name].append(_timed(sides[name], comm))
+            laps[name].append(timed(sides[name], comm))
     return [_row(name, side, laps[name], case, comm) for name, side in sides.items()]
 
 
-def _timed(side: Side, comm: Comm) -> Lap:
+def timed(side: Side, comm: Comm) -> Lap:
     comm.barrier()
     _wait(comm)
     clock, cpu = time.perf_counter(), time.process_time()
@@ -119,7 +119,7 @@ def _shares(held: dict[str, int], case: StepCase, comm: Comm) -> dict[str, float
 
 def _trained_bytes(case: StepCase) -> int:
     """Of the trained parameters in float32."""
-    model = build_two_tower(case.model, _tokenizer(case.model))
+    model = build_two_tower(case.model, any_tokenizer(case.model))
     return 4 * model.count_parameters()["trained"]
 
 
@@ -133,11 +133,11 @@ def _side(name: str, case: StepCase, comm: Comm) -> Side:
 def _plain(case: StepCase, comm: Comm) -> Side:
     """No framework: what the others are compared with."""
     optim = _run_config(case).optim
-    model = build_two_tower(case.model, _tokenizer(case.model)).to(comm.device)
+    model = build_two_tower(case.model, any_tokenizer(case.model)).to(comm.device)
     groups = parameter_groups(model.named_parameters(), optim, model.parameter_depth)
     fused = comm.device.type == "cuda"
     optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.epsilon, fused=fused)
-    batch = _batch(case, comm)
+    batch = noise(case, comm)
 
     def step() -> float:
         features = model(batch)
@@ -162,7 +162,7 @@ def _plain(case: StepCase, comm: Comm) -> Side:
 def _engine(name: str, case: StepCase, comm: Comm) -> Side:
     """The program's own step, under the ZeRO stage that the name says."""
     config = _run_config(case)
-    context = context_of(config, comm, _tokenizer(case.model))
+    context = context_of(config, comm, any_tokenizer(case.model))
     recipe = load_recipe(config.recipe, context)
     recipe.model.gradient_checkpointing(name.endswith(CHECKPOINTED))
     with tempfile.TemporaryDirectory() as folder:
@@ -170,10 +170,10 @@ def _engine(name: str, case: StepCase, comm: Comm) -> Side:
             recipe.model,
             config.optim,
             comm,
-            deepspeed_config=_float32(name.removesuffix(CHECKPOINTED), Path(folder)),
+            deepspeed_config=float32_file(name.removesuffix(CHECKPOINTED), Path(folder)),
             micro_batch=case.global_batch // comm.world_size,
         )
-    batch, progress = _batch(case, comm), Progress()
+    batch, progress = noise(case, comm), Progress()
 
     def step() -> float:
         losses, applied = train_step(engine, recipe, [batch], progress, config)
@@ -191,7 +191,7 @@ def _kept_whole(engine: Engine) -> int:
     return sum(p.data.nbytes for p in engine.module.parameters() if hasattr(p, "ds_tensor"))
 
 
-def _float32(stage: str, folder: Path) -> Path:
+def float32_file(stage: str, folder: Path) -> Path:
     """The project's DeepSpeed file, without bfloat16: the plain loop has none either."""
     values = json.loads((ROOT / "ds_configs" / f"{stage}.json").read_text())
     path = folder / f"{stage}.json"
@@ -212,7 +212,7 @@ def _run_config(case: StepCase) -> RunConfig:
     )
 
 
-def _tokenizer(model: TwoTowerConfig) -> PreTrainedTokenizerFast:
+def any_tokenizer(model: TwoTowerConfig) -> PreTrainedTokenizerFast:
     """Of the model's vocabulary, which decides how large the text tower's table is."""
     assert model.vocabulary is not None
     tokenizer = train_tokenizer(["a"], vocab_size=259, length=model.text_length)
@@ -220,7 +220,7 @@ def _tokenizer(model: TwoTowerConfig) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _batch(case: StepCase, comm: Comm) -> Batch:
+def noise(case: StepCase, comm: Comm) -> Batch:
     """This rank's rows of the one global batch: noise, and texts that fill their length."""
     model, generator = case.model, torch.Generator().manual_seed(0)
     size = (case.global_batch, 3, model.image_size, model.image_size)
