@@ -202,7 +202,9 @@ class DataConfig(Frozen):
     """Where samples come from and how they are read."""
 
     train: ShardSpec
-    """Shards: a path or URL with braces (`s3://b/{000..127}.tar`) or globs; lists join by `::`."""
+    """Shards: a path or URL with braces (`s3://b/{000..127}.tar`) or globs; a list of them (or one
+    text, joined by `::`); or a mapping from the names of sets to them (`name=path` in a text). A
+    set's name is part of its samples' identity, so that sets may have equal shard names."""
     reader: Literal["indexed", "webdataset"] = "indexed"
     """`indexed`: exact order and resume. `webdataset`: streams without an index (weaker)."""
     allow_pipe: Annotated[bool, OnlyWhere("reader", "webdataset")] = False

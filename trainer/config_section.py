@@ -6,11 +6,12 @@ A key that is given is read, or refused. One that only some choices read says so
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -103,8 +104,50 @@ def _path_at_home(path: Path) -> Path:
     return Path(at_home(str(path)))
 
 
+_SET = re.compile(r"([A-Za-z0-9][\w.-]{0,63})=(?!=)")
+
+
+def split_set(part: str) -> tuple[str, str]:
+    """(name of the set, path) of one part of a shard list, `cc3m=/data/{000..331}.tar`; a set
+    without a name is ''."""
+    match = _SET.match(part)
+    return (match[1], part[match.end() :]) if match else ("", part)
+
+
+def _one_list(value: Any) -> Any:
+    """Shards as one text: a list's parts, and a mapping's with the name of their set."""
+    if isinstance(value, list | tuple):
+        if not value or not all(isinstance(part, str) for part in value):
+            raise ValueError("a list of shards holds texts, and one at least")
+        return "::".join(value)
+    if isinstance(value, dict):
+        if not value:
+            raise ValueError("a mapping of sets holds one at least, as cc3m: 'cc3m/{000..331}.tar'")
+        return "::".join(_named(name, parts) for name, parts in value.items())
+    return value
+
+
+def _named(name: Any, parts: Any) -> str:
+    if not _SET.fullmatch(f"{name}="):
+        raise ValueError(
+            f"{name!r} can't name a set; use letters, digits, '.', '_' and '-', 64 at most"
+        )
+    parts = _one_list(parts)
+    if not isinstance(parts, str):
+        raise ValueError(f"the set {name} is {parts!r}; give its shards as a text or a list")
+    parts = [part.strip() for part in parts.split("::")]
+    if inner := next((split_set(part)[0] for part in parts if split_set(part)[0]), None):
+        raise ValueError(f"the set {name} holds a part that is named {inner}; a set has one name")
+    return "::".join(f"{name}={part}" for part in parts)
+
+
 def _shards_at_home(spec: str) -> str:
-    return "::".join(at_home(part) for part in spec.split("::"))
+    return "::".join(_part_at_home(part) for part in spec.split("::"))
+
+
+def _part_at_home(part: str) -> str:
+    name, path = split_set(part.strip())
+    return f"{name}={at_home(path)}" if name else at_home(path)
 
 
 def _without_dot(name: str) -> str:
@@ -119,5 +162,6 @@ LocalPath = Annotated[Path, AfterValidator(_path_at_home)]
 """A file or folder; `~` is the home folder."""
 ModelPath = Annotated[str, AfterValidator(at_home)]
 """A folder, where `~` is the home folder, or a hub id."""
-ShardSpec = Annotated[str, AfterValidator(_shards_at_home)]
-"""Shards: a path or URL with braces or globs; lists join by `::`. `~` is the home folder."""
+ShardSpec = Annotated[str, BeforeValidator(_one_list), AfterValidator(_shards_at_home)]
+"""Shards: a path or URL with braces or globs; lists join by `::`. `~` is the home folder. In YAML
+also a list of such texts, or a mapping from names of sets to them; `name=path` in a text."""

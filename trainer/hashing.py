@@ -55,10 +55,15 @@ def uniform(ids: Int64[Tensor, "*shape"], *keys: int) -> Float64[Tensor, "*shape
 
 def uniform_of(value: int, *keys: int) -> float:
     """`uniform` of one id, in plain integers: fifty times cheaper than a tensor of one."""
+    return (hash_bits_of(value, *keys) >> 11) * 2.0**-53
+
+
+def hash_bits_of(value: int, *keys: int) -> int:
+    """`hash_bits` of one id, as a number without a sign."""
     bits = _mixed_one(value + _GOLDEN)
     for key in keys:
         bits = _mixed_one(bits ^ key) + _GOLDEN
-    return ((_mixed_one(bits) & _MASK) >> 11) * 2.0**-53
+    return _mixed_one(bits) & _MASK
 
 
 def _mixed_one(bits: int) -> int:

@@ -21,6 +21,7 @@ from trainer.checkpoint.run_state import (
     load_weights,
     place_of,
     save_state,
+    shards_of,
     undone_unless_done,
 )
 from trainer.comm import Comm, agreed, stop_together
@@ -51,6 +52,7 @@ from trainer.run import (
     context_of,
     eval_context,
     loading_notes,
+    refuse_other_data,
     refuse_text_evals,
     stream_of,
     tokenizer_of,
@@ -184,7 +186,12 @@ def _built(
     check_evaluations(config.evals, comm, dim=config.recipe.model.embed_dim)
     tell(f"opening {config.data.train}")
     tokenizer = tokenizer_of(config, comm)
-    stream = agreed(comm, lambda: stream_of(config, comm, tokenizer, micro_batch=micro_batch))
+    before = shards_of(restored)
+    stream = agreed(
+        comm,
+        lambda: stream_of(config, comm, tokenizer, micro_batch=micro_batch, before=before),
+    )
+    agreed(comm, lambda: refuse_other_data(config, stream.shard_lines))
     tell(f"building the model of {config.recipe.name}")
     shape = restored.state.get("shape") if restored else None
     recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check, shape))
@@ -353,6 +360,7 @@ def _save(run: Run, here: Place, due: Sequence[EvalConfig]) -> Place:
     save_state(
         *(run.checkpoints, run.engine, run.recipe, here, run.config),
         frozen=run.frozen,
+        shards=run.stream.shard_lines,
         evaluations_due=labels,
     )
     return here

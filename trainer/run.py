@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import EvalConfig, RunConfig
 from trainer.data.pixels import Pixels
+from trainer.data.sets import refuse_another_set
 from trainer.data.stream import Stream
 from trainer.data.vocabulary import tokenizer_for
 from trainer.errors import ConfigError
@@ -22,6 +25,7 @@ from trainer.parts.averaged_weights import AveragedWeights
 from trainer.recipe import Context, Recipe
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
+from trainer.store.sources import made_of
 
 AVERAGE = "average"
 """The part that follows the weights, in a recipe's parts and in checkpoints."""
@@ -86,8 +90,14 @@ def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast | Non
 
 
 def stream_of(
-    config: RunConfig, comm: Comm, tokenizer: PreTrainedTokenizerFast | None, *, micro_batch: int
+    config: RunConfig,
+    comm: Comm,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    micro_batch: int,
+    before: Sequence[str] | None = None,
 ) -> Stream:
+    """The training samples; `before` are the shards of the checkpoint that is gone on from."""
     return Stream(
         config.data,
         comm,
@@ -101,7 +111,27 @@ def stream_of(
         join=config.recipe.join(config.seed),
         views=config.recipe.wanted_views(),
         pixels=pixels_of(config),
+        before=before,
     )
+
+
+def refuse_other_data(config: RunConfig, lines: Sequence[str]) -> None:
+    """A DataError where a folder of vectors or labels that the recipe names was made of other
+    shards with the names of the run's, whose samples it would be taken to know."""
+    shards = dict(line.rsplit(" ", 1) for line in lines)
+    known = {name: digest for name, digest in shards.items() if digest != "-"}
+    for folder in dict.fromkeys(_folders_in(config.recipe)):
+        refuse_another_set(made_of(folder), known, folder=folder)
+
+
+def _folders_in(value: Any) -> Iterator[Path]:
+    """Every path in a section, and in the sections and lists inside it."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from chain.from_iterable(_folders_in(each) for _, each in value)
+    elif isinstance(value, tuple | list):
+        yield from chain.from_iterable(map(_folders_in, value))
 
 
 def pixels_of(config: RunConfig) -> Pixels:

@@ -64,6 +64,7 @@ def open_stream(
     workdir: Path | None = None,
     views: ViewsConfig = ONE_VIEW,
     image_size: int = SIDE,
+    before: list[str] | None = None,
     **config: Any,
 ) -> Stream:
     window = {} if config.get("reader") == "webdataset" else {"window_shards": 3}
@@ -78,6 +79,7 @@ def open_stream(
         micro_batch=micro_batch or global_batch // world_size,
         workdir=workdir,
         views=views,
+        before=before,
     )
 
 

@@ -16,6 +16,7 @@ from trainer.data.decode import BadSample
 from trainer.data.fields import json_of, text_of
 from trainer.data.index import write_index
 from trainer.data.vocabulary import captions_of
+from trainer.errors import DataError
 from trainer.evals.samples import values_of
 
 BAD_JSON = {
@@ -71,7 +72,9 @@ def test_what_json_allows_is_read() -> None:
     assert caption({"json": b'{"name": "cup", "exif": "\\ud83d \\u0000"}'}, "name") == "cup"
 
 
-def test_words_are_learnt_and_classes_numbered_without_the_bad_samples(tmp_path: Path) -> None:
+def test_words_are_learnt_and_classes_numbered_without_the_bad_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = {f"g{n}": {"json": json.dumps({"name": f"name {n}"}).encode()} for n in range(3)}
     bad = {f"x{n}": {"json": data} for n, data in enumerate(BAD_JSON.values())}
     flipped = {"z": {"json": b'{"name": "flipped"}'}}
@@ -82,4 +85,11 @@ def test_words_are_learnt_and_classes_numbered_without_the_bad_samples(tmp_path:
     expected = ["name 0", "name 1", "name 2"]
     assert sorted(captions_of(data, seed=0, most=100)) == expected
     labels = class_labels(str(shard), "name", Comm.solo())
+    said = capsys.readouterr().err
+    assert f"{len(bad) + 1} of {len(bad) + 4} samples can't be read, so have no class" in said
+    assert "a.tar x0: " in said
+    count = (len(bad) + 1) / (len(bad) + 4)
+    class_labels(str(shard), "name", Comm.solo(), budget=count)
+    with pytest.raises(DataError, match=r"more than data\.bad_sample_budget = 0\.01; the first"):
+        class_labels(str(shard), "name", Comm.solo(), budget=0.01)
     assert labels.labels.sort().values.tolist() == [0, 1, 2]

@@ -190,6 +190,39 @@ def test_a_bad_sample_is_one_line_and_has_a_substitute(tmp_path):
     assert sum(counts.values()) == 46
 
 
+def test_a_run_that_goes_on_repeats_no_line_of_the_ledger(tmp_path):
+    """However often it is stopped, on however many ranks; a torn line does not count."""
+    spec = broken_shard(tmp_path, good=40, bad=6)
+
+    def records(name: str) -> list[str]:
+        files = sorted((tmp_path / name / "ledger").glob("*.jsonl"))
+        return sorted(line for file in files for line in file.read_text().splitlines())
+
+    def read(name: str, first: int, last: int, *, world_size: int = 1) -> None:
+        for rank in range(world_size):
+            stream = open_stream(
+                spec,
+                rank=rank,
+                world_size=world_size,
+                global_batch=12,
+                bad_sample_budget=0.5,
+                workdir=tmp_path / name,
+            )
+            stream.seek(12 * first)
+            list(stream.view(12 * first, 24, purpose="episode"))
+            ids_of(stream, last - first)
+            stream.close()
+
+    read("whole", 0, 12)
+    read("resumed", 0, 7)
+    with (tmp_path / "resumed/ledger/rank-0.jsonl").open("a") as file:
+        file.write('{"shard": "torn')
+    read("resumed", 2, 9)
+    read("resumed", 5, 12, world_size=2)
+    assert records("resumed") == records("whole")
+    assert len(set(records("whole"))) == len(records("whole")) >= 12
+
+
 def test_a_flipped_bit_in_one_sample_is_one_line(tmp_path):
     spec = write_shards(tmp_path, [30])
     path = spec.replace("{000..000}", "000")

@@ -36,6 +36,7 @@ FREE_TO_CHANGE = frozenset(
         "comm_timeout_seconds",
     }
 )
+SHARDS = "shards.txt"
 FREE_DATA = frozenset({"workers", "cache_mib", "bad_sample_budget"})
 
 
@@ -59,12 +60,13 @@ def save_state(
     config: RunConfig,
     *,
     frozen: str,
+    shards: Sequence[str] = (),
     evaluations_due: Sequence[str] = (),
 ) -> None:
     """Write weights, moments, parts and progress; every rank writes a share of each.
 
-    Evaluations come after the save; whoever goes on from it does those that are due and have left
-    no line.
+    `shards` tell those that the run reads from others, wherever they lie. Evaluations come after
+    the save; whoever goes on from it does those that are due and have left no line.
     """
     comm = engine.comm
     tensors: dict[str, NamedTensors] = {
@@ -82,12 +84,22 @@ def save_state(
     }
     if isinstance(recipe, ChangesShape) and (shape := recipe.shape()) is not None:
         state["shape"] = shape
-    checkpoints.save(here.progress.step, tensors, state, {"run.yaml": dump_run(config)})
+    texts = {"run.yaml": dump_run(config)}
+    if shards:
+        texts[SHARDS] = "".join(f"{line}\n" for line in shards)
+    checkpoints.save(here.progress.step, tensors, state, texts)
+
+
+def shards_of(restored: Restored | None) -> list[str] | None:
+    """What the shards of a checkpoint's run are known by; None where it does not say."""
+    text = restored.texts.get(SHARDS) if restored else None
+    return None if text is None else text.split("\n")[:-1]
 
 
 def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, frozen: str) -> None:
     """Put a checkpoint's weights into a model that no engine has sharded yet."""
-    refuse_another_run(parse_run(restored.texts["run.yaml"], source="run.yaml"), config)
+    old = parse_run(restored.texts["run.yaml"], source="run.yaml")
+    refuse_another_run(old, config, same_shards=shards_of(restored) is not None)
     if restored.state["frozen_weights"] != frozen:
         raise CheckpointError(
             "the frozen weights are not those of the checkpoint; restore the model they came from "
@@ -132,9 +144,14 @@ def undone_unless_done(buffers: Mapping[str, Tensor]) -> Iterator[None]:
         raise
 
 
-def refuse_another_run(old: RunConfig, new: RunConfig) -> None:
-    """A CheckpointError that lists what differs, if it would make another run of this one."""
+def refuse_another_run(old: RunConfig, new: RunConfig, *, same_shards: bool = False) -> None:
+    """A CheckpointError that lists what differs, if it would make another run of this one.
+
+    Where the training data are known to be the same shards, they may be listed in another way.
+    """
     before, after = _comparable(old), _comparable(new)
+    for values in (before, after) if same_shards else ():
+        values.pop("data.train")
     differing = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     if differing:
         lines = ", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in differing)

@@ -14,11 +14,13 @@ from pathlib import PurePosixPath
 from typing import NamedTuple, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from trainer.data.remote import file_size, open_for_scan, read_file, write_file
 from trainer.data.tar import Member, scan_tar
 from trainer.errors import DataError
+from trainer.hashing import hash_bits, hash_bits_of, key_of
 
 MAX_MEMBER_BYTES = 64 * 2**20
 _MAGIC = b"SHARDIX1"
@@ -39,11 +41,23 @@ def shard_stem(shard: str) -> str:
     return PurePosixPath(shard.split("?")[0]).name.removesuffix(".tar")
 
 
-def sample_id(shard_name: str, key: str) -> int:
-    """63 bits that stand for a sample wherever its shard is stored."""
+def sample_id(shard_name: str, key: str, set_name: str = "") -> int:
+    """63 bits that stand for a sample wherever its shard is stored.
+
+    A hash of the shard's name and the key, and of the set's name where it has one.
+    """
     text = f"{shard_stem(shard_name)}/{key}"
     digest = blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    plain = int.from_bytes(digest, "little") >> 1
+    return hash_bits_of(plain, key_of("set", set_name)) >> 1 if set_name else plain
+
+
+def ids_in_set(ids: NDArray[np.int64], set_name: str) -> NDArray[np.int64]:
+    """What the ids of samples without a set are where they belong to one; its name may be ''."""
+    if not set_name:
+        return ids
+    bits = hash_bits(torch.from_numpy(ids.copy()), key_of("set", set_name)).numpy()
+    return (bits.view(np.uint64) >> np.uint64(1)).astype(np.int64)
 
 
 def index_path(shard: str) -> str:

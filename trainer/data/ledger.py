@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,8 @@ class Rejected(NamedTuple):
 class Ledger:
     """Appends to `<workdir>/ledger/rank-<rank>.jsonl` and counts (in this process's lifetime).
 
-    Lines wait while the disk is full.
+    What stands in the folder already is not written again: a run that goes on reads samples anew
+    that it had read before it was stopped. Lines wait while the disk is full.
     """
 
     def __init__(self, workdir: Path | None, *, rank: int, budget: float) -> None:
@@ -39,6 +40,7 @@ class Ledger:
         self.budget = budget
         self.num_read = self.num_rejected = 0
         self._examples: deque[Rejected] = deque(maxlen=_EXAMPLES)
+        self._written: set[int] | None = None
 
     def put(self, *, num_read: int, rejected: Sequence[Rejected]) -> None:
         """Write the rejected ones; DataError where they are more than the budget's share."""
@@ -46,8 +48,18 @@ class Ledger:
         self.num_rejected += len(rejected)
         self._examples.extend(rejected)
         if rejected and self._file is not None:
-            lines = "".join(json.dumps(line._asdict()) + "\n" for line in rejected)
-            self._file.append(lines.encode())
+            lines = (f"{json.dumps(line._asdict())}\n".encode() for line in rejected)
+            if new := b"".join(line for line in lines if self._is_new(line)):
+                self._file.append(new)
+
+    def _is_new(self, line: bytes) -> bool:
+        """Whether no rank had written the line before this process began, nor it since."""
+        if self._written is None:
+            assert self.path is not None
+            self._written = set(map(hash, _lines_in(self.path.parent)))
+        known = hash(line) in self._written
+        self._written.add(hash(line))
+        return not known
 
     def close(self) -> None:
         if self._file is not None:
@@ -66,6 +78,12 @@ class Ledger:
     def examples(self) -> str:
         """The last few, in words."""
         return describe(self._examples)
+
+
+def _lines_in(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        with path.open("rb") as file:
+            yield from file
 
 
 def describe(rejected: Sequence[Rejected] | deque[Rejected]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 from braceexpand import braceexpand
 
+from trainer.config_section import split_set
 from trainer.data.tar import Bytes
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of
@@ -36,19 +37,33 @@ def is_remote(path: str) -> bool:
 
 
 def expand_shards(spec: str) -> list[str]:
-    """The shards that a spec names: braces (`{000..127}`), globs, lists joined by `::`.
+    """The paths of the shards that a spec names, as `expand_sets` finds them."""
+    return [path for _, path in expand_sets(spec)]
 
-    Globs are sorted. DataError for a glob without a match and for a shard listed twice.
+
+def expand_sets(spec: str, *, pipes: bool = False) -> list[tuple[str, str]]:
+    """(set, path) of the shards that a spec names: braces (`{000..127}`), globs, lists joined by
+    `::`, and the name of a set before a part (`cc3m=path`), '' where there is none.
+
+    Globs are sorted. DataError for a glob without a match and for a shard listed twice. A command
+    (`pipe:`) has its braces expanded where `pipes` are wanted, and is refused otherwise.
     """
-    shards = [shard for part in spec.split("::") for shard in _expand(part.strip(), spec)]
-    for shard in shards:
-        if shard.startswith("pipe:"):
-            raise DataError(f"{shard!r} needs data.reader: webdataset and data.allow_pipe: true")
+    parts = [split_set(part.strip()) for part in spec.split("::")]
+    listed = [(name, path) for name, part in parts for path in _expand(part, spec)]
+    for name, path in parts:
+        if name and os.path.exists(f"{name}={path.split('/')[0]}"):
+            raise DataError(
+                f"{name}={path} could be the set {name} or a folder's name; write ./{name}={path} "
+                "for the folder"
+            )
+    for _, path in listed:
+        if path.startswith("pipe:") and not pipes:
+            raise DataError(f"{path!r} needs data.reader: webdataset and data.allow_pipe: true")
     seen: set[str] = set()
-    twice = next((shard for shard in shards if shard in seen or seen.add(shard)), None)  # type: ignore[func-returns-value]
+    twice = next((path for _, path in listed if path in seen or seen.add(path)), None)  # type: ignore[func-returns-value]
     if twice is not None:
         raise DataError(f"{spec!r} lists {twice} twice")
-    return shards
+    return listed
 
 
 def _expand(part: str, spec: str) -> list[str]:
@@ -58,6 +73,8 @@ def _expand(part: str, spec: str) -> list[str]:
         paths = list(braceexpand(part))
     except ValueError as error:
         raise DataError(f"the braces of {part!r} do not pair") from error
+    if part.startswith("pipe:"):  # a star is the shell's there
+        return paths
     return [match for path in paths for match in _matches(path)]
 
 

@@ -21,13 +21,14 @@ from trainer.data.index import (
     HEADER_BYTES,
     IndexSummary,
     ShardIndex,
+    ids_in_set,
     index_path,
     read_index,
     read_summary,
     sample_id,
-    shard_stem,
 )
-from trainer.data.remote import expand_shards, file_size, is_remote, read_file, read_range
+from trainer.data.remote import expand_sets, file_size, is_remote, read_file, read_range
+from trainer.data.sets import named_shard, names_by_folder, refuse_other_shards
 from trainer.errors import DataError
 
 __all__ = ["DamagedSample", "RawSample", "ShardSet", "sample_id"]
@@ -56,29 +57,55 @@ class ShardSet:
     """All samples of a shard list, by number: 0 to len - 1 in the order of the list."""
 
     def __init__(
-        self, shards: Sequence[str], sizes: tuple[int, ...], remote: dict[str, bytes]
+        self,
+        shards: Sequence[str],
+        sizes: Sequence[int],
+        remote: dict[str, bytes],
+        *,
+        sets: Sequence[str],
+        digests: Sequence[str],
     ) -> None:
-        self.shards, self.sizes = tuple(shards), sizes
+        self.shards, self.sizes = tuple(shards), tuple(sizes)
+        self.sets, self.digests = tuple(sets), tuple(digests)
         self._remote_indexes = remote
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._forget()
 
     @classmethod
-    def open(cls, spec: str) -> ShardSet:
-        """Open every shard that a spec names (braces, globs, `::` lists; paths and URLs).
+    def open(cls, spec: str, *, before: Sequence[str] | None = None) -> ShardSet:
+        """Open every shard that a spec names (braces, globs, `::` lists; paths and URLs; sets).
 
         DataError where a shard or its index is missing, a shard's size is not the indexed one,
-        or two samples have one id. Local indexes stay on disk; remote ones are fetched once.
+        or two samples have one id. Where samples of two folders would, and no set is named, each
+        folder is a set that is called after what tells it from the others. Local indexes stay on
+        disk; remote ones are fetched once. `before` are the `lines` of a set that this one has to
+        be, in whose order the shards then come; DataError where they are others.
         """
-        shards = expand_shards(spec)
+        listed = expand_sets(spec)
+        shards = [path for _, path in listed]
         with ThreadPoolExecutor(_OPENING_THREADS) as threads:
             found = list(threads.map(_inspect, shards))
         remote = {
             shard: data for shard, (_, data) in zip(shards, found, strict=True) if is_remote(shard)
         }
-        opened = cls(shards, tuple(summary.num_samples for summary, _ in found), remote)
-        opened._refuse_equal_ids()
-        return opened
+        opened = cls(
+            shards,
+            [summary.num_samples for summary, _ in found],
+            remote,
+            sets=[name for name, _ in listed],
+            digests=[summary.digest.hex() for summary, _ in found],
+        )._distinct()
+        return opened if before is None else opened._in_order_of(before)
+
+    @property
+    def names(self) -> list[str]:
+        """The shards' names, with the set's before it where there is one: `cc3m=00000`."""
+        return [named_shard(name, path) for name, path in zip(self.sets, self.shards, strict=True)]
+
+    @property
+    def lines(self) -> list[str]:
+        """Name and digest of each shard's index: what the samples are, wherever they lie."""
+        return [f"{name} {digest}" for name, digest in zip(self.names, self.digests, strict=True)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -129,7 +156,13 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, object]:
         """What a worker process needs: no open file and no parsed index."""
-        return {"shards": self.shards, "sizes": self.sizes, "remote": self._remote_indexes}
+        return {
+            "shards": self.shards,
+            "sizes": self.sizes,
+            "remote": self._remote_indexes,
+            "sets": self.sets,
+            "digests": self.digests,
+        }
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -155,7 +188,7 @@ class ShardSet:
                 f"{index_path(name)} changed: {self.sizes[shard]} samples when it was opened, "
                 f"now {len(index.keys)}; start again"
             )
-        return index
+        return index._replace(ids=ids_in_set(index.ids, self.sets[shard]))
 
     def _bytes(self, shard: int, start: int, end: int) -> bytes:
         name = self.shards[shard]
@@ -181,20 +214,56 @@ class ShardSet:
             raise _wrong_size(self.shards[shard], expected, found, self.sizes[shard])
         return handle
 
-    def _refuse_equal_ids(self) -> None:
-        """Ids can only meet where two shards have one name in different folders."""
+    def _distinct(self) -> ShardSet:
+        """This set; with its folders as sets where samples would have one id otherwise."""
+        double, first = self._shared_ids()
+        if not double:
+            return self
+        folders = None if any(self.sets) else names_by_folder(self.shards)
+        named = self._with(sets=folders) if folders else self
+        if folders is None or named._shared_ids()[0]:
+            raise DataError(
+                f"{double} samples have the same shard name and key ({' and '.join(first)}), hence "
+                "the same id; name the sets, as {one: 'one/*.tar', two: 'two/*.tar'} in YAML or "
+                "'one=one/*.tar::two=two/*.tar', or rename one of the files"
+            )
+        return named
+
+    def _shared_ids(self) -> tuple[int, list[str]]:
+        """How many ids come twice, and two shards that have them.
+
+        Ids can only meet where two shards have one name in different folders.
+        """
         rows: dict[str, list[int]] = {}
-        for row, shard in enumerate(self.shards):
-            rows.setdefault(shard_stem(shard), []).append(row)
+        for row, name in enumerate(self.names):
+            rows.setdefault(name, []).append(row)
         for namesakes in rows.values():
             if len(namesakes) > 1:
                 ids = np.concatenate([self._index(row).ids for row in namesakes])
                 if double := len(ids) - len(np.unique(ids)):
-                    names = " and ".join(self.shards[row] for row in namesakes[:2])
-                    raise DataError(
-                        f"{double} samples have the same shard name and key ({names}), hence the "
-                        "same id; rename one of the files"
-                    )
+                    return double, [self.shards[row] for row in namesakes[:2]]
+        return 0, []
+
+    def _in_order_of(self, lines: Sequence[str]) -> ShardSet:
+        mine = self.lines
+        if mine == list(lines):
+            return self
+        refuse_other_shards(lines, mine)
+        row = {line: number for number, line in enumerate(mine)}
+        return self._with(rows=[row[line] for line in lines])
+
+    def _with(
+        self, *, sets: Sequence[str] | None = None, rows: Sequence[int] | None = None
+    ) -> ShardSet:
+        """The same shards under other sets, or in another order."""
+        rows = range(len(self.shards)) if rows is None else rows
+        return ShardSet(
+            [self.shards[row] for row in rows],
+            [self.sizes[row] for row in rows],
+            self._remote_indexes,
+            sets=[(self.sets if sets is None else sets)[row] for row in rows],
+            digests=[self.digests[row] for row in rows],
+        )
 
 
 def _kept(cache: OrderedDict[int, T], key: int, load: Callable[[int], T]) -> T:

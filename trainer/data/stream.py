@@ -7,7 +7,7 @@ is trained on, and every sample comes once per epoch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -72,7 +72,10 @@ class Stream:
         join: Join | None = None,
         views: ViewsConfig = ONE_VIEW,
         pixels: Pixels | None = None,
+        before: Sequence[str] | None = None,
     ) -> None:
+        """`before` are the `shard_lines` of the run that is gone on with: the same shards,
+        wherever they lie, come in the order that they had then; DataError for others."""
         self.pixels = pixels or Pixels(image_size)
         self.config, self.comm, self.seed, self.views = config, comm, seed, views
         _, self.num_micro_batches = micro_batches(
@@ -97,7 +100,9 @@ class Stream:
             batch_bytes=micro_batch * (values + 9 * text_length),
             ranks_here=comm.ranks_here,
         )
-        self.epoch_size, self._source = _open_source(config, comm, prepare)
+        self.epoch_size, self._source, self.shard_lines = _open_source(
+            config, comm, prepare, before
+        )
         self.wait_seconds = 0.0
         self.seek(0)
 
@@ -216,17 +221,20 @@ def _filled(rows: Tensor, missing: int) -> Tensor:
     return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
-def _open_source(config: DataConfig, comm: Comm, prepare: Prepare) -> tuple[int, Source]:
-    """(samples per epoch, source)."""
+def _open_source(
+    config: DataConfig, comm: Comm, prepare: Prepare, before: Sequence[str] | None
+) -> tuple[int, Source, list[str]]:
+    """(samples per epoch, source, what tells the shards from others)."""
     pin_memory = comm.device.type == "cuda"
     if config.reader == "webdataset":
         from trainer.data.web_reader import WebFeed  # webdataset is imported where it is wanted
 
-        feed = WebFeed(config, prepare, pin_memory=pin_memory)
-        return feed.epoch_size, feed
-    shards = ShardSet.open(config.train)
+        feed = WebFeed(config, prepare, pin_memory=pin_memory, before=before)
+        return feed.epoch_size, feed, feed.lines
+    shards = ShardSet.open(config.train, before=before)
     if not len(shards):
         raise DataError(f"the {len(shards.shards)} shards of {config.train!r} hold no sample")
     order = Order(shards.sizes, seed=prepare.seed, window_shards=config.window_shards)
     samples = IndexedSamples(shards, order, prepare)
-    return len(shards), Feed(samples, workers=config.workers, pin_memory=pin_memory)
+    source = Feed(samples, workers=config.workers, pin_memory=pin_memory)
+    return len(shards), source, shards.lines

@@ -73,7 +73,13 @@ def scan_tar(
     bytes behind the end, a member larger than `max_member_bytes`, a kind or name not allowed.
     """
     scan = _Scan(file, shard, max_member_bytes, [] if skipped is None else skipped)
-    return scan.members()
+    return (member for member, _ in scan.files())
+
+
+def read_tar(file: Bytes, *, shard: str, max_member_bytes: int) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of every plain file, in order, as strictly as `scan_tar` looks at them."""
+    scan = _Scan(file, shard, max_member_bytes, [])
+    return ((member.name, data) for member, data in scan.files())
 
 
 class _Scan:
@@ -98,7 +104,7 @@ class _Scan:
         self.position += count
         return data
 
-    def members(self) -> Iterator[Member]:
+    def files(self) -> Iterator[tuple[Member, bytes]]:
         while True:
             headers: list[bytes] = []
             header = self.header(headers)
@@ -110,7 +116,7 @@ class _Scan:
                 continue
             offset = self.position
             data = self.data(header.size)
-            yield Member(
+            member = Member(
                 name=name,
                 header_bytes=sum(map(len, headers)),
                 offset=offset,
@@ -118,6 +124,7 @@ class _Scan:
                 header_crc=zlib.crc32(b"".join(headers)),
                 crc=zlib.crc32(data),
             )
+            yield member, data
             self.place = f"the header after {name!r}"
 
     def header(self, blocks: list[bytes]) -> _Header | None:

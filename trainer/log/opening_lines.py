@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from trainer.config import RunConfig
+from trainer.config_section import split_set
 from trainer.data.stream import Stream
 
 
@@ -44,4 +46,12 @@ def describe(
         f"ZeRO-{stage}, gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}: "
         f"{(weights + moments) / 2**20:.0f} MiB of {kept} per rank",
     ]
-    return "\n".join([*lines, *notes])
+    return "\n".join([*lines, *_sets(stream), *notes])
+
+
+def _sets(stream: Stream) -> list[str]:
+    """A line with the sets of shards, where they have names: these are part of who a sample is."""
+    counts = Counter(split_set(line)[0] for line in stream.shard_lines)
+    if not any(counts):
+        return []
+    return ["sets: " + ", ".join(f"{name or 'unnamed'} {n} shards" for name, n in counts.items())]

@@ -231,7 +231,8 @@ def _labels(config: PrototypesConfig, context: Context) -> ClusterLabels:
 def _classes(keys: tuple[str, ...], context: Context) -> ClusterLabels:
     """A column for each key, its classes numbered behind those of the keys before."""
     spec, comm = context.data.train, context.comm
-    found = [class_labels(spec, key, comm) for key in keys]
+    budget = context.data.bad_sample_budget
+    found = [class_labels(spec, key, comm, budget=budget) for key in keys]
     for key, each in zip(keys, found, strict=True):
         if not len(each):
             raise ConfigError(f"no sample of {spec} has the json key {key!r} of `classes`")
@@ -255,5 +256,5 @@ def _check_join(labels: ClusterLabels, folder: Path, context: Context) -> None:
     if not bool((labels.of(some) >= 0).any()):
         raise DataError(
             f"none of {len(some)} samples of {context.data.train} has a label in {folder}; labels "
-            "are found by sample id (shard name and key), so they must be made from these shards"
+            "are found by sample id (names of set, shard and key), so they must be made of these"
         )

@@ -45,6 +45,7 @@ from trainer.programs.cluster_state import (
     write_whole,
 )
 from trainer.store import EmbeddingStore
+from trainer.store.sources import write_sources
 
 JOB, CENTROIDS, FIGURES = "job.json", "centroids.safetensors", "clusters.json"
 Say = Callable[[str], None]
@@ -80,6 +81,7 @@ def cluster_store(folder: Path, out: Path, job: ClusterJob, comm: Comm, *, say: 
         centroids, figures = _centroids(points, out, job, grid, comm, say)
         _label(points, centroids, out, job, grid, comm, say)
         names = list(store.header.shards)
+        agreed(comm, lambda: write_sources(out, store.header) if comm.is_main else None)
         agreed(comm, lambda: _finish(out, names, figures, comm, say))
     return out
 

@@ -134,7 +134,12 @@ class Recipe:
         if digests:
             self.parts["teachers"] = TeacherDigests(digests, context.comm)
         self.classes = (
-            class_labels(context.data.train, config.classes, context.comm)
+            class_labels(
+                context.data.train,
+                config.classes,
+                context.comm,
+                budget=context.data.bad_sample_budget,
+            )
             if config.classes
             else None
         )

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from trainer.comm import Comm, agreed
 from trainer.data.decode import BadSample
-from trainer.data.index import HEADER_BYTES, index_path, read_summary, shard_stem
-from trainer.data.remote import read_file
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.texts import TextSet
 from trainer.errors import DataError, TrainerError
@@ -225,13 +223,13 @@ def _opened(spec: str | TextSet) -> ShardSet | TextSet:
 
 
 def _plain_names(shards: ShardSet | TextSet) -> list[str]:
-    """The shards' names without folders, which are the names of their blocks."""
-    names = [shard_stem(shard) for shard in shards.shards]
+    """The shards' names behind their set's, without folders: the names of their blocks."""
+    names = list(shards.shards if isinstance(shards, TextSet) else shards.names)
     for row, name in enumerate(names):
         if name in names[:row]:
             raise DataError(
                 f"{shards.shards[names.index(name)]} and {shards.shards[row]} have one name; a "
-                "store keeps a block by name, so give each folder a store of its own"
+                "store keeps a block by name, so name their sets, as a=folder/*.tar::b=other/*.tar"
             )
     return names
 
@@ -240,5 +238,4 @@ def _digest(shards: ShardSet | TextSet, row: int) -> str:
     """Of the index, which changes with any byte of the shard, or of the texts."""
     if isinstance(shards, TextSet):
         return shards.digest(row)
-    path = index_path(shards.shards[row])
-    return read_summary(read_file(path)[:HEADER_BYTES], path=path).digest.hex()
+    return shards.digests[row]
