@@ -26,10 +26,6 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+"
 """Merges stay within a word, a digit, or a run of marks; the space before belongs to it."""
 
 
-_RAISED = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError)
-"""What transformers raises on folders without a tokenizer that it can load."""
-
-
 def train_tokenizer(
     captions: Iterable[str], *, vocab_size: int, length: int
 ) -> PreTrainedTokenizerFast:
@@ -74,7 +70,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
-    except _RAISED as error:
+    except Exception as error:  # a plain Exception is what tokenizers says
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"no tokenizer at {path}: {said}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -82,6 +78,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
             f"{path} has no fast tokenizer (tokenizer.json); save it once with transformers where "
             "the packages that it needs are installed"
         )
+    _refuse_made_up(tokenizer, path)
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     _refuse_types(tokenizer, path)
     if tokenizer.pad_token is None:
@@ -104,6 +101,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     special = {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
     said = [backend, special, sides_of(tokenizer)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_made_up(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    """ConfigError for a folder without a vocabulary: transformers makes one up there, of special
+    tokens alone, by which all texts are the same."""
+    wanted = sorted({"tokenizer.json", *type(tokenizer).vocab_files_names.values()})
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in wanted):
+        raise ConfigError(
+            f"no tokenizer at {path}: it has none of {', '.join(wanted)}; save the model's "
+            "tokenizer into it"
+        )
 
 
 def _refuse_types(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
