@@ -54,6 +54,7 @@ class RecipeConfig(Frozen):
     """A recipe's own section; each recipe's `Config` is one, with a `model` of its own."""
 
     name: str
+    """The recipe's file in trainer/recipes/."""
     model: ModelSection
     reads: ClassVar[frozenset[str]] = frozenset()
     """Which optional parts of a model (`head`, `bias`) the method trains; others are refused."""
@@ -142,8 +143,11 @@ class AugmentConfig(Frozen):
     )
     """Strength of brightness, contrast, saturation and hue changes."""
     jitter_probability: Fraction = 0.2
+    """Share of the views whose colours are changed."""
     gray_probability: Fraction = 0.2
+    """Share of the views that become gray."""
     blur_probability: Fraction = 0.2
+    """Share of the views that are blurred."""
     blur_sigma: Annotated[tuple[float, float], OnlyWith("blur_probability")] = (0.1, 2.0)
     """Standard deviation of the blur at 224 pixels, lowest and highest; scales with the image."""
     solarize_probability: Fraction = 0.0
@@ -236,6 +240,7 @@ class OptimConfig(Frozen):
     """AdamW with a cosine schedule."""
 
     learning_rate: float = Field(default=5e-4, gt=0)
+    """At the end of the warm-up; from there it falls by half a cosine to zero at the last step."""
     image_learning_rate: float | None = None
     """For the image tower, where it differs."""
     text_learning_rate: float | None = None
@@ -243,9 +248,13 @@ class OptimConfig(Frozen):
     layer_decay: float = Field(default=1.0, gt=0, le=1.0)
     """The learning rate of a layer is this to the power of its depth below the top."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Share of the mean and of the mean square of gradients that stays, per step."""
     epsilon: float = 1e-6
+    """Added to the root of the mean square that a step is divided by."""
     weight_decay: float = 0.2
+    """Share of a weight that a step takes away, times the learning rate; matrices only."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate grows from zero, in a line."""
     clip_norm: float = Field(default=10.0, gt=0)
     """Global gradient norm, in units of the true gradient of the global batch."""
 
@@ -272,6 +281,7 @@ class EvalConfig(Frozen):
     """One evaluation: what, on which shards, how often, of which weights."""
 
     name: Literal["zero_shot", "retrieval", "cross_lingual", "knn", "linear_probe"]
+    """What is measured: a file of trainer/evals/."""
     label: str
     """Name under which its numbers are logged."""
     data: ShardSpec
@@ -329,6 +339,7 @@ class RunConfig(Frozen):
     workdir: LocalPath
     """Checkpoints, metrics and exports go here. A second start goes on from what is there."""
     seed: int = 0
+    """Everything that is drawn (weights, order, views, captions) is a function of it."""
     steps: PositiveInt
     """Optimizer steps."""
     global_batch: PositiveInt
@@ -338,6 +349,8 @@ class RunConfig(Frozen):
     deepspeed: LocalPath = Path("ds_configs/zero3.json")
     """ZeRO stage, precision and offload. Batch sizes and clipping come from here instead."""
     gradient_checkpointing: bool = True
+    """Keep only the inputs of blocks and compute the rest again backward: less memory, a third more
+    time."""
     recipe: SerializeAsAny[RecipeConfig]
     """`name` is the recipe's file; its other keys are that file's `Config`."""
     data: DataConfig
@@ -347,6 +360,7 @@ class RunConfig(Frozen):
     `averaged` ones; 4 bytes a weight, divided as ZeRO divides the moments. None where None."""
     evals: tuple[EvalConfig, ...] = ()
     log_every: Every = Period.model_construct(count=10.0, unit="steps")
+    """Between two lines of numbers."""
     log_term_gradients: bool = False
     """Log the norm of each loss term's gradient at the features too. Terms then go backward one by
     one, which may change the last bit of a gradient."""
@@ -356,11 +370,13 @@ class RunConfig(Frozen):
     wandb: str | None = Field(default=None, min_length=1)
     """Project of Weights & Biases that takes the same numbers (`pip install wandb`)."""
     save_every: Every = Period.model_construct(count=10.0, unit="min")
+    """Between two checkpoints. The end of a run is always saved."""
     keep_checkpoints: int = Field(default=2, ge=2)
     """Two at least: the one before is the way back if the newest is damaged."""
     max_skipped_steps: int = Field(default=20, ge=0)
     """The run stops when this many steps in a row had a gradient that is not finite."""
     comm_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Seconds that a rank waits for the others before it gives up."""
 
     @field_validator("recipe", mode="before")
     @classmethod

@@ -17,6 +17,7 @@ class LoraConfig(Frozen):
     """Low-rank additions to the linear layers of a loaded model, which itself stays frozen."""
 
     rank: PositiveInt = 8
+    """Columns of each low-rank factor."""
     alpha: PositiveInt = 16
     """The addition is multiplied by alpha / rank."""
     layers: tuple[str, ...] | None = None
@@ -29,11 +30,15 @@ class TowerConfig(Frozen):
     path: ModelPath | None = None
     """A folder that transformers can load, or a hub id. The sizes below are then the model's."""
     width: PositiveInt | None = None
+    """Numbers per token between blocks."""
     layers: PositiveInt | None = None
+    """Transformer blocks."""
     heads: PositiveInt | None = None
+    """Attention heads per block; a divisor of the width."""
     mlp_width: PositiveInt | None = None
     """Hidden width of a block's MLP; four times `width` where None."""
     activation: Literal["gelu", "quick_gelu"] | None = None
+    """Between the two linear layers of a block; `quick_gelu` is x sigmoid(1.702 x), as OpenAI's."""
     trained: bool = True
     """A tower that is not trained keeps its weights and stays in evaluation mode."""
     lora: LoraConfig | None = None
@@ -73,7 +78,9 @@ class HeadConfig(Frozen):
     layers: int = Field(default=1, ge=0)
     """Zero: a single Linear."""
     hidden: Annotated[PositiveInt, OnlyWith("layers")] = 2048
+    """Width between its layers."""
     dim: PositiveInt = 128
+    """Numbers that it puts out, which are compared with prototypes."""
     norm: Annotated[Literal["batch", "layer", "none"], OnlyWith("layers")] = "batch"
     """`batch` takes its statistics over the micro-batches of all ranks."""
 
@@ -82,6 +89,7 @@ class TwoTowerConfig(ModelSection):
     """An image and a text encoder into one space. What isn't given comes from `preset`."""
 
     preset: Preset = "tiny"
+    """Sizes to begin with; each key that is given replaces one."""
     image: TowerConfig
     text: TowerConfig
     patch_size: PositiveInt | None = None
@@ -103,6 +111,7 @@ class TwoTowerConfig(ModelSection):
     logit_bias_init: Annotated[float | None, OnlyWith("bias")] = None
     """Where None, that of the pair if both towers are loaded from one, else -10."""
     prototype_scale_init: Annotated[float, OnlyWith("head"), Field(gt=0)] = 1 / 0.07
+    """What cosines with prototypes are multiplied by at the start; learnt."""
     scale_max: float = Field(default=100.0, gt=1)
     """Scales are kept within [1, scale_max]."""
 
@@ -144,6 +153,7 @@ class ImageTowerConfig(ModelSection):
     """An image encoder alone. What isn't given comes from `preset`."""
 
     preset: Preset = "tiny"
+    """Sizes to begin with; each key that is given replaces one."""
     image: TowerConfig
     patch_size: PositiveInt | None = None
     """Pixels per side of a patch. Where there is a model at `image.path` it is that one's: leave it

@@ -51,6 +51,7 @@ class PrototypeHeadConfig(RowOptimizerConfig):
     """Or a safetensors file with one table of the head's size, such as centroids; its rows are
     brought to the length that normal ones have."""
     init_deviation: PositiveFloat = 0.01
+    """Standard deviation of the first values of its rows."""
     clip_norm: PositiveFloat | None = None
     """Of the gradient of all rows of all ranks together."""
     group_size: NonNegativeInt = 0

@@ -51,9 +51,13 @@ class PrototypesConfig(Frozen):
     labels, and by default all that other samples have there, as in the published head; it costs as
     much as that many losses. `shared`: one draw, without any of a sample's labels."""
     loss: LossKind = "mlcd"
+    """`mlcd` and `mlc` take all of a sample's labels at once, `slots` each in a softmax of its own,
+    `pfc_ce` one label (arXiv 2407.17331)."""
     scale: float = Field(default=64.0, gt=0)
     """Of cosines."""
     margin: MarginKind = "cosine"
+    """How the positive is made harder: `cosine` takes `margin_size` off its cosine, `angular` adds
+    it to its angle, `straight_through` has the value of `angular` and a derivative of one."""
     margin_size: float = 0.3
     """A cosine, or an angle in radians."""
     ceiling: float | None = None

@@ -24,13 +24,16 @@ class RowOptimizerConfig(Frozen):
     """How rows learn. A row counts the steps that touched it; Adam corrects by that count."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """What moves the rows that a step has drawn."""
     learning_rate: NonNegativeFloat = 1e-3
     """At the schedule's factor of one."""
     weight_decay: NonNegativeFloat = 0.05
     """As in torch.optim: beside the gradient in AdamW, added to it in SGD. An untouched row's
     decay is made up for when it is touched again."""
     betas: Annotated[tuple[float, float], OnlyWhere("optimizer", "adamw")] = (0.9, 0.98)
+    """Share of the mean and of the mean square of gradients that stays, per step of a row."""
     epsilon: Annotated[float, OnlyWhere("optimizer", "adamw"), Field(gt=0)] = 1e-8
+    """Added to the root of the mean square that a step is divided by."""
     momentum: Annotated[float, OnlyWhere("optimizer", "sgd"), Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
     dense: bool = False

@@ -38,9 +38,11 @@ class TeacherConfig(Frozen):
     """An embedding store and how its vectors become groups."""
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
+    """Under which its terms are logged: small letters, digits, hyphens."""
     store: LocalPath
     """Folder written by `tools/embed.py`."""
     clusters: PositiveInt
+    """Groups that its vectors are put into."""
     weight: float = Field(default=1.0, gt=0)
     """Of the terms that this teacher adds, together for a student of each kind."""
     target_temperature: float = -1.0
@@ -56,6 +58,7 @@ class TeacherConfig(Frozen):
     spherical: bool = False
     """Keep centroids at length one."""
     iterations: PositiveInt = 20
+    """Updates of the centroids, once per run."""
     students: tuple[Student, ...] = ("image", "text")
     """Whose features learn from the groups."""
 

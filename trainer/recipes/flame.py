@@ -68,6 +68,7 @@ class Config(RecipeConfig):
     texts_per_visit: PositiveInt = 6
     """Vectors drawn for a sample each time, of those that the store has."""
     loss: Literal["mp_sigmoid", "mp_nce"] = "mp_sigmoid"
+    """Of an image with the several texts of its own: pairwise sigmoid, or a softmax."""
     head_hidden: PositiveInt | None = None
     """Hidden width of the head; that of the vectors, but at least 4096, where None."""
     logit_scale_init: float | None = Field(default=None, gt=0)

@@ -55,7 +55,9 @@ class Config(RecipeConfig):
     penalty: Literal["overuse", "flops", "none"] = "overuse"
     """Of words that are used by everything."""
     image_penalty: Annotated[float, OnlyWhere("penalty", "overuse", "flops"), Field(ge=0)] = 5e-4
+    """Weight of the usage penalty of the images' words."""
     text_penalty: Annotated[float, OnlyWhere("penalty", "overuse", "flops"), Field(ge=0)] = 1e-3
+    """Weight of the usage penalty of the texts' words."""
     penalty_steps: Annotated[int, OnlyWhere("penalty", "overuse", "flops"), Field(ge=0)] = 2000
     """Steps over which the weights of the penalty grow from 0, with the square of the step."""
     sparse: Sparse = "threshold"

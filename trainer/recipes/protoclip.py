@@ -66,6 +66,7 @@ class Config(SelectsTokens, RecipeConfig):
     clusters: PositiveInt = 20_000
     """Per modality."""
     clip_weight: float = Field(default=1.0, ge=0)
+    """Weight of CLIP's term; that of prototypes is `prototype_weight`."""
     prototype_weight: float = Field(default=1.0, ge=0)
     """Of the internal pair: text groups teach images, image groups teach texts."""
     target_temperature: float = 0.01
@@ -76,10 +77,13 @@ class Config(SelectsTokens, RecipeConfig):
     back_translation: bool = True
     """False compares a feature with the other modality's centroids instead of translated ones."""
     kmeans_iterations: PositiveInt = 20
+    """Updates of the centroids per episode."""
     kmeans_restarts: PositiveInt = 1
     """The original keeps the best of 3."""
     kmeans_backend: Literal["torch", "faiss"] = "torch"
+    """`torch` is spread over the ranks; `faiss` is for comparison, on one."""
     spherical: bool = False
+    """Keep centroids at length one."""
     warm_start: bool = True
     """Start from the centroids of the episode before; the original never does."""
     unit_centroids: bool = False
