@@ -23,6 +23,8 @@ from trainer.export.card import image_card, model_card, patch_card
 from trainer.export.clip import clip_model, clip_vision_model, clip_vision_tower
 from trainer.export.inputs import save_inputs
 from trainer.export.native import Exportable, PatchForm, as_exported, save_native
+from trainer.export.onnx_files import save_onnx
+from trainer.export.open_clip_folder import save_open_clip
 from trainer.export.siglip import is_siglip, siglip_model, why_not_siglip
 from trainer.models.config import ImageTowerConfig
 from trainer.models.image_tower import ImageTower
@@ -59,12 +61,15 @@ def export_model(
     *,
     data_licence: str | None = None,
     texts: Identity | None = None,
+    open_clip: bool = False,
+    onnx: bool = False,
 ) -> Exported:
     """Write every form of a model; its weights must be whole (not sharded) and are kept as is.
 
     `data_licence` says in the model card what was trained on and under which terms. A tokenizer
     is needed where there is a text tower. `texts` says which vectors a model without one is
-    compared with. ConfigError for a model that is neither of the known ones nor a kind of them.
+    compared with. `open_clip` and `onnx` ask for these forms too. ConfigError for a model that is
+    neither of the known ones nor a kind of them, or that has no such form.
     """
     folder = Path(folder)
     if not isinstance(model, Exportable):
@@ -87,8 +92,36 @@ def export_model(
         text_length=length,
         masked=exported.loads_as != "SiglipModel",
     )
+    if open_clip:
+        _open_clip_form(model, tokenizer, exported)
+    if onnx:
+        save_onnx(_without_lora(model), folder)
     (folder / "README.md").write_text(card)
     return exported
+
+
+def _open_clip_form(
+    model: Exportable, tokenizer: PreTrainedTokenizerFast | None, exported: Exported
+) -> None:
+    if not isinstance(model, TwoTower) or tokenizer is None:
+        raise ConfigError(
+            "open_clip has no class for an image tower alone; export it without --open-clip"
+        )
+    if exported.loads_as != "CLIPModel":
+        raise ConfigError(
+            f"open_clip's class can't hold this model ({exported.why_not_clip}); export it without "
+            "--open-clip"
+        )
+    plain = _without_lora(model)
+    assert isinstance(plain, TwoTower)
+    save_open_clip(
+        clip_model(plain, tokenizer),
+        exported.folder,
+        tokenizer=tokenizer,
+        text_length=model.config.text_length,
+        images=model_pixels(model.config),
+        bias=None if model.logit_bias is None else model.logit_bias().detach().item(),
+    )
 
 
 def _two_tower(

@@ -1,0 +1,161 @@
+"""Whether an exported folder gives the embeddings that the trainer computes, form by form."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerFast
+
+from trainer.errors import CheckpointError
+from trainer.export.native import Exportable
+from trainer.export.onnx_files import ONNX
+from trainer.export.open_clip_folder import CONFIG
+from trainer.models.two_tower import TwoTower
+from trainer.types import Batch
+
+TOLERANCE = 1e-4
+"""Between two numbers of a unit vector: float32 rounds a few times 1e-7 in another order."""
+_TEXTS = ("a", "red apple", "two cats on a sofa, seen from above")
+
+
+class Compared(NamedTuple):
+    """What one form gave on inputs that nobody has trained on."""
+
+    form: str
+    furthest: dict[str, float]
+    """Largest difference between two numbers of an embedding, by modality."""
+    skipped: str = ""
+    """Why nothing was compared; empty where it was."""
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.form}: not compared ({self.skipped})"
+        said = ", ".join(f"{name} within {value:.1e}" for name, value in self.furthest.items())
+        return f"{self.form}: {said} of the trainer's embeddings"
+
+
+def compare_forms(
+    model: Exportable, tokenizer: PreTrainedTokenizerFast | None, folder: Path, *, is_clip: bool
+) -> list[Compared]:
+    """One line for each form in the folder. CheckpointError where one differs by more than 1e-4."""
+    batch = probe(model, tokenizer)
+    with torch.no_grad():
+        features = model(batch)
+    truth = {"image": features.image}
+    if isinstance(model, TwoTower):
+        truth["text"] = features.text
+    found = list(_each_form(folder, batch, truth, is_clip=is_clip and isinstance(model, TwoTower)))
+    for compared in found:
+        worst = max(compared.furthest.values(), default=0.0)
+        if not worst <= TOLERANCE:
+            raise CheckpointError(
+                f"the export in {folder} is wrong: {compared}; do not use it, and report this"
+            )
+    return found
+
+
+def probe(model: Exportable, tokenizer: PreTrainedTokenizerFast | None) -> Batch:
+    """Random pixels and a few texts."""
+    size = model.config.image_size
+    pixels = torch.randn(len(_TEXTS), 3, size, size, generator=torch.Generator().manual_seed(7))
+    device, ids = next(model.parameters()).device, torch.arange(len(_TEXTS))
+    if not isinstance(model, TwoTower) or tokenizer is None:
+        return Batch(pixels.to(device), None, None, ids)
+    encoded = tokenizer(
+        list(_TEXTS),
+        padding="max_length",
+        truncation=True,
+        max_length=model.config.text_length,
+        return_tensors="pt",
+    )
+    tokens, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+    return Batch(
+        pixels, tokens.to(pixels.device), mask.to(pixels.device), torch.arange(len(_TEXTS))
+    )
+
+
+def _each_form(
+    folder: Path, batch: Batch, truth: dict[str, Tensor], *, is_clip: bool
+) -> Iterator[Compared]:
+    if is_clip:
+        yield _compared("transformers CLIPModel", _by_transformers, folder, batch, truth)
+    if (folder / CONFIG).exists():
+        yield _compared("open_clip", _by_open_clip, folder, batch, truth, needs="open_clip")
+    if (folder / ONNX).exists():
+        yield _compared("onnxruntime", _by_onnx, folder, batch, truth, needs="onnxruntime")
+
+
+def _compared(
+    form: str,
+    embed: Callable[[Path, Batch], dict[str, Tensor]],
+    folder: Path,
+    batch: Batch,
+    truth: dict[str, Tensor],
+    *,
+    needs: str | None = None,
+) -> Compared:
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        return Compared(form, {}, f"{needs} is not installed")
+    try:
+        found = embed(folder, batch)
+    except ImportError as error:
+        return Compared(form, {}, f"{needs} can't be imported: {error}")
+    furthest = {
+        name: float((rows.cpu() - truth[name].float().cpu()).abs().max())
+        for name, rows in found.items()
+    }
+    return Compared(form, furthest)
+
+
+@torch.no_grad()
+def _by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
+    clip: Any = CLIPModel.from_pretrained(folder).eval()
+    assert batch.images is not None
+    assert batch.tokens is not None
+    assert batch.token_mask is not None
+    said = clip(
+        pixel_values=batch.images.cpu(),
+        input_ids=batch.tokens.cpu(),
+        attention_mask=batch.token_mask.long().cpu(),
+    )
+    return {"image": said.image_embeds, "text": said.text_embeds}
+
+
+@torch.no_grad()
+def _by_open_clip(folder: Path, batch: Batch) -> dict[str, Tensor]:
+    open_clip: Any = importlib.import_module("open_clip")
+    model, *_ = open_clip.create_model_and_transforms(f"local-dir:{folder.resolve()}")
+    assert batch.images is not None
+    assert batch.tokens is not None
+    model.eval()
+    return {
+        "image": model.encode_image(batch.images.cpu(), normalize=True),
+        "text": model.encode_text(batch.tokens.cpu(), normalize=True),
+    }
+
+
+def _by_onnx(folder: Path, batch: Batch) -> dict[str, Tensor]:
+    runtime: Any = importlib.import_module("onnxruntime")
+    given = {
+        "image": {"pixels": batch.images},
+        "text": {"tokens": batch.tokens, "mask": batch.token_mask},
+    }
+    found: dict[str, Tensor] = {}
+    for name, inputs in given.items():
+        path = folder / ONNX / f"{name}.onnx"
+        if not path.exists():
+            continue
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        arrays = {
+            key: (value.long() if key == "mask" else value).cpu().numpy()
+            for key, value in inputs.items()
+            if value is not None
+        }
+        found[name] = torch.from_numpy(session.run(None, arrays)[0])
+    return found
