@@ -45,7 +45,9 @@ def test_open_clip_gives_the_same_embeddings_tokens_and_logits(
     """The end token is not the largest id here, which is where open_clip would look by itself."""
     model, tokenizer = moved_model(bias=sigmoid), word_tokenizer()
     export_model(model, tokenizer, tmp_path, open_clip=True)
-    forms = {each.form: each for each in compare_forms(model, tokenizer, tmp_path, is_clip=True)}
+    forms = {
+        each.form: each for each in compare_forms(model, tokenizer, tmp_path, loads_as="CLIPModel")
+    }
     assert max(forms["open_clip"].furthest.values()) < 1e-5
     assert max(forms["transformers CLIPModel"].furthest.values()) < 1e-5
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
@@ -73,7 +75,9 @@ def test_onnx_graphs_give_the_same_embeddings_for_any_number_of_rows(
 ) -> None:
     model, tokenizer = moved_model(), word_tokenizer()
     export_model(model, tokenizer, tmp_path, onnx=True)
-    forms = {each.form: each for each in compare_forms(model, tokenizer, tmp_path, is_clip=True)}
+    forms = {
+        each.form: each for each in compare_forms(model, tokenizer, tmp_path, loads_as="CLIPModel")
+    }
     assert forms["onnxruntime"].furthest.keys() == {"image", "text"}
     assert max(forms["onnxruntime"].furthest.values()) < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "image.onnx"))
@@ -92,7 +96,7 @@ def test_an_image_tower_alone_becomes_one_graph(tmp_path: Path, onnxruntime: Any
         )
     ).eval()
     export_model(model, None, tmp_path, onnx=True)
-    [found] = compare_forms(model, None, tmp_path, is_clip=True)
+    [found] = compare_forms(model, None, tmp_path, loads_as="CLIPVisionModelWithProjection")
     assert found.furthest.keys() == {"image"}
     assert found.furthest["image"] < 1e-5
 
@@ -104,7 +108,7 @@ def test_an_export_that_is_not_equal_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.text.projection.weight[0, 0] += 0.1
     with pytest.raises(CheckpointError, match="do not use it"):
-        compare_forms(model, tokenizer, tmp_path, is_clip=True)
+        compare_forms(model, tokenizer, tmp_path, loads_as="CLIPModel")
 
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -295,7 +296,14 @@ def test_the_tool_exports_the_newest_checkpoint_of_a_workdir(
     )
     monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), "--data-licence", "Ours."])
     tool.main()
-    assert "step 7" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 7" in said
+    assert re.search(r"transformers CLIPModel: image within \d\.\de-0[789], text within", said)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "zero-shot-image-classification"
+    assert "Ours." in card
+    modes = [path.stat().st_mode & 0o444 for path in (tmp_path / "export").rglob("*")]
+    assert set(modes) == {0o444}, "others can read it"
     clip = CLIPModel.from_pretrained(tmp_path / "export").eval()
     batch = small_batch()
     with torch.no_grad():

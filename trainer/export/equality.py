@@ -5,22 +5,27 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import CLIPModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from trainer.errors import CheckpointError
 from trainer.export.native import Exportable
 from trainer.export.onnx_files import ONNX
 from trainer.export.open_clip_folder import CONFIG
+from trainer.models.model import Model
 from trainer.models.two_tower import TwoTower
 from trainer.types import Batch
 
 TOLERANCE = 1e-4
 """Between two numbers of a unit vector: float32 rounds a few times 1e-7 in another order."""
+PAIRS = ("CLIPModel", "SiglipModel")
+"""Classes of transformers that hold both towers."""
 _TEXTS = ("a", "red apple", "two cats on a sofa, seen from above")
 
 
@@ -41,16 +46,17 @@ class Compared(NamedTuple):
 
 
 def compare_forms(
-    model: Exportable, tokenizer: PreTrainedTokenizerFast | None, folder: Path, *, is_clip: bool
+    model: Model, tokenizer: PreTrainedTokenizerFast | None, folder: Path, *, loads_as: str
 ) -> list[Compared]:
     """One line for each form in the folder. CheckpointError where one differs by more than 1e-4."""
+    assert isinstance(model, Exportable)
     batch = probe(model, tokenizer)
     with torch.no_grad():
         features = model(batch)
     truth = {"image": features.image}
     if isinstance(model, TwoTower):
         truth["text"] = features.text
-    found = list(_each_form(folder, batch, truth, is_clip=is_clip and isinstance(model, TwoTower)))
+    found = list(_each_form(folder, batch, truth, loads_as=loads_as))
     for compared in found:
         worst = max(compared.furthest.values(), default=0.0)
         if not worst <= TOLERANCE:
@@ -81,10 +87,11 @@ def probe(model: Exportable, tokenizer: PreTrainedTokenizerFast | None) -> Batch
 
 
 def _each_form(
-    folder: Path, batch: Batch, truth: dict[str, Tensor], *, is_clip: bool
+    folder: Path, batch: Batch, truth: dict[str, Tensor], *, loads_as: str
 ) -> Iterator[Compared]:
-    if is_clip:
-        yield _compared("transformers CLIPModel", _by_transformers, folder, batch, truth)
+    if loads_as in PAIRS:
+        by = partial(_by_transformers, loads_as)
+        yield _compared(f"transformers {loads_as}", by, folder, batch, truth)
     if (folder / CONFIG).exists():
         yield _compared("open_clip", _by_open_clip, folder, batch, truth, needs="open_clip")
     if (folder / ONNX).exists():
@@ -114,16 +121,14 @@ def _compared(
 
 
 @torch.no_grad()
-def _by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
-    clip: Any = CLIPModel.from_pretrained(folder).eval()
+def _by_transformers(loads_as: str, folder: Path, batch: Batch) -> dict[str, Tensor]:
+    pair: Any = getattr(transformers, loads_as).from_pretrained(folder).eval()
     assert batch.images is not None
     assert batch.tokens is not None
     assert batch.token_mask is not None
-    said = clip(
-        pixel_values=batch.images.cpu(),
-        input_ids=batch.tokens.cpu(),
-        attention_mask=batch.token_mask.long().cpu(),
-    )
+    masked = loads_as == "CLIPModel"  # SigLIP reads rows that are filled up
+    mask = {"attention_mask": batch.token_mask.long().cpu()} if masked else {}
+    said = pair(pixel_values=batch.images.cpu(), input_ids=batch.tokens.cpu(), **mask)
     return {"image": said.image_embeds, "text": said.text_embeds}
 
 
