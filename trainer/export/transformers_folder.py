@@ -109,8 +109,8 @@ def _open_clip_form(
         )
     if exported.loads_as != "CLIPModel":
         raise ConfigError(
-            f"open_clip's class can't hold this model ({exported.why_apart or exported.loads_as}); export it without "
-            "--open-clip"
+            f"open_clip's class can't hold this model ({exported.why_apart or exported.loads_as}); "
+            "export it without --open-clip"
         )
     plain = _without_lora(model)
     assert isinstance(plain, TwoTower)
