@@ -50,6 +50,25 @@ class ModelSection(Frozen):
 _WHO_READS = {"head": "or use protoclip or mlcd", "bias": "or use siglip"}
 
 
+class WordsConfig(Frozen):
+    """How captions become tokens where no text tower says so."""
+
+    length: PositiveInt = 32
+    """Tokens of a caption, begin and end included."""
+    vocabulary: PositiveInt | None = 4096
+    """Size of the tokenizer that is trained on the corpus; null where one is given."""
+    tokenizer: ModelPath | None = None
+    """A folder with a tokenizer."""
+
+    @model_validator(mode="after")
+    def _one_source_of_words(self) -> WordsConfig:
+        if (self.tokenizer is None) == (self.vocabulary is None):
+            raise ValueError(
+                "give either a `tokenizer`, with `vocabulary: null`, or a `vocabulary`"
+            )
+        return self
+
+
 class RecipeConfig(Frozen):
     """A recipe's own section; each recipe's `Config` is one, with a `model` of its own."""
 
@@ -86,6 +105,10 @@ class RecipeConfig(Frozen):
     def prompted(self, tokenizer: Any) -> Any:
         """The tokenizer as the method reads texts: with a prompt around them, for example."""
         return tokenizer
+
+    def words(self) -> WordsConfig | None:
+        """How captions are cut for a method that reads them without a text tower, if it does."""
+        return None
 
     def wanted_views(self) -> ViewsConfig:
         """The views of an image that the method reads; one where a recipe says nothing."""
@@ -409,7 +432,8 @@ class RunConfig(Frozen):
             rate = f"optim.{tower}_learning_rate"
             if section is None and getattr(self.optim, f"{tower}_learning_rate") is not None:
                 raise ValueError(f"{rate}: {self._model_has_no(tower)}; drop it")
-        if getattr(model, "text", None) is None and self.data.captions != CaptionConfig():
+        reads = getattr(model, "text", None) is not None or self.recipe.words() is not None
+        if not reads and self.data.captions != CaptionConfig():
             raise ValueError(f"data.captions: {self._model_has_no('text')}; drop them")
         return self
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
-from trainer.config import EvalConfig, RunConfig
+from trainer.config import EvalConfig, RunConfig, WordsConfig
 from trainer.data.pixels import Pixels
 from trainer.data.sets import refuse_another_set
 from trainer.data.stream import Stream
@@ -37,6 +37,16 @@ def text_model_of(config: RunConfig) -> TwoTowerConfig | None:
     """The model's configuration where it reads texts, else None."""
     model = config.recipe.model
     return model if isinstance(model, TwoTowerConfig) else None
+
+
+def words_of(config: RunConfig) -> WordsConfig | None:
+    """How captions are cut; None where nothing reads them."""
+    model = text_model_of(config)
+    if model is None:
+        return config.recipe.words()
+    path = model.tokenizer or model.text.path
+    size = None if path else model.vocabulary
+    return WordsConfig(length=model.text_length, vocabulary=size, tokenizer=path)
 
 
 def refuse_text_evals(config: RunConfig) -> None:
@@ -71,18 +81,18 @@ def _refuse_other_space(entry: EvalConfig, store: Path) -> None:
 def tokenizer_of(config: RunConfig, comm: Comm) -> PreTrainedTokenizerFast | None:
     """The tokenizer that the run names, or one trained on its captions and kept in its workdir.
 
-    None for a model that reads no text: its shards need no captions.
+    None for a method that reads no captions: its shards need none.
     """
-    model = text_model_of(config)
-    if model is None:
+    words = words_of(config)
+    if words is None:
         return None
     plain = tokenizer_for(
-        model.tokenizer or model.text.path,
+        words.tokenizer,
         config.data,
         comm,
         folder=config.workdir / "tokenizer",
-        vocabulary=model.vocabulary or 0,  # a given tokenizer has its own
-        length=model.text_length,
+        vocabulary=words.vocabulary or 0,  # a given tokenizer has its own
+        length=words.length,
         seed=config.seed,
     )
     prompted: PreTrainedTokenizerFast = config.recipe.prompted(plain)
@@ -207,5 +217,5 @@ def eval_context(
 
 
 def _text_length(config: RunConfig) -> int:
-    model = text_model_of(config)
-    return 0 if model is None else model.text_length
+    words = words_of(config)
+    return 0 if words is None else words.length
