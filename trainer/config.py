@@ -33,6 +33,7 @@ from trainer.config_section import OnlyWhere as OnlyWhere
 from trainer.config_section import OnlyWith as OnlyWith
 from trainer.config_section import PositiveInt as PositiveInt
 from trainer.config_section import ShardSpec as ShardSpec
+from trainer.config_section import split_set
 from trainer.config_text import read_mapping
 from trainer.errors import ConfigError
 from trainer.recipe_files import config_class, recipe_config
@@ -203,6 +204,7 @@ class ViewsConfig(Frozen):
     """Pixels per side of the covering look, as a share of the model's `image_size`."""
 
 
+Weight = Annotated[float, Field(gt=0, le=1000)]
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
 
 
@@ -232,6 +234,9 @@ class DataConfig(Frozen):
     """Shards: a path or URL with braces (`s3://b/{000..127}.tar`) or globs; a list of them (or one
     text, joined by `::`); or a mapping from the names of sets to them (`name=path` in a text). A
     set's name is part of its samples' identity, so that sets may have equal shard names."""
+    weights: Annotated[dict[str, Weight] | None, OnlyWhere("reader", "indexed")] = None
+    """How often an epoch holds each sample of a set, by the set's name: 2 is twice, 0.5 every other
+    one, in turns from epoch to epoch. Once where a set is not named."""
     reader: Literal["indexed", "webdataset"] = "indexed"
     """`indexed`: exact order and resume. `webdataset`: streams without an index (weaker)."""
     allow_pipe: Annotated[bool, OnlyWhere("reader", "webdataset")] = False
@@ -257,6 +262,17 @@ class DataConfig(Frozen):
     """Members of a sample that are its picture, the first that it has: what stands behind the first
     dot of the file's name, as `jpg` or `input.jpg`. Where none is called just so, the only member
     that ends in one of them."""
+
+    @model_validator(mode="after")
+    def _weights_of_sets_that_there_are(self) -> DataConfig:
+        names = {split_set(part.strip())[0] for part in self.train.split("::")} - {""}
+        if unknown := sorted((self.weights or {}).keys() - names):
+            raise ValueError(
+                f"weights names the set {unknown[0]!r}, and train has "
+                f"{'the sets ' + ', '.join(sorted(names)) if names else 'no set with a name'}; "
+                "write train: {name: shards}"
+            )
+        return self
 
 
 class OptimConfig(Frozen):

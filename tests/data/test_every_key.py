@@ -32,6 +32,7 @@ WEB = {"reader": "webdataset", "epoch_samples": 20}
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reader": ({}, WEB),
     "window_shards": ({"window_shards": 1}, {"window_shards": 3}),
+    "weights": ({}, {"weights": {"a": 2.5}}),
     "background": ({}, {"background": (9, 99, 200)}),
     "images": ({}, {"images": ("mask.png",)}),
     "captions.fields": ({}, {"captions": {"fields": ("alt",)}}),
@@ -48,7 +49,11 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"augment": OFF | {"jitter_probability": 1.0, "jitter": (0.1, 0.1, 0.1, 0.1)}},
     ),
     "augment.gray_probability": ({}, {"augment": OFF | {"gray_probability": 1.0}}),
-    "augment.blur_probability": ({}, {"augment": OFF | {"blur_probability": 1.0}}),
+    "augment.solarize_probability": ({}, {"augment": OFF | {"solarize_probability": 1.0}}),
+    "augment.blur_probability": (
+        {},
+        {"augment": OFF | {"blur_probability": 1.0, "blur_sigma": (60.0, 60.0)}},
+    ),
     "augment.blur_sigma": (
         {"augment": OFF | {"blur_probability": 1.0, "blur_sigma": (30.0, 30.0)}},
         {"augment": OFF | {"blur_probability": 1.0, "blur_sigma": (90.0, 90.0)}},
@@ -80,7 +85,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
             for n in range(4)
         }
         write_index(write_tar(folder / f"{shard}.tar", samples))
-    return f"{folder}/{{0..4}}.tar"
+    return f"a={folder}/{{0..2}}.tar::b={folder}/{{3..4}}.tar"
 
 
 def opened(spec: str, **config: Any) -> Any:
@@ -114,7 +119,7 @@ def test_a_key_changes_the_batches(spec: str, key: str) -> None:
     differs = [not torch.equal(a, b) for a, b in zip(first, second, strict=True)]
     expected = (
         [True, True, True]
-        if key in ("reader", "window_shards")
+        if key in ("reader", "window_shards", "weights")
         else [not key.startswith("captions"), key.startswith("captions"), False]
     )
     assert differs == expected
@@ -140,7 +145,7 @@ def train(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def allow_pipe(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = f"pipe:cat {spec.replace('{0..4}', '0')}"
+    command = f"pipe:cat {spec.split('::')[0].removeprefix('a=').replace('{0..2}', '0')}"
     with pytest.raises(ConfigError, match="allow_pipe"):
         opened(command, **WEB)
     opened(command, **WEB, allow_pipe=True).take()

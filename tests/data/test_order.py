@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,3 +83,28 @@ def test_shares_split_any_range(world_size, per_rank, start, count):
         assert owners <= {share.rank}
     assert sorted(p for part in found for p in part) == list(range(start, start + count))
     assert shares[0].rows_padded(start, start + count) == max(map(len, found))
+
+
+def test_an_epoch_holds_each_sample_as_often_as_its_weight_says():
+    """Whole parts exactly, of a fraction its share of a shard, in turns; visits are different."""
+    sizes, weights = [12, 8, 0, 5], [2.5, 0.25, 3.0, 1.0]
+    order = Order(sizes, seed=4, window_shards=2, weights=weights)
+    assert order.epoch_size == 12 * 2 + 6 + 2 + 0 + 5
+    shard_of = np.repeat(np.arange(4), sizes)
+    total: Counter[int] = Counter()
+    visits: set[tuple[int, int]] = set()
+    for epoch in range(4):
+        places = [order.at(epoch * order.epoch_size + p) for p in range(order.epoch_size)]
+        counts = Counter(index for _, index in places)
+        by_shard = [[counts[i] for i in np.flatnonzero(shard_of == s)] for s in range(4)]
+        assert sorted(by_shard[0]) == [2] * 6 + [3] * 6
+        assert sorted(by_shard[1]) == [0] * 6 + [1] * 2
+        assert by_shard[3] == [1] * 5
+        total += counts
+        visits |= set(places)
+    assert [total[i] for i in range(12)] == [10] * 12
+    assert [total[i] for i in range(12, 20)] == [1] * 8
+    assert len(visits) == 4 * order.epoch_size
+    plain = Order(sizes, seed=4, window_shards=2)
+    ones = Order(sizes, seed=4, window_shards=2, weights=[1.0] * 4)
+    assert [plain.at(p) for p in range(100)] == [ones.at(p) for p in range(100)]

@@ -28,6 +28,7 @@ from trainer.run import refuse_other_data
 from trainer.store import EmbeddingStore
 from trainer.teachers.existing_vectors import VectorFiles
 from trainer.teachers.fill import embed
+from trainer.types import Batch
 
 
 def downloads(folder: Path, *names: str, shards: int = 2, each: int = 6) -> dict[str, str]:
@@ -125,6 +126,45 @@ def test_downloads_with_equal_names_are_trained_on_together(tmp_path: Path) -> N
     (tmp_path / "other").mkdir()
     write_index(write_tar(tmp_path / "other/00000.tar", make_samples(3)))
     assert not any(ShardSet.open(f"{specs['cc3m']}::{tmp_path}/other/00000.tar").sets)
+
+
+def test_mixed_sets_come_by_their_weights_whoever_reads_them(tmp_path: Path) -> None:
+    """Exact counts over an epoch, on one rank and several, with workers and without, and from
+    the middle on; what a sample's copies show differs."""
+    specs = downloads(tmp_path, "a", "b")
+    spec = DataConfig.model_validate({"train": specs}).train
+    own = {name: ShardSet.open(f"{name}={specs[name]}").ids.tolist() for name in specs}
+    options = {"weights": {"a": 2, "b": 0.5}, "global_batch": 12}
+    whole: list[torch.Tensor] = []
+    for world_size, workers in ((1, 0), (1, 2), (2, 0), (4, 0)):
+        steps: list[list[Batch]] = [[] for _ in range(5)]
+        for rank in range(world_size):
+            stream = open_stream(spec, rank=rank, world_size=world_size, workers=workers, **options)
+            assert stream.epoch_size == 24 + 6
+            for step in steps:
+                step += stream.take()
+            stream.close()
+        images = torch.cat([batch.images for step in steps for batch in step])
+        ids = torch.cat([batch.sample_id for step in steps for batch in step]).tolist()
+        for epoch in range(2):
+            counts = Counter(ids[30 * epoch : 30 * epoch + 30])
+            assert [counts[i] for i in own["a"]] == [2] * 12
+            assert sorted(counts[i] for i in own["b"]) == [0] * 6 + [1] * 6
+        assert Counter(ids)[own["b"][0]] == 1
+        whole = whole or [images]
+        assert torch.equal(images, whole[0])
+    stream = open_stream(spec, **options)
+    stream.seek(36)
+    assert torch.equal(torch.cat([b.images for _ in range(2) for b in stream.take()]), images[36:])
+    copies = [[images[r] for r in range(30) if ids[r] == number] for number in own["a"]]
+    assert not all(torch.equal(first, second) for first, second in copies)
+    for wrong in ({"c": 1.0}, {"a": 0.0}, {"a": -1.0}):
+        with pytest.raises(ValueError, match="weights"):
+            open_stream(spec, weights=wrong)
+    with pytest.raises(ValueError, match=r"train has no set with a name; write train: \{name"):
+        open_stream(specs["a"], weights={"a": 2.0})
+    with pytest.raises(ValueError, match="weights is not read where reader is webdataset"):
+        open_stream(spec, weights={"a": 2.0}, reader="webdataset", epoch_samples=8)
 
 
 def test_sets_that_can_not_be_told_apart_are_refused_with_the_way_out(

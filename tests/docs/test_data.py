@@ -19,11 +19,12 @@ PAGE = (ROOT / "docs" / "data.md").read_text()
 
 def test_every_section_that_the_page_shows_is_read() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     read = [DataConfig.model_validate(yaml.safe_load(block)["data"]) for block in blocks]
     assert read[0].captions.weights == (3, 1)
     assert read[1].train == "/data/cc3m/*.tar::s3://bucket/more/{000..099}.tar"
     assert read[2].train.startswith("cc3m=/data/cc3m/{00000..00331}.tar::cc12m=/data/cc12m/part1/")
+    assert read[3].weights == {"cc3m": 2.0, "cc12m": 0.5}
 
 
 def test_an_index_has_the_size_that_the_page_says(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
         return self.prepare.batch(
             [sample for sample, _ in rows],
             ids=[sample_id for _, sample_id in rows],
-            epochs=[epoch for epoch, _ in places],
+            epochs=[visit for visit, _ in places],
             rejected=rejected,
         )
 
@@ -239,15 +239,16 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
         rejected: list[Rejected],
     ) -> tuple[Prepared, int]:
         """The sample or, while it can't be used, another one drawn by its id from its epoch."""
-        epoch, index = self.order.at(position)
+        visit, index = self.order.at(position)
+        epoch = position // self.order.epoch_size
         for attempt in range(MAX_REJECTS):
             try:
                 sound = _sound(raw)
-                return self.prepare.sample(sound, epoch, task), sound.sample_id
+                return self.prepare.sample(sound, visit, task), sound.sample_id
             except (BadSample, DamagedSample) as error:
                 shard, key, sample_id = self.shards.name_of(index)
                 rejected.append(Rejected(shard, key, _reason(error, raw), epoch, position))
-            index = int(uniform_of(sample_id, self.key, epoch, attempt) * len(self.shards))
+            index = int(uniform_of(sample_id, self.key, visit, attempt) * len(self.shards))
             raw = self._read(index)
         raise nothing_usable(rejected)
 

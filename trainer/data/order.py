@@ -23,23 +23,46 @@ _KEPT = 4  # epochs and windows remembered: training and a view of later samples
 class Order:
     """The order of all samples in every epoch.
 
+    With `weights`, one a shard, an epoch holds each sample of a shard so many times. Of a weight
+    with a fraction, that share of the shard's samples (rounded) comes once more, others in the next
+    epoch: a fixed order of them is gone through in turns. Every time is a visit of its own.
+
     Memory: one permutation of the shards and one of a window's samples, whatever the total.
     """
 
-    def __init__(self, sizes: Sequence[int], *, seed: int, window_shards: int) -> None:
-        self.sizes = np.asarray(sizes, dtype=np.int64)
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        seed: int,
+        window_shards: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        whole = np.asarray(sizes, dtype=np.int64)
+        pieces = _pieces(whole, [1.0] * len(whole) if weights is None else weights)
+        self.shard, self.copy, self.sizes = (
+            np.array(c, dtype=np.int64) for c in zip(*pieces, strict=True)
+        )
+        self.whole = whole
         self.seed, self.window_shards = seed, window_shards
         self.epoch_size = int(self.sizes.sum())
-        self._first_of_shard = np.cumsum(self.sizes) - self.sizes
+        self.copies = int(self.copy.max(initial=0)) + 1
+        self._first_of_shard = np.cumsum(whole) - whole
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._windows: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample index) of a position; every index comes once in every epoch."""
+        """(visit, sample index) of a position; without weights every index comes once in every
+        epoch, and the visit is the epoch."""
         epoch, rest = divmod(position, self.epoch_size)
         _, starts = self._epoch(epoch)
         window = int(np.searchsorted(starts, rest, side="right")) - 1
-        return epoch, int(self._window(epoch, window)[rest - starts[window]])
+        copy, index = divmod(int(self._window(epoch, window)[rest - starts[window]]), self._total)
+        return epoch * self.copies + copy, index
+
+    @property
+    def _total(self) -> int:
+        return int(self.whole.sum())
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The permuted shards, and the first position within the epoch of each window of them."""
@@ -55,15 +78,34 @@ class Order:
         if (epoch, window) not in self._windows:
             first = window * self.window_shards
             shards = self._epoch(epoch)[0][first : first + self.window_shards]
-            samples = np.concatenate(
-                [np.arange(self.sizes[s]) + self._first_of_shard[s] for s in shards]
-            )
+            samples = np.concatenate([self._samples(piece, epoch) for piece in shards])
             shuffle = permutation(len(samples), key_of(self.seed, "samples", epoch, window))
             _remember(self._windows, (epoch, window), samples[shuffle.numpy()])
         return self._windows[epoch, window]
 
+    def _samples(self, piece: int, epoch: int) -> NDArray[np.int64]:
+        """The samples of a piece in an epoch, `copy` times the number of all samples further on."""
+        shard, count = self.shard[piece], self.sizes[piece]
+        rows: NDArray[np.int64] = np.arange(count)
+        if count < self.whole[shard]:
+            turns = permutation(int(self.whole[shard]), key_of(self.seed, "turns", int(shard)))
+            rows = turns.numpy()[(epoch * count + rows) % self.whole[shard]]
+        first = int(self._first_of_shard[shard] + self.copy[piece] * self._total)
+        return rows + first
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_epochs": {}, "_windows": {}}
+
+
+def _pieces(whole: NDArray[np.int64], weights: Sequence[float]) -> list[tuple[int, int, int]]:
+    """(shard, which copy of it, samples of that) of all that an epoch holds."""
+    pieces = []
+    for shard, (size, weight) in enumerate(zip(whole.tolist(), weights, strict=True)):
+        times, share = divmod(weight, 1.0)
+        pieces += [(shard, copy, size) for copy in range(int(times))]
+        if share:
+            pieces.append((shard, int(times), round(share * size)))
+    return pieces
 
 
 def _remember(cache: dict[K, V], key: K, value: V) -> None:

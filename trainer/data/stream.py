@@ -234,7 +234,12 @@ def _open_source(
     shards = ShardSet.open(config.train, before=before)
     if not len(shards):
         raise DataError(f"the {len(shards.shards)} shards of {config.train!r} hold no sample")
-    order = Order(shards.sizes, seed=prepare.seed, window_shards=config.window_shards)
+    weights = [(config.weights or {}).get(name, 1.0) for name in shards.sets]
+    order = Order(
+        shards.sizes, seed=prepare.seed, window_shards=config.window_shards, weights=weights
+    )
+    if not order.epoch_size:
+        raise DataError(f"data.weights {config.weights} leave no sample in an epoch; raise them")
     samples = IndexedSamples(shards, order, prepare)
     source = Feed(samples, workers=config.workers, pin_memory=pin_memory)
-    return len(shards), source, shards.lines
+    return order.epoch_size, source, shards.lines
