@@ -18,14 +18,18 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.cluster.kmeans import KMeansConfig, cluster
+from trainer.cluster.kmeans import KMeansConfig, KMeansResult, cluster
 from trainer.cluster.progress import Interruptible
+from trainer.cluster.quality import normalized_mutual_information
+from trainer.cluster.report import unknown_rate
 from trainer.comm import Comm
 from trainer.config import Frozen, LocalPath, PositiveInt
 from trainer.data.labels import ClusterLabels
+from trainer.data.shards import ShardSet
 from trainer.errors import CheckpointError, ConfigError
 from trainer.parts.teacher_digests import store_digest
 from trainer.parts.teacher_points import teacher_points
+from trainer.recipe import Context
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
 
@@ -110,6 +114,32 @@ def load_teachers(
             raise ConfigError(f"several teachers or spaces are named {twice[0]}; rename one")
         groups |= found
     return Teachers(groups, digests)
+
+
+def training_ids(context: Context) -> Int64[Tensor, " samples"] | None:
+    """Ids of the training samples; None where no index tells them."""
+    if context.data.reader != "indexed":
+        return None
+    return torch.as_tensor(ShardSet.open(context.data.train).ids)
+
+
+def overlap(
+    teachers: Mapping[str, TeacherGroups],
+    ids: Int64[Tensor, " samples"],
+    clustered: Mapping[Student, KMeansResult],
+    comm: Comm,
+) -> dict[str, float]:
+    """How many of this episode's samples each teacher does not know, and how far its groups are
+    the clusters that were found in each space; over all ranks."""
+    figures: dict[str, float] = {}
+    for name, groups in teachers.items():
+        figures[f"{name}_unknown_rate"] = unknown_rate(groups.labels, ids, comm)
+        known = groups.labels.of(ids)
+        for space, result in clustered.items():
+            figures[f"nmi_{space}_{name}"] = normalized_mutual_information(
+                result.labels, known, comm
+            )
+    return figures
 
 
 def _clusterings(config: TeacherConfig, store: EmbeddingStore) -> dict[str, tuple[int, ...]]:

@@ -12,40 +12,29 @@ prototypes leave the softmax, and an episode is a stretch of the stream without 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, kmeans
 from trainer.cluster.progress import Interruptible
-from trainer.cluster.quality import normalized_mutual_information
-from trainer.cluster.report import agreement, unknown_rate
-from trainer.cluster.translate import group_means
+from trainer.cluster.report import agreement
 from trainer.comm import Comm
 from trainer.config import PositiveInt, RecipeConfig
 from trainer.data.classes import class_labels
 from trainer.data.labels import ClusterLabels
-from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError
-from trainer.long_work import counted
-from trainer.losses.constant_prototypes import (
-    PrototypeTable,
-    prototype_cross_entropy,
-    prototype_table,
-    target_figures,
-)
+from trainer.losses.constant_prototypes import prototype_cross_entropy
 from trainer.losses.contrastive import info_nce
-from trainer.losses.units import unit_rows
 from trainer.models.config import HeadedTwoTower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
+from trainer.parts.back_translation import TableOptions, episode_table, own_rows, softness
 from trainer.parts.episode import EpisodeTables
-from trainer.parts.teacher import TeacherConfig, load_teachers
+from trainer.parts.episodes import Episodes, Extracted, extract, timed
+from trainer.parts.teacher import TeacherConfig, load_teachers, overlap, training_ids
 from trainer.parts.teacher_digests import TeacherDigests
 from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Encode, Part, Samples
@@ -98,14 +87,6 @@ class Config(SelectsTokens, RecipeConfig):
     """json key of known classes, to log how well clusters agree with them."""
 
 
-class Extracted(NamedTuple):
-    """This rank's share of an episode."""
-
-    ids: Tensor
-    image: Tensor
-    text: Tensor
-
-
 def build_model(
     config: Config,
     tokenizer: PreTrainedTokenizerFast | None,
@@ -125,14 +106,24 @@ class Recipe:
             "episode": self.episode,
             **token_parts(config, context, self.model),
         }
-        batch = context.global_batch
-        self.episode_samples = -(-config.episode_samples // batch) * batch
-        self._check_sizes()
+        self.episodes = Episodes.of_run(
+            config.episode_samples,
+            context,
+            warmup=config.warmup_episodes,
+            tail=config.locked_tail_episodes,
+        )
+        _check_sizes(config, self.episodes.samples)
+        self.options = TableOptions(
+            back_translation=config.back_translation,
+            unit_centroids=config.unit_centroids,
+            unit_tables=config.unit_tables,
+            keep_empty=config.reference_zero_rows,
+        )
         self.teachers, digests = load_teachers(
             config.teachers,
             context.comm,
             workdir=context.workdir,
-            corpus=_corpus(config, context),
+            corpus=training_ids(context) if config.teachers else None,
             check=context.check,
         )
         if digests:
@@ -152,10 +143,8 @@ class Recipe:
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """w_clip L_clip + w_proto (L_image + L_text) / 2 + the same for each teacher."""
-        assert features.image is not None
-        assert features.text is not None
-        assert features.logit_scale is not None
-        clip = info_nce(features.image, features.text, features.logit_scale, self.comm)
+        image, text, scale = map(features.tensor, ("image", "text", "logit_scale"))
+        clip = info_nce(image, text, scale, self.comm)
         losses = Losses().with_term("clip", clip, self.config.clip_weight)
         for term in self.episode.tables:
             losses = losses.with_term(term, *self._prototype_term(term, features, batch))
@@ -164,69 +153,50 @@ class Recipe:
     def _prototype_term(self, term: str, features: Features, batch: Batch) -> tuple[Tensor, float]:
         """A term is `<student>_from_<space that was clustered>`."""
         student, _, space = term.partition("_from_")
-        projected = {"image": features.image_projected, "text": features.text_projected}[student]
-        assert projected is not None
-        assert features.prototype_scale is not None
-        groups = (
-            self.teachers[space].labels if space in self.teachers else self.episode.labels[space]
-        )
+        labels, weight = self.episode.labels.get(space), self.config.prototype_weight
+        if space in self.teachers:
+            labels, weight = self.teachers[space].labels, self.teachers[space].weight
+        assert labels is not None
         value = prototype_cross_entropy(
-            projected,
-            groups.of(batch.sample_id),
+            features.tensor(f"{student}_projected"),
+            labels.of(batch.sample_id),
             self.episode.tables[term],
-            features.prototype_scale,
+            features.tensor("prototype_scale"),
             self.comm,
-        )
-        weight = (
-            self.teachers[space].weight if space in self.teachers else self.config.prototype_weight
         )
         return value, weight / 2
 
     # -- episodes -------------------------------------------------------------------------------
 
     def phase_due(self, progress: Progress) -> bool:
-        return progress.samples % self.episode_samples == 0
+        return self.episodes.one_begins(progress)
 
     def locked_towers(self, progress: Progress) -> Collection[TowerName]:
         tail: tuple[TowerName, ...] = ("image",)
-        return tail if self._in_tail(progress) else ()
+        return tail if self.episodes.in_tail(progress) else ()
 
     def begin_phase(
         self, progress: Progress, encode: Encode, samples: Samples
     ) -> Mapping[str, Any]:
         """Extract, cluster, translate (paper, algorithm 1); figures of each are returned."""
-        number = progress.samples // self.episode_samples
-        figures: dict[str, Any] = {"episode": number}
-        if number < self.config.warmup_episodes or self._in_tail(progress) or not self._weighs():
+        figures: dict[str, Any] = {"episode": self.episodes.number(progress)}
+        if self._is_plain(progress):
             self.episode.clear()
             return figures
-        with _timed(figures, "seconds_extract"):
-            view = samples.view(progress.samples, self.episode_samples, purpose="extract")
-            own = -(-self.episode_samples // self.comm.world_size)
-            extracted = _extract(
-                encode,
-                counted(
-                    view, "extracting", total=own, unit="samples", size=lambda b: len(b.sample_id)
-                ),
-            )
-        with _timed(figures, "seconds_cluster"):
+        with timed(figures, "seconds_extract"):
+            view = self.episodes.view(progress, samples, self.comm.world_size)
+            extracted = extract(encode, view)
+        with timed(figures, "seconds_cluster"):
             clustered: dict[Modality, KMeansResult] = {
                 "image": self._clustered("image", extracted.image, extracted.ids),
                 "text": self._clustered("text", extracted.text, extracted.ids),
             }
-        with _timed(figures, "seconds_translate"):
+        with timed(figures, "seconds_translate"):
             self._fill(extracted, clustered)
         figures |= agreement(clustered, extracted.ids, self.classes, self.comm)
-        for space, result in clustered.items():
-            figures |= self._softness(space, result)
-        for name, groups in self.teachers.items():
-            figures[f"{name}_unknown_rate"] = unknown_rate(groups.labels, extracted.ids, self.comm)
-            known = groups.labels.of(extracted.ids)
-            for space, result in clustered.items():
-                figures[f"nmi_{space}_{name}"] = normalized_mutual_information(
-                    result.labels, known, self.comm
-                )
-        return figures
+        temperature = self.config.target_temperature
+        figures |= softness(clustered, self.options, self.comm, temperature=temperature)
+        return figures | overlap(self.teachers, extracted.ids, clustered, self.comm)
 
     def shown_groups(self) -> ClusterLabels | None:
         return self.episode.labels.get("image")
@@ -254,102 +224,36 @@ class Recipe:
                 extracted.ids, result.labels, self.comm
             )
             if self.config.prototype_weight:
-                self.episode.tables[f"{student}_from_{teacher}"] = self._table(
-                    rows[student],
-                    result.labels,
-                    self._shard(result.centroids),
-                    self.config.target_temperature,
+                self.episode.tables[f"{student}_from_{teacher}"] = episode_table(
+                    *(rows[student], result.labels, own_rows(result.centroids, self.comm)),
+                    *(self.options, self.comm),
+                    temperature=self.config.target_temperature,
                 )
         for name, groups in self.teachers.items():
             labels = groups.labels.of(extracted.ids)
             for student in groups.config.students:
-                self.episode.tables[f"{student}_from_{name}"] = self._table(
-                    rows[student], labels, groups.centroids, groups.config.target_temperature
+                self.episode.tables[f"{student}_from_{name}"] = episode_table(
+                    *(rows[student], labels, groups.centroids, self.options, self.comm),
+                    temperature=groups.config.target_temperature,
                 )
-
-    def _table(
-        self, features: Tensor, labels: Tensor, centroids: Tensor, temperature: float
-    ) -> PrototypeTable:
-        """P by back translation (or the teacher's centroids themselves), T by the temperature."""
-        num_groups = int(self.comm.sum(torch.tensor(centroids.shape[0], device=self.comm.device)))
-        means = group_means(features, labels, num_groups=num_groups, comm=self.comm)
-        prototypes = means.rows if self.config.back_translation else centroids
-        teacher = unit_rows(centroids) if self.config.unit_centroids else centroids
-        keep_empty = self.config.reference_zero_rows
-        return prototype_table(
-            unit_rows(prototypes) if self.config.unit_tables else prototypes,
-            teacher,
-            valid=torch.ones_like(means.counts, dtype=torch.bool)
-            if keep_empty
-            else means.counts > 0,
-            num_prototypes=num_groups,
-            temperature=temperature,
-            comm=self.comm,
-        )
-
-    def _shard(self, rows: Tensor) -> Tensor:
-        first, last = self.comm.row_range(rows.shape[0])
-        return rows[first:last]
-
-    def _softness(self, space: Modality, result: KMeansResult) -> dict[str, float]:
-        """Own mass, entropy and misplaced peaks of the soft targets that these clusters give."""
-        centroids, counts = self._shard(result.centroids), self._shard(result.counts)
-        figures = target_figures(
-            unit_rows(centroids) if self.config.unit_centroids else centroids,
-            counts=counts,
-            valid=counts > 0,
-            num_prototypes=result.centroids.shape[0],
-            temperature=self.config.target_temperature,
-            comm=self.comm,
-        )
-        return {f"{space}_target_{k}": float(v) for k, v in figures._asdict().items()}
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _weighs(self) -> bool:
-        return bool(self.config.prototype_weight or self.teachers)
-
-    def _in_tail(self, progress: Progress) -> bool:
-        number = progress.samples // self.episode_samples
-        episodes = -(-self.context.steps * self.context.global_batch // self.episode_samples)
-        return number >= episodes - self.config.locked_tail_episodes
-
-    def _check_sizes(self) -> None:
-        if self.config.clusters > self.episode_samples:
-            raise ConfigError(
-                f"recipe.clusters {self.config.clusters} is more than the {self.episode_samples} "
-                f"samples of an episode; use at most {self.episode_samples // 10}, a tenth"
-            )
-        if not self.config.back_translation and self.config.teachers:
-            raise ConfigError(
-                "recipe.teachers need recipe.back_translation: a teacher's centroids live in its "
-                "own space, where no student feature can be compared with them"
-            )
+    def _is_plain(self, progress: Progress) -> bool:
+        """Whether the episode that begins is one of CLIP alone."""
+        weighs = self.config.prototype_weight or self.teachers
+        outside = self.episodes.in_warmup(progress) or self.episodes.in_tail(progress)
+        return outside or not weighs
 
 
-def _corpus(config: Config, context: Context) -> Tensor | None:
-    """Ids of the training samples; None where no index tells them, or nobody asks."""
-    if not config.teachers or context.data.reader != "indexed":
-        return None
-    return torch.as_tensor(ShardSet.open(context.data.train).ids)
-
-
-def _extract(encode: Encode, view: Iterable[Batch]) -> Extracted:
-    """Projected features of this rank's share of the episode; filling rows are dropped."""
-    ids, image, text = [], [], []
-    for batch in view:
-        features = encode(batch)
-        assert features.image_projected is not None
-        assert features.text_projected is not None
-        real = batch.sample_id >= 0
-        ids.append(batch.sample_id[real])
-        image.append(features.image_projected[real])
-        text.append(features.text_projected[real])
-    return Extracted(torch.cat(ids), torch.cat(image), torch.cat(text))
-
-
-@contextmanager
-def _timed(figures: dict[str, Any], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    figures[name] = round(time.perf_counter() - start, 3)
+def _check_sizes(config: Config, episode_samples: int) -> None:
+    if config.clusters > episode_samples:
+        raise ConfigError(
+            f"recipe.clusters {config.clusters} is more than the {episode_samples} "
+            f"samples of an episode; use at most {episode_samples // 10}, a tenth"
+        )
+    if not config.back_translation and config.teachers:
+        raise ConfigError(
+            "recipe.teachers need recipe.back_translation: a teacher's centroids live in its "
+            "own space, where no student feature can be compared with them"
+        )

@@ -89,7 +89,7 @@ def test_a_change_asks_for_the_tests_that_import_it(tmp_path, changed, expected)
 
 
 def test_the_project_s_own_imports_are_followed() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     found = dependants(root, [root / "trainer/losses/sigmoid.py"])
     for expected in ("trainer/recipes/siglip.py", "trainer/loop.py", "tests/test_loop.py"):
         assert root / expected in found

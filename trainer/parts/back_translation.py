@@ -1,0 +1,85 @@
+"""Groups found in one space as prototypes in another (ProtoCLIP, arXiv 2206.10996, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from trainer.cluster.kmeans import KMeansResult
+from trainer.cluster.translate import group_means
+from trainer.comm import Comm
+from trainer.losses.constant_prototypes import PrototypeTable, prototype_table, target_figures
+from trainer.losses.units import unit_rows
+
+
+class TableOptions(NamedTuple):
+    """What a table of prototypes is made of."""
+
+    back_translation: bool = True
+    """The mean of the students' features in a group is its prototype; else its own centroid."""
+    unit_centroids: bool = False
+    """Scale centroids to length one before soft targets are made of them."""
+    unit_tables: bool = False
+    """Scale prototypes to length one."""
+    keep_empty: bool = False
+    """Empty groups stay, as classes of logit zero."""
+
+
+def episode_table(
+    features: Float[Tensor, "samples dim"],
+    labels: Int64[Tensor, " samples"],
+    centroids: Float[Tensor, "local teacher_dim"],
+    options: TableOptions,
+    comm: Comm,
+    *,
+    temperature: float,
+) -> PrototypeTable:
+    """P from the students' features in the groups, T from the groups' centroids.
+
+    Features and labels are this rank's; so are the rows of `centroids`, `comm.row_range` of all.
+    """
+    num_groups = int(comm.sum(torch.tensor(centroids.shape[0], device=comm.device)))
+    means = group_means(features, labels, num_groups=num_groups, comm=comm)
+    prototypes = means.rows if options.back_translation else centroids
+    everyone = torch.ones_like(means.counts, dtype=torch.bool)
+    return prototype_table(
+        unit_rows(prototypes) if options.unit_tables else prototypes,
+        unit_rows(centroids) if options.unit_centroids else centroids,
+        valid=everyone if options.keep_empty else means.counts > 0,
+        num_prototypes=num_groups,
+        temperature=temperature,
+        comm=comm,
+    )
+
+
+def softness(
+    clustered: Mapping[str, KMeansResult],
+    options: TableOptions,
+    comm: Comm,
+    *,
+    temperature: float,
+) -> dict[str, float]:
+    """Own mass, entropy and misplaced peaks of the soft targets that clusterings give, by space."""
+    found = {}
+    for space, result in clustered.items():
+        centroids, counts = own_rows(result.centroids, comm), own_rows(result.counts, comm)
+        figures = target_figures(
+            unit_rows(centroids) if options.unit_centroids else centroids,
+            counts=counts,
+            valid=counts > 0,
+            num_prototypes=result.centroids.shape[0],
+            temperature=temperature,
+            comm=comm,
+        )
+        found |= {f"{space}_target_{k}": float(v) for k, v in figures._asdict().items()}
+    return found
+
+
+def own_rows(rows: Tensor, comm: Comm) -> Tensor:
+    """This rank's part of rows that every rank has."""
+    first, last = comm.row_range(rows.shape[0])
+    return rows[first:last]
