@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from trainer.config_errors import explain
+from trainer.config_past import brought_up_to_date
 from trainer.config_section import Fraction as Fraction
 from trainer.config_section import Frozen as Frozen
 from trainer.config_section import LocalPath as LocalPath
@@ -469,7 +470,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_run(text: str, overrides: Sequence[str] = (), *, source: str = "YAML") -> RunConfig:
-    values = read_mapping(text, overrides, source=source)
+    values = brought_up_to_date(read_mapping(text, overrides, source=source))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

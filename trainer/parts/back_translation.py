@@ -14,6 +14,7 @@ from trainer.cluster.translate import group_means
 from trainer.comm import Comm
 from trainer.losses.constant_prototypes import PrototypeTable, prototype_table, target_figures
 from trainer.losses.units import unit_rows
+from trainer.parts.teacher import Student
 
 
 class TableOptions(NamedTuple):
@@ -57,14 +58,14 @@ def episode_table(
 
 
 def softness(
-    clustered: Mapping[str, KMeansResult],
+    clustered: Mapping[Student, KMeansResult],
     options: TableOptions,
     comm: Comm,
     *,
     temperature: float,
 ) -> dict[str, float]:
     """Own mass, entropy and misplaced peaks of the soft targets that clusterings give, by space."""
-    found = {}
+    found: dict[str, float] = {}
     for space, result in clustered.items():
         centroids, counts = own_rows(result.centroids, comm), own_rows(result.counts, comm)
         figures = target_figures(
