@@ -95,17 +95,28 @@ def starts_processes(function: Callable[..., Any] | None) -> bool:
 
 
 def _reaches(function: types.FunctionType, seen: set[types.FunctionType]) -> bool:
-    """Whether a function of the tests names a starter, itself or through others of the tests."""
+    """Whether a function names a starter, itself or through others of tests, tools or benches."""
     seen.add(function)
-    for name in _names(function.__code__):
-        value = function.__globals__.get(name)
-        value = getattr(value, "__wrapped__", value)
+    for value in _named(function):
         if value in STARTERS or getattr(value, "__module__", None) in ("subprocess", "tests.ranks"):
             return True
-        ours = isinstance(value, types.FunctionType) and value.__module__.startswith("tests.")
+        ours = isinstance(value, types.FunctionType) and value.__module__.startswith(LOOKED_INTO)
         if ours and value not in seen and _reaches(value, seen):
             return True
     return False
+
+
+LOOKED_INTO = ("tests.", "tools.", "trainer.bench.")
+
+
+def _named(function: types.FunctionType) -> list[Any]:
+    """What the names in a function's code may mean: globals, and what modules among them have."""
+    names = _names(function.__code__)
+    values = [function.__globals__[name] for name in names if name in function.__globals__]
+    modules = [v for v in values if isinstance(v, types.ModuleType) and v not in STARTERS]
+    modules = [v for v in modules if f"{v.__name__}.".startswith(LOOKED_INTO)]
+    values += [getattr(module, name) for module in modules for name in names & vars(module).keys()]
+    return [getattr(value, "__wrapped__", value) for value in values]
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -50,6 +50,7 @@ def check_epochs(folder: Path, sizes: list[int], world_size: int, workers: int, 
         assert Counter(run[epoch * total : (epoch + 1) * total].tolist()) == Counter(ids)
 
 
+@pytest.mark.heavy
 def test_every_id_once_per_epoch(tmp_path):
     draw = random.Random(0)
     for case in range(8):
@@ -59,6 +60,7 @@ def test_every_id_once_per_epoch(tmp_path):
         check_epochs(folder, sizes if sum(sizes) else [1], 1 + case % 4, 0, seed=case)
 
 
+@pytest.mark.heavy
 def test_every_id_once_per_epoch_through_worker_processes(tmp_path):
     for workers, world_size in ((1, 2), (2, 1)):
         folder = tmp_path / str(workers)
@@ -66,6 +68,7 @@ def test_every_id_once_per_epoch_through_worker_processes(tmp_path):
         check_epochs(folder, [5, 0, 13, 1], world_size, workers, seed=3)
 
 
+@pytest.mark.heavy
 def test_batches_do_not_depend_on_workers_memory_or_restarts(tmp_path):
     """All augmentation is on: pixels, tokens and ids agree in every bit."""
     spec = emoji.write_shards(tmp_path, count=40, per_shard=9)

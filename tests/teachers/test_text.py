@@ -98,6 +98,7 @@ def test_blocks_above_the_layer_are_gone(folders):
         load(folders["llama"], layer=5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
 def test_a_vector_does_not_depend_on_what_it_is_batched_with(folders, kind):
     texts = [*CAPTIONS[:20], " ".join(CAPTIONS[:9])]
