@@ -179,7 +179,7 @@ def test_whole_on_one_rank_and_sharded_on_two_teach_the_same(tmp_path: Path) -> 
     ours, theirs = outcome(tmp_path / "run"), outcome(tmp_path / "other")
     for name, value in ours[0].items():
         if not name.endswith("k_proj.bias"):  # no gradient but rounding, which Adam steps along
-            torch.testing.assert_close(theirs[0][name], value, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(theirs[0][name], value, rtol=1e-4, atol=1e-4)
     assert not any("teacher" in name for name in ours[0])
     for one, two in zip(ours[1], theirs[1], strict=True):
         found, wanted = (flat(line) for line in (one, two))
