@@ -169,7 +169,7 @@ class MetricLog:
             self._files.event(progress, name, plain(figures), after_save=after_save)
         self.say(
             episode_line(progress, plain(figures))
-            if name == "episode"
+            if name == "episode" and name in figures
             else event_line(progress, name, plain(figures))
         )
 

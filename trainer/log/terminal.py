@@ -138,7 +138,7 @@ def event_line(progress: Progress, name: str, figures: Mapping[str, Any]) -> str
 
 def episode_line(progress: Progress, figures: Mapping[str, Any]) -> str:
     """`step 120  episode 3: clustered in 12 s; image and text clusters agree by 0.41 (NMI)`, of
-    whatever figures there are; `events.jsonl` has all."""
+    whatever other figures there are; `events.jsonl` has all."""
     seconds = [value for key, value in figures.items() if key.startswith("seconds_")]
     said = [f"clustered in {duration(sum(seconds))}"] if seconds else ["no prototypes"]
     if (agreed := figures.get("nmi_image_text")) is not None:
@@ -146,9 +146,7 @@ def episode_line(progress: Progress, figures: Mapping[str, Any]) -> str:
     spread = [f"{figures[k]:.3g} ({k.removesuffix('_objective')})" for k in _objectives(figures)]
     if spread:
         said.append(f"mean squared distance to the own cluster {', '.join(spread)}")
-    number = figures.get("episode")
-    name = "episode" if number is None else f"episode {number}"
-    return f"step {progress.step}  {name}: {'; '.join(said)}"
+    return f"step {progress.step}  episode {figures['episode']}: {'; '.join(said)}"
 
 
 def _objectives(figures: Mapping[str, Any]) -> list[str]:

@@ -99,10 +99,11 @@ def published_kept_weights(open_share: Gates, *, head_dim: int) -> Float[Tensor,
     return hidden * heads * per_head / width + 2 * hidden * neurons
 
 
-def prunable_weights(gates: Gates, *, head_dim: int) -> int:
-    """What `kept_weights` is of gates that are all open: 12 layers width^2 for usual sizes."""
-    everything = Gates(*(torch.ones_like(part, dtype=torch.float64) for part in gates))
-    return round(float(kept_weights(everything, head_dim=head_dim)))
+def prunable_weights(there: Gates, *, head_dim: int) -> int:
+    """`kept_weights` of gates that are 1 for every unit that there is, exactly: 12 layers width^2
+    for usual sizes."""
+    exact = Gates(*(part.double() for part in there))
+    return round(float(kept_weights(exact, head_dim=head_dim)))
 
 
 def published_prunable_weights(gates: Gates) -> int:

@@ -7,6 +7,7 @@ norm is gated as every other one, and a layer without heads keeps its bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ class GatedTower:
         self.final: Gates | None = None
         self._tower = tower
         self.sizes = gate_sizes(backbone)
-        self.head_dim: int = backbone.encoder.layers[0].self_attn.head_dim
+        self.head_dim = max(
+            getattr(layer.self_attn, "head_dim", 0) for layer in backbone.encoder.layers
+        )
+        self._counts = [part.sum(dim=1).int().tolist() for part in self.sizes[1:]]
         backbone.embeddings.register_forward_hook(self._scale_output)
         for name, module in backbone.named_modules():
             if isinstance(module, nn.LayerNorm):
@@ -41,8 +45,10 @@ class GatedTower:
             elif name.endswith(("out_proj", "fc2")):
                 module.register_forward_hook(self._scale_output)
         for number, layer in enumerate(backbone.encoder.layers):
-            layer.self_attn.out_proj.register_forward_pre_hook(_before(self._heads, number))
-            layer.mlp.fc2.register_forward_pre_hook(_before(self._neurons, number))
+            if self._counts[0][number]:
+                layer.self_attn.out_proj.register_forward_pre_hook(_before(self._heads, number))
+            if self._counts[1][number]:
+                layer.mlp.fc2.register_forward_pre_hook(_before(self._neurons, number))
 
     @property
     def values(self) -> Gates | None:
@@ -50,10 +56,11 @@ class GatedTower:
         return self.drawn if self._tower.training else self.final
 
     def _heads(self, gates: Gates, layer: int) -> Tensor:
-        return gates.heads[layer].repeat_interleave(self.head_dim)
+        heads = gates.heads[layer, : self._counts[0][layer]]
+        return heads.repeat_interleave(self.head_dim)
 
     def _neurons(self, gates: Gates, layer: int) -> Tensor:
-        return gates.neurons[layer]
+        return gates.neurons[layer, : self._counts[1][layer]]
 
     def _scale_output(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         values = self.values
@@ -67,13 +74,16 @@ class GatedTower:
 
 
 def gate_sizes(backbone: Any) -> Gates:
-    """Gates of a tower, all open."""
-    first, layers = backbone.encoder.layers[0], len(backbone.encoder.layers)
-    return Gates(
-        torch.ones(backbone.config.hidden_size),
-        torch.ones(layers, first.self_attn.num_heads),
-        torch.ones(layers, first.mlp.fc1.out_features),
-    )
+    """Gates of a tower, all open: 1 for every unit, and 0 behind those of layers that have fewer
+    than others."""
+    layers = list(backbone.encoder.layers)
+    heads = [getattr(layer.self_attn, "num_heads", 0) for layer in layers]
+    neurons = [getattr(getattr(layer.mlp, "fc1", None), "out_features", 0) for layer in layers]
+    return Gates(torch.ones(backbone.config.hidden_size), _present(heads), _present(neurons))
+
+
+def _present(counts: Sequence[int]) -> Float[Tensor, "layers most"]:
+    return (torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]).float()
 
 
 def gated_norm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,12 @@ class NarrowShape(NamedTuple):
     head_dim: int
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> NarrowShape:
+        """What `_asdict` said, after JSON."""
+        heads, neurons = (tuple(map(int, said[name])) for name in ("heads", "neurons"))
+        return cls(int(said["width"]), int(said["head_dim"]), heads, neurons)
 
 
 class BiasAttention(nn.Module):

@@ -109,21 +109,27 @@ class LearnedGates:
     def final(self) -> dict[str, Gates]:
         """1 for every unit that stays, else 0."""
         with torch.no_grad():
+            multiple = self.config.multiple
             return {
                 name: Gates(
-                    is_open(gates.hidden, multiple=self.config.multiple),
-                    is_open(gates.heads),
-                    is_open(gates.neurons, multiple=self.config.multiple),
+                    is_open(gates.hidden, multiple=multiple),
+                    _open_rows(gates.heads, tower.sizes.heads),
+                    _open_rows(gates.neurons, tower.sizes.neurons, multiple=multiple),
                 )
-                for name, gates in self.log_alpha.items()
+                for (name, tower), gates in zip(
+                    self.towers.items(), self.log_alpha.values(), strict=True
+                )
             }
 
     def sparsity(self) -> Float[Tensor, ""]:
         """Expected share of the first model's weights that is gone; differentiable."""
         kept = torch.zeros(())
         for name, gates in self.log_alpha.items():
-            shares = Gates(*(open_probability(part) for part in gates))
-            kept = kept + kept_weights(shares, head_dim=self.towers[name].head_dim)
+            tower = self.towers[name]
+            shares = Gates(
+                *(open_probability(p) * there for p, there in zip(gates, tower.sizes, strict=True))
+            )
+            kept = kept + kept_weights(shares, head_dim=tower.head_dim)
         return 1 - kept / self.whole
 
     def wanted(self) -> float:
@@ -151,7 +157,8 @@ class LearnedGates:
         return Gates(
             *(
                 drawn(part, torch.rand(part.shape, generator=generator).clamp(EDGE, 1 - EDGE))
-                for part in self.log_alpha[name]
+                * there
+                for part, there in zip(self.log_alpha[name], self.towers[name].sizes, strict=True)
             )
         )
 
@@ -219,3 +226,12 @@ class LearnedGates:
         ]
         own = zip(Multipliers._fields, self.multipliers, strict=True)
         return gates + [(f"multipliers.{name}", part, self._ascend) for name, part in own]
+
+
+def _open_rows(log_alpha: Tensor, there: Tensor, *, multiple: int = 1) -> Tensor:
+    """`is_open` of each layer's own units."""
+    result = torch.zeros_like(log_alpha)
+    for row, values, count in zip(result, log_alpha, there.sum(dim=1).int().tolist(), strict=True):
+        if count:
+            row[:count] = is_open(values[:count], multiple=multiple)
+    return result

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPVisionModel
 
+from trainer.config import Frozen, LocalPath
 from trainer.engine.kept import Kept
 from trainer.errors import ConfigError
+from trainer.models.folder import Part, load_folder
+from trainer.models.tower import Tower
 
 Unit = Literal["hidden", "heads", "neurons"]
 WidthRule = Literal["leading", "magnitude"]
@@ -36,6 +41,16 @@ _ROLES: tuple[tuple[str, tuple[Unit | None, ...]], ...] = (
 )
 """What each dimension of a parameter counts, by the end of its name."""
 _LAYER = re.compile(r"(.*encoder\.layers\.)(\d+)(\..*)")
+
+
+class InheritConfig(Frozen):
+    """Beginning with a part of a larger pair's weights."""
+
+    path: LocalPath
+    """A folder with a CLIP pair that transformers saved."""
+    width: WidthRule = "leading"
+    """Which channels, heads and neurons: the first ones, or those of the greatest weights. Layers
+    are taken at even distances."""
 
 
 class Units(NamedTuple):
@@ -126,6 +141,46 @@ def inherit(
     if lacking := sorted(k.name for k in kept.values() if k.name not in teacher):
         raise ConfigError(f"the tower to inherit from has no {lacking[0]}; both must be CLIP's")
     return {name: one.of(teacher[one.name]).clone() for name, one in kept.items()}
+
+
+def inherit_from(config: InheritConfig, part: Part, tower: Tower) -> None:
+    """Fill a tower with a part of the weights at `config.path`, in place.
+
+    ConfigError where that is no CLIP pair, or differs in more than width and depth.
+    """
+    loaded = load_folder(config.path, part=part)
+    sizes, own = _sizes(loaded.backbone, config.path), _sizes(tower.backbone, config.path)
+    head_dim, wanted = sizes.width // sizes.heads, own.width // own.heads
+    if head_dim != wanted:
+        raise ConfigError(
+            f"heads of the {part} tower have {wanted} numbers and those at {config.path} "
+            f"{head_dim}; whole heads are inherited, so set model.{part}.heads to "
+            f"{own.width // head_dim}"
+        )
+    weights = {f"backbone.{name}": value for name, value in loaded.backbone.named_parameters()}
+    if isinstance(loaded.projection, nn.Linear):
+        weights["projection.weight"] = loaded.projection.weight
+    chosen = weights if config.width == "magnitude" else None
+    units = inherited_units(sizes, own, weights=chosen, head_dim=head_dim)
+    parameters = dict(tower.named_parameters())
+    found = inherit(weights, list(parameters), units, head_dim=head_dim)
+    for name, value in found.items():
+        if value.shape != parameters[name].shape:
+            raise ConfigError(
+                f"{part} {name} is {list(parameters[name].shape)} and would inherit "
+                f"{list(value.shape)} from {config.path}; patch_size, image_size, text_length, "
+                "tokenizer and embed_dim must be those of the larger pair"
+            )
+        parameters[name].data.copy_(value)
+
+
+def _sizes(backbone: Any, path: Path) -> Sizes:
+    if not isinstance(backbone, CLIPTextModel | CLIPVisionModel):
+        raise ConfigError(f"{path} has a {type(backbone).__name__}; only CLIP's towers are cut")
+    said = backbone.config
+    return Sizes(
+        said.num_hidden_layers, said.hidden_size, said.num_attention_heads, said.intermediate_size
+    )
 
 
 def _roles(name: str) -> tuple[Unit | None, ...]:

@@ -1,0 +1,192 @@
+"""TinyCLIP: what is inherited, gates in a run, cuts in the middle of it, and going on anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import folders
+from tests.models.small import small_batch
+from tests.ranks import run_ranks
+from tests.recipes.test_clip import config_in
+from tests.recipes.test_live_teacher import batch_of, built, pair
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.comm import Comm
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
+from trainer.programs.workdir import evaluate_workdir, logged_results, open_workdir
+
+SOLO = Comm.solo()
+STAGES = "{stages: [{steps: 2, target: 0.3, settle: 1}, {steps: 2, target: 0.6}]"
+
+
+def config_of(folder: Path, *overrides: str, gates: str | None = None) -> RunConfig:
+    path = folder / "pair"
+    if not path.exists():
+        pair(path, folders.clip)
+    changes = [f"recipe.gates={gates}"] if gates else []
+    return config_in(
+        folder,
+        f"recipe={{name: tinyclip, distill: {{model: {path}}}, model: {{image_size: 32, "
+        f"patch_size: 16, text_length: 12, embed_dim: 24, tokenizer: {path}, "
+        "image: {width: 32, layers: 2, heads: 4}, text: {width: 32, layers: 2, heads: 4}}}",
+        *changes,
+        *overrides,
+    )
+
+
+def test_the_first_step_of_a_pair_that_is_its_own_teacher(tmp_path: Path) -> None:
+    """Student and teacher agree: nothing is above the least value, and no gradient is left."""
+    path, model = pair(tmp_path / "pair", folders.clip)
+    towers = f"{{path: {path}}}"
+    config = config_of(
+        tmp_path,
+        f"recipe.model={{image_size: 32, text_length: 12, embed_dim: {model.projection_dim}, "
+        f"image: {towers}, text: {towers}}}",
+    )
+    recipe, batch = built(config), batch_of()
+    losses = recipe.losses(recipe.model(batch), batch, 0)
+    losses.total.backward()
+    assert abs(float(losses["distill_divergence"])) < 1e-5
+    assert losses.weights["clip"] == 0.0
+    largest = max(
+        float(p.grad.abs().max()) for p in recipe.model.parameters() if p.grad is not None
+    )
+    assert largest < 1e-4
+
+
+@pytest.mark.parametrize("width", ["leading", "magnitude"])
+def test_a_student_begins_with_a_part_of_the_teachers_weights(tmp_path: Path, width: str) -> None:
+    path, model = pair(tmp_path / "pair", folders.clip)
+    vision = model.config.vision_config
+    head_dim = vision.hidden_size // vision.num_attention_heads
+    half = f"{{width: {head_dim}, layers: 1, heads: 1, mlp_width: 8}}"
+    config = config_of(
+        tmp_path,
+        f"recipe.model={{image_size: {vision.image_size}, patch_size: {vision.patch_size}, "
+        f"text_length: {model.config.text_config.max_position_embeddings}, tokenizer: {path}, "
+        f"embed_dim: {model.config.projection_dim}, image: {half}, text: {half}}}",
+        f"recipe.inherit={{path: {path}, width: {width}}}",
+    )
+    student = built(config).model
+    large = model.vision_model.pre_layrnorm.weight
+    small = student.image.backbone.pre_layrnorm.weight
+    assert set(small.tolist()) <= set(large.tolist())
+    if width == "leading":
+        attention = model.text_model.encoder.layers[0].self_attn.q_proj.weight
+        ours = student.text.backbone.encoder.layers[0].self_attn.q_proj.weight
+        assert torch.equal(ours, attention[:head_dim, :head_dim])
+        assert torch.equal(
+            student.image.projection.weight, model.visual_projection.weight[:, :head_dim]
+        )
+    with pytest.raises(ConfigError, match="must be those of the larger pair"):
+        built(config_of(tmp_path, "recipe.model.embed_dim=9", f"recipe.inherit={{path: {path}}}",
+                        f"recipe.model.image={half}", f"recipe.model.text={half}"))  # fmt: skip
+
+
+def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
+    for gates, said in (
+        ("{stages: []}", "stages"),
+        ("{stages: [{steps: 2, target: 0.5}, {steps: 2, target: 0.4}]}", "targets must grow"),
+        ("{stages: [{steps: 2, target: 1.5}]}", "target"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config_of(tmp_path, gates=gates)
+    with pytest.raises(ConfigError, match="neither may be frozen"):
+        config_of(tmp_path, "recipe.model.text.trained=false", gates=STAGES + "}")
+    with pytest.raises(ConfigError, match="distill"):
+        config_in(tmp_path, "recipe={name: tinyclip}")
+
+
+def train_each(comm: Comm, *configs: RunConfig) -> int:
+    from trainer.loop import train
+
+    return [train(config).progress.step for config in configs][-1]
+
+
+def saved(folder: Path) -> dict[str, dict[str, Tensor]]:
+    restored = Checkpointer(folder / "checkpoints", SOLO).latest()
+    assert restored is not None
+    return {kind: dict(restored.tensors(kind)) for kind in ("weights", "moments")}
+
+
+def stages_of(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [
+        {key: line[key] for key in ("stage", "gates", "cut") if key in line}
+        for line in lines
+        if line["event"] == "episode"
+    ]
+
+
+def test_gates_learn_and_the_model_shrinks_twice_and_goes_on_anywhere(tmp_path: Path) -> None:
+    """Two ranks under ZeRO-3 with checkpointing, one under ZeRO-0, and one that goes on in the
+    middle of the second stage with what two ranks saved: the same small model."""
+    gates = STAGES + ", learning_rate: 3.0, ramp: 0.5, multiplier: 60}"
+    common = [
+        *("steps=7", "save_every=1 steps", "keep_checkpoints=9", "optim.learning_rate=0.001"),
+        f'evals=[{{name: zero_shot, label: names, data: "{tmp_path}/shards/*.tar", '
+        "target: subgroup}]",
+    ]
+    one = config_of(tmp_path, *common, "deepspeed=ds_configs/zero0.json", gates=gates)
+    two = config_of(
+        tmp_path, *common, f"workdir={tmp_path}/two", "gradient_checkpointing=true", gates=gates
+    )
+    run_ranks(train_each, 2, two, timeout_seconds=800)
+    for at in (1, 3, 5):
+        folder = tmp_path / f"from-{at}"
+        shutil.copytree(tmp_path / "two", folder)
+        for checkpoint in (folder / "checkpoints").glob("step-*"):
+            if int(checkpoint.name.removeprefix("step-")) > at:
+                shutil.rmtree(checkpoint)
+    moved = [
+        config_of(tmp_path, *common, f"workdir={tmp_path}/from-{at}", gates=gates)
+        for at in (1, 3, 5)
+    ]
+    run_ranks(train_each, 1, one, *moved, timeout_seconds=800)
+    wanted = saved(tmp_path / "two")
+    for name in ("run", "from-1", "from-3", "from-5"):
+        found = saved(tmp_path / name)
+        for kind in ("weights", "moments"):
+            assert found[kind].keys() == wanted[kind].keys(), (name, kind)
+            for key, value in wanted[kind].items():
+                assert found[kind][key].shape == value.shape, (name, key)
+                if key.endswith("k_proj.bias"):
+                    continue  # no gradient but rounding, which Adam makes steps of
+                torch.testing.assert_close(
+                    found[kind][key],
+                    value,
+                    rtol=2e-3,
+                    atol=3e-5,
+                )
+    trained = open_workdir(tmp_path / "two", SOLO)
+    small = sum(p.numel() for p in trained.model.parameters())
+    large = sum(p.numel() for p in built(config_of(tmp_path)).model.parameters())
+    assert small < 0.8 * large
+    first, cut, second, last = stages_of(tmp_path / "two")
+    assert (first["gates"], second["gates"]) == ("learn", "learn")
+    assert 0 < cut["cut"] < last["cut"]
+    assert stages_of(tmp_path / "run") == [first, cut, second, last]
+    assert [event["stage"] for event in (first, cut, second, last)] == [1, 1, 2, 2]
+    assert logged_results(tmp_path / "two")["names"] == pytest.approx(
+        evaluate_workdir(tmp_path / "two", SOLO)["names"]
+    )
+    middle = tmp_path / "middle"
+    shutil.copytree(tmp_path / "two", middle)
+    for checkpoint in (middle / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > 1:
+            shutil.rmtree(checkpoint)
+    gated = open_workdir(middle, SOLO).model
+    batch = small_batch()
+    with torch.no_grad():
+        masked = gated(batch).image
+        for module in gated.image.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        assert not torch.equal(masked, gated(batch).image)
