@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,11 +19,12 @@ from torch.nn.functional import cross_entropy, normalize
 from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
 from trainer.comm import Comm
-from trainer.config import RunConfig, dump_run, parse_run
+from trainer.config import AverageConfig, RunConfig, dump_run, parse_run
 from trainer.engine.groups import parameter_groups
 from trainer.engine.schedule import warmup_cosine
 from trainer.errors import ConfigError
 from trainer.models.token_selection import patches_of, projected_scores
+from trainer.parts.averaged_weights import momentum_at
 from trainer.recipe import build_model, load_recipe
 from trainer.run import context_of, stream_of, tokenizer_of
 from trainer.types import Batch
@@ -356,6 +358,20 @@ def test_simclr_of_a_view_and_itself_is_far_below_chance_and_of_two_views_is_not
     batch = batch._replace(more={"byol_target": normalize(torch.ones(8, 8), dim=1)})
     losses = recipe.losses(recipe.model(batch), batch, 0).detach()
     assert float(losses["simclr"]) < 0.6 * first["simclr"]
+
+
+def test_the_published_schedule_and_average() -> None:
+    path = Path(__file__).parent.parent / "golden" / "aclip" / "ema_and_schedules.npz"
+    with np.load(path, allow_pickle=False) as arrays:
+        golden = {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays}
+    base, schedule = float(golden["momentum_base"]), golden["momentum_schedule"].tolist()
+    config = AverageConfig(momentum=base)
+    ours = [momentum_at(step, len(schedule), config) for step in range(len(schedule))]
+    assert ours == pytest.approx(schedule, rel=1e-12)
+    average = golden["ema_before"].clone()
+    for momentum, wanted in zip(golden["momentum_sequence"], golden["ema_after"], strict=True):
+        average.lerp_(golden["online"], 1 - float(momentum))
+        torch.testing.assert_close(average, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_an_evaluation_reads_all_patches(folder: Path) -> None:
