@@ -53,14 +53,18 @@ def add_options(command: ArgumentParser) -> None:
     add_model_options(command)
     command.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     command.add_argument("--keep", type=float, default=0.5, help="share of the patches")
+    command.add_argument("--patch", type=int, help="pixels a side of one, if not the preset's")
+    command.add_argument("--hidden", type=int, default=4096, help="width of the heads' MLPs")
 
 
 def measure_options(options: Namespace) -> list[dict[str, Any]]:
+    model = model_of(options).model_dump(exclude={"head"})
     case = TokensCase(
-        model=model_of(options),
+        model=TwoTowerConfig(**{**model, "patch_size": options.patch or model["patch_size"]}),
         global_batch=options.batch,
         rounds=options.rounds,
         keep=options.keep,
+        head_hidden=options.hidden,
         threads=options.threads,
     )
     return run(case)
