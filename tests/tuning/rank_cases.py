@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from tests.tuning.store_cases import all_trained
 from trainer.comm import Comm
 from trainer.tuning.head import BatchNorm
 from trainer.tuning.spectra import moments_of, spectrum
@@ -18,7 +21,8 @@ def rows_of(count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def terms(comm: Comm, count: int, dim: int) -> dict[str, torch.Tensor]:
     """Values, and gradients for all rows of the mean over ranks; batch norm and a spectrum too."""
-    tuned, frozen = (rows.chunk(comm.world_size)[comm.rank] for rows in rows_of(count, dim))
+    first, last = comm.row_range(count)  # the last ranks may have fewer rows, or none
+    tuned, frozen = (rows[first:last] for rows in rows_of(count, dim))
     found: dict[str, torch.Tensor] = {}
     for name, term in {
         "rows": lambda z: consistency(z, frozen, mean="rows", comm=comm),
@@ -32,7 +36,13 @@ def terms(comm: Comm, count: int, dim: int) -> dict[str, torch.Tensor]:
         value = term(leaf)
         value.backward()
         found[name] = value.detach()
-        found[f"{name} gradient"] = comm.all_gather(leaf.grad / comm.world_size)
+        found[f"{name} gradient"] = comm.gather_rows(leaf.grad / comm.world_size)
     moments = moments_of([tuned[:2], tuned[2:]], dim=dim, rows="unit").over(comm)
     found["spectrum"] = spectrum(moments).singular_values
     return found
+
+
+def everything(comm: Comm, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Two batches of terms, one of them with fewer rows than numbers, and whole trainings."""
+    sizes = {"terms of 9 x 12": (9, 12), "terms of 13 x 5": (13, 5)}
+    return {name: terms(comm, *size) for name, size in sizes.items()} | all_trained(comm, folder)

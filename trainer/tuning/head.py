@@ -18,6 +18,9 @@ class Adapter(nn.Module):
     def __init__(self, dim: int, *, scale: float = 1.0) -> None:
         super().__init__()
         self.inner = nn.Linear(dim, WIDTH * dim)
+        # Batch norm takes any constant off again, so the true gradient of this bias is zero. AdamW
+        # would make whole steps of its rounding, and two ranks would part from one.
+        self.inner.bias.requires_grad_(False)
         self.norm = BatchNorm(WIDTH * dim)
         self.outer = nn.Linear(WIDTH * dim, dim)
         self.scale = nn.Parameter(torch.full((1, dim), scale))

@@ -42,7 +42,7 @@ def covariance(tuned: Float[Tensor, "n dim"], *, comm: Comm) -> Float[Tensor, ""
     centred = tuned - comm.sum(tuned.sum(dim=0)) / count
     variances = comm.sum(centred.square().sum(dim=0)) / (count - 1)
     if float(count) < dim:
-        products = centred @ comm.all_gather(centred).T / (count - 1)
+        products = centred @ _gathered(centred, comm).T / (count - 1)
         squares = comm.sum(products.square().sum())
     else:
         squares = (comm.sum(centred.T @ centred) / (count - 1)).square().sum()
@@ -55,6 +55,15 @@ def dominance(tuned: Float[Tensor, "n dim"], *, top: int, comm: Comm) -> Float[T
 
     `top` is 1 in the paper and 5 in the code; fewer where Z has fewer. Smallest, -1, at rank one.
     """
-    values = torch.linalg.svdvals(comm.all_gather(tuned))
+    values = torch.linalg.svdvals(_gathered(tuned, comm))
+    count = int(comm.sum(torch.tensor(tuned.shape[0], device=tuned.device)))
+    values = values[: min(count, tuned.shape[1])]
     value: Tensor = -(values[:top] / values.sum()).mean()
     return value
+
+
+def _gathered(rows: Tensor, comm: Comm) -> Tensor:
+    """All ranks' rows, with gradient. Where a rank has fewer, zero rows fill up: they add nothing
+    to a product, and no singular value other than zero."""
+    most = int(comm.max(torch.tensor(rows.shape[0], device=rows.device)))
+    return comm.all_gather(F.pad(rows, (0, 0, 0, most - rows.shape[0])))
