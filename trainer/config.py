@@ -228,6 +228,17 @@ class CaptionConfig(Frozen):
         return self
 
 
+class NoiseConfig(Frozen):
+    """Samples that get the texts and labels of others, to study what noise in pretraining does."""
+
+    share: Fraction = 0.0
+    """Of the samples; the same ones whatever is trained, in the order of a hash."""
+    group_shards: Annotated[PositiveInt, OnlyWith("share")] = 8
+    """Texts move within this many neighbouring shards, so reads stay near each other."""
+    seed: Annotated[int, OnlyWith("share")] = 0
+    """Of the choice; a larger share with the same seed holds the smaller one."""
+
+
 class DataConfig(Frozen):
     """Where samples come from and how they are read."""
 
@@ -259,6 +270,7 @@ class DataConfig(Frozen):
     """Colour under transparent pixels."""
     augment: AugmentConfig = AugmentConfig()
     captions: CaptionConfig = CaptionConfig()
+    noise: Annotated[NoiseConfig, OnlyWhere("reader", "indexed")] = NoiseConfig()
     images: tuple[MemberName, ...] = Field(default=IMAGE_FIELDS, min_length=1)
     """Members of a sample that are its picture, the first that it has: what stands behind the first
     dot of the file's name, as `jpg` or `input.jpg`. Where none is called just so, the only member
@@ -299,7 +311,8 @@ class OptimConfig(Frozen):
     """Global gradient norm, in units of the true gradient of the global batch."""
 
 
-_OF_CLASSES = OnlyWhere("name", "zero_shot", "knn", "linear_probe")
+_OF_CLASSES = OnlyWhere("name", "zero_shot", "knn", "linear_probe", "ood", "long_tail")
+_OF_PROMPTS = OnlyWhere("name", "zero_shot", "ood", "long_tail")
 _OF_TEXTS = OnlyWhere("name", "zero_shot", "retrieval", "cross_lingual")
 _OF_PAIRS = OnlyWhere("name", "retrieval", "cross_lingual")
 
@@ -317,29 +330,42 @@ Weights = Literal["trained", "averaged"]
 """Which weights of a run: as the last step left them, or their average over the steps."""
 
 
+EvalName = Literal[
+    "zero_shot",
+    "retrieval",
+    "cross_lingual",
+    "knn",
+    "linear_probe",
+    "ood",
+    "long_tail",
+]
+OodScore = Literal["msp", "energy", "ssd", "mahalanobis", "knn", "prototype"]
+Frequency = Literal["text", "bag", "image", "joint"]
+
+
 class EvalConfig(Frozen):
     """One evaluation: what, on which shards, how often, of which weights."""
 
-    name: Literal["zero_shot", "retrieval", "cross_lingual", "knn", "linear_probe"]
+    name: EvalName
     """What is measured: a file of trainer/evals/."""
     label: str
     """Name under which its numbers are logged."""
     data: ShardSpec
     """Shards to test on."""
     train: Annotated[ShardSpec | None, _OF_CLASSES] = None
-    """Shards to fit on (knn, linear_probe), or to take zero_shot's pixel floor from."""
+    """Shards to fit on (knn, linear_probe, ood), or to take zero_shot's pixel floor from."""
     target: Annotated[str, _OF_CLASSES] = "concept"
-    """json key whose values are the classes (zero_shot, knn, linear_probe)."""
+    """json key whose values are the classes (not of retrieval and cross_lingual)."""
     every: Every = NEVER
     """The end of a run is always evaluated."""
     weights: Weights = "trained"
     """`averaged`: of the momentum copy that the run keeps (`average`)."""
     limit: PositiveInt | None = None
     """Use at most this many samples, chosen by hash of their id."""
-    templates: Annotated[tuple[str, ...], OnlyWhere("name", "zero_shot"), Field(min_length=1)] = (
+    templates: Annotated[tuple[str, ...], _OF_PROMPTS, Field(min_length=1)] = (
         *("{}", "a picture of {}", "an icon of {}", "{} emoji"),
     )
-    """Prompts of a class name (zero_shot)."""
+    """Prompts of a class name (zero_shot, long_tail, ood with `logits: zero_shot`)."""
     caption: Annotated[str, _OF_PAIRS] = "txt"
     """Which text of a sample is searched for: `txt` or a json key, as `long` (retrieval); the key
     that holds texts by language is `lang` (cross_lingual). Every item of a list, and every line of
@@ -354,10 +380,33 @@ class EvalConfig(Frozen):
     cross_lingual with `{}` where the language goes, for zero_shot of the classes' prompts."""
     text_vectors: Annotated[tuple[int, ...] | None, OnlyWith("text_store")] = None
     """Which vectors of a text in `text_store` are averaged; all where None."""
+    outside: Annotated[dict[str, ShardSpec], OnlyWhere("name", "ood")] = Field(default={})
+    """Shards of other kinds than `train` and `data`, by name: `{near: ..., far: ...}` (ood)."""
+    scores: Annotated[tuple[OodScore, ...], OnlyWhere("name", "ood"), Field(min_length=1)] = (
+        *("msp", "energy", "ssd", "mahalanobis", "knn", "prototype"),
+    )
+    """How alike the training set a sample is said to be (ood)."""
+    logits: Annotated[Literal["probe", "zero_shot"], OnlyWhere("name", "ood")] = "probe"
+    """Of msp and energy: of logistic regression on `train`, or of the prompts of its classes."""
+    concepts: Annotated[LocalPath | None, OnlyWhere("name", "long_tail")] = None
+    """Folder of `tools/concepts.py count`: how often captions name each class (long_tail)."""
+    frequency: Annotated[Frequency, OnlyWhere("name", "long_tail")] = "text"
+    """Which of its counts (long_tail)."""
+    slices: Annotated[tuple[PositiveInt, PositiveInt], OnlyWhere("name", "long_tail")] = (
+        100,
+        10_000,
+    )
+    """From which frequency on a class is torso, and head; under them it is tail, at 0 unseen."""
 
     @model_validator(mode="after")
     def _fits_on_other_shards(self) -> EvalConfig:
-        if self.name in ("knn", "linear_probe"):
+        if self.name == "ood" and not self.outside:
+            raise ValueError("ood needs `outside`, shards to tell from `data`, by name")
+        if self.name == "long_tail" and self.concepts is None:
+            raise ValueError("long_tail needs `concepts`, a folder of tools/concepts.py count")
+        if self.slices[0] >= self.slices[1]:
+            raise ValueError(f"slices {list(self.slices)} must ascend: torso begins below head")
+        if self.name in ("knn", "linear_probe", "ood"):
             if self.train is None:
                 raise ValueError(f"{self.name} needs `train`, shards to fit on")
             if self.train == self.data:

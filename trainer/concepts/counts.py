@@ -59,6 +59,11 @@ class Counts:
             )
         return replace(self, **{key: value + getattr(other, key) for key, value in self._arrays()})
 
+    def copy(self) -> Counts:
+        """Counts of their own, to add samples to."""
+        own: dict[str, Any] = {key: value.copy() for key, value in self._arrays()}
+        return replace(self, **own)
+
     def total(self, name: str) -> int:
         return int(self.totals[TOTALS.index(name)])
 

@@ -29,6 +29,7 @@ from trainer.data.feed import (
     RawBatch,
 )
 from trainer.data.ledger import Ledger
+from trainer.data.noise import NoisyShards
 from trainer.data.order import Order, Share
 from trainer.data.pixels import Pixels
 from trainer.data.shards import ShardSet
@@ -234,6 +235,8 @@ def _open_source(
     shards = ShardSet.open(config.train, before=before)
     if not len(shards):
         raise DataError(f"the {len(shards.shards)} shards of {config.train!r} hold no sample")
+    if config.noise.share:
+        shards = NoisyShards.over(shards, config.noise, config.images)
     weights = [(config.weights or {}).get(name, 1.0) for name in shards.sets]
     order = Order(
         shards.sizes, seed=prepare.seed, window_shards=config.window_shards, weights=weights

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from trainer.config import OodScore
 from trainer.evals.retrieval import CUTOFFS
 
-_FLOORS = {
-    "top1": ("chance", "pixel_1nn"),
-    "top5": ("chance_top5", "pixel_5nn"),
-    "mean_per_class": ("chance", "pixel_1nn_mean_per_class"),
-    "nearest": ("chance", "pixel_1nn"),
-} | {
-    f"{way}_r{k}": (f"chance_{way}_r{k}", "")
-    for way in ("image_to_text", "text_to_image")
-    for k in CUTOFFS
-}
+_NOT_SHOWN = tuple(f"_{key}" for key in ("aupr_in", "aupr_out", "error"))
+"""Ends of the names of figures that stand in records and not in the table."""
+_FLOORS = (
+    {
+        "top1": ("chance", "pixel_1nn"),
+        "top5": ("chance_top5", "pixel_5nn"),
+        "mean_per_class": ("chance", "pixel_1nn_mean_per_class"),
+        "nearest": ("chance", "pixel_1nn"),
+    }
+    | {
+        f"{way}_r{k}": (f"chance_{way}_r{k}", "")
+        for way in ("image_to_text", "text_to_image")
+        for k in CUTOFFS
+    }
+    | {
+        f"{score}_{key}": (f"chance_{key}", "")
+        for score in get_args(OodScore)
+        for key in ("auroc", "fpr95")
+    }
+)
 """Measured figures, and the figures that are their floors: chance, and nearest pixels."""
 
 
@@ -90,5 +101,9 @@ def _remarks(figures: Mapping[str, float], suffix: str) -> str:
     floors = {name for pair in _FLOORS.values() for name in pair}
     own = [name for name in figures if name.endswith(suffix) and name.count("/") == bool(suffix)]
     plain = [name.removesuffix(suffix) for name in own]
-    rest = [name for name in plain if name not in floors and name not in _FLOORS]
+    rest = [
+        name
+        for name in plain
+        if name not in floors and name not in _FLOORS and not name.endswith(_NOT_SHOWN)
+    ]
     return ", ".join(f"{name.replace('_', ' ')} {figures[name + suffix]:g}" for name in rest)
