@@ -7,8 +7,8 @@ is their mean, and the engine's average over ranks makes up the difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -67,52 +67,76 @@ def world_size_of(path: str) -> int:
     return int(golden(path)["world_size"])
 
 
+def results(world_size: int) -> list[Mapping[str, Arrays]]:
+    """The cases of every rank of a group of this size, in rank order, by name.
+
+    A case is computed when it is asked for, together with those of its family: a launch for each.
+    """
+    return [CasesOfRank(world_size, rank) for rank in range(world_size)]
+
+
+class CasesOfRank(Mapping[str, Arrays]):
+    def __init__(self, world_size: int, rank: int) -> None:
+        self.world_size, self.rank = world_size, rank
+
+    def __getitem__(self, name: str) -> Arrays:
+        return computed(self.world_size, family_of(name))[self.rank][name]
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("cases are asked for by name")
+
+    def __len__(self) -> int:
+        raise TypeError("cases are asked for by name")
+
+
 @cache
-def results(world_size: int) -> list[dict[str, Arrays]]:
-    """Every case on every rank of a group of this size, in rank order."""
+def computed(world_size: int, family: str) -> list[dict[str, Arrays]]:
     if world_size == 1:
-        return [every_case(Comm.solo())]
-    return run_ranks(every_case, world_size, timeout_seconds=300)
+        return [every_case(Comm.solo(), family)]
+    return run_ranks(every_case, world_size, family, timeout_seconds=300)
 
 
-def every_case(comm: Comm) -> dict[str, Arrays]:
-    cases: dict[str, Arrays] = {}
-    for name in golden_names("open_clip/clip_infonce_*.npz"):
-        if world_size_of(name) == comm.world_size:
-            cases[name] = contrastive_case(comm, golden(name))
-    for name in golden_names("open_clip/siglip_*.npz"):
-        if world_size_of(name) == comm.world_size:
-            cases[name] = sigmoid_case(comm, golden(name))
-    for name in golden_names("protoclip/step_*.npz"):
-        if world_size_of(name) == comm.world_size:
-            cases[name] = step_case(comm, golden(name))
-    for pattern in RECIPE_FILES:
+def every_case(comm: Comm, family: str) -> dict[str, Arrays]:
+    return {name: case() for name, case in cases_of(comm) if family_of(name) == family}
+
+
+def family_of(name: str) -> str:
+    """Golden files by folder, in float64 and as recipes apart; the others by their first word."""
+    path, _, precision = name.partition(" ")
+    folder = path.partition("/")[0]
+    return f"{folder} in precisions" if precision in PRECISIONS else folder
+
+
+def cases_of(comm: Comm) -> Iterator[tuple[str, Callable[[], Arrays]]]:
+    """Names of the cases of a group of this size, and what computes them."""
+    for pattern, case in GOLDEN_LOSSES.items():
         for name in golden_names(pattern):
             if world_size_of(name) == comm.world_size:
-                for precision in PRECISIONS:
-                    cases[f"{name} {precision}"] = recipe_case(
-                        name, golden(name), gathering(comm, golden(name)), precision
-                    )
-    for name in golden_names("tinyclip/affinity_*.npz"):
+                yield name, partial(case, comm, golden(name))
+    for name in (name for pattern in RECIPE_FILES for name in golden_names(pattern)):
         if world_size_of(name) == comm.world_size:
-            cases[name] = affinity_case(comm, golden(name))
+            for precision in PRECISIONS:
+                yield f"{name} {precision}", partial(whole_recipe, comm, name, precision)
     for name in head_files(comm.world_size):
-        for precision, dtype in PRECISIONS.items():
-            with TemporaryDirectory() as folder:
-                cases[f"{name} {precision}"] = head_case(
-                    name, golden(name), comm, dtype, Path(folder)
-                )
-    for num_prototypes in NUM_PROTOTYPES:
+        for precision in PRECISIONS:
+            yield f"{name} {precision}", partial(whole_head, comm, name, precision)
+    for number in NUM_PROTOTYPES:
         for temperature in TEMPERATURES:
-            cases[f"prototypes {num_prototypes} {temperature}"] = prototype_case(
-                comm, num_prototypes=num_prototypes, temperature=temperature
-            )
-    return {
-        **cases,
-        "pairs": pairs_case(comm),
-        "nothing known": nothing_known_case(comm),
-        "translate": translate_case(comm),
-    }
+            case = partial(prototype_case, comm, num_prototypes=number, temperature=temperature)
+            yield f"prototypes {number} {temperature}", case
+    yield "pairs", partial(pairs_case, comm)
+    yield "nothing known", partial(nothing_known_case, comm)
+    yield "translate", partial(translate_case, comm)
+
+
+def whole_recipe(comm: Comm, name: str, precision: str) -> Arrays:
+    arrays = golden(name)
+    return recipe_case(name, arrays, gathering(comm, arrays), precision)
+
+
+def whole_head(comm: Comm, name: str, precision: str) -> Arrays:
+    with TemporaryDirectory() as folder:
+        return head_case(name, golden(name), comm, PRECISIONS[precision], Path(folder))
 
 
 def head_files(world_size: int) -> list[str]:
@@ -358,3 +382,11 @@ def after_backward(loss: Tensor, **leaves: Tensor) -> Arrays:
         "loss": loss.detach().numpy(),
         **{name: value.grad.numpy() for name, value in leaves.items()},
     }
+
+
+GOLDEN_LOSSES: dict[str, Callable[[Comm, Arrays], Arrays]] = {
+    "open_clip/clip_infonce_*.npz": contrastive_case,
+    "open_clip/siglip_*.npz": sigmoid_case,
+    "protoclip/step_*.npz": step_case,
+    "tinyclip/affinity_*.npz": affinity_case,
+}
