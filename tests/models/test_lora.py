@@ -83,5 +83,7 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
     for values in ({"lora": {}}, {"path": "x", "trained": False, "lora": {}}):
         with pytest.raises(ValidationError, match="set path and trained"):
             TowerConfig.model_validate(values)
-    with pytest.raises(ConfigError, match="no low-rank additions to LlamaModel"):
+    with pytest.raises(
+        ConfigError, match=r"lora.layers has no_such_layer, but .* LlamaModel are down_proj, "
+    ):
         built(save_llama(tmp_path), layers=["no_such_layer"])
