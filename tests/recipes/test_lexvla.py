@@ -20,6 +20,7 @@ from trainer.config import RunConfig, parse_run
 from trainer.data.prompted import with_template
 from trainer.data.tokenize import load_tokenizer, save_tokenizer, token_ids, train_tokenizer
 from trainer.errors import ConfigError
+from trainer.export.transformers_folder import export_model
 from trainer.models.words import chosen_words, output_rows
 from trainer.programs.workdir import evaluate_workdir, logged_results
 from trainer.recipe import load_recipe
@@ -220,6 +221,12 @@ def test_small_coordinates_count_in_training_only(tmp_path: Path) -> None:
     torch.testing.assert_close(
         bare.patches(batch.images), model.patches(batch.images)[:, 1:], rtol=0, atol=1e-6
     )
+
+
+def test_no_exported_form_is_made_up(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with pytest.raises(ConfigError, match="words of a language model"):
+        export_model(built(config).model, tokenizer_of(config, SOLO), tmp_path / "exported")
 
 
 def train_once(comm: Comm, *configs: RunConfig) -> int:

@@ -20,6 +20,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
+from trainer.export.transformers_folder import export_model
 from trainer.programs.workdir import evaluate_workdir, logged_results, open_workdir
 
 SOLO = Comm.solo()
@@ -177,6 +178,8 @@ def test_gates_learn_and_the_model_shrinks_twice_and_goes_on_anywhere(tmp_path: 
     assert logged_results(tmp_path / "two")["names"] == pytest.approx(
         evaluate_workdir(tmp_path / "two", SOLO)["names"]
     )
+    with pytest.raises(ConfigError, match="cut to different widths"):
+        export_model(trained.model, trained.tokenizer, tmp_path / "exported")
     middle = tmp_path / "middle"
     shutil.copytree(tmp_path / "two", middle)
     for checkpoint in (middle / "checkpoints").glob("step-*"):

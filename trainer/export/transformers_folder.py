@@ -75,6 +75,11 @@ def export_model(
     if not isinstance(model, Exportable):
         kind = type(model).__name__
         raise ConfigError(f"no form is known to export a {kind}; two towers or an image tower are")
+    if model.why_not_exported:
+        raise ConfigError(
+            f"no form is known to export this model: {model.why_not_exported}; every tool here "
+            "opens its workdir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PatchTower):
         exported, card = _patch_tower(model, folder, texts, data_licence)

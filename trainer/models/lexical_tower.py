@@ -96,6 +96,7 @@ class Codebook(nn.Module):
 class LexicalTowers(TwoTower):
     """Two encoders into one vocabulary. In evaluation mode small coordinates are dropped."""
 
+    why_not_exported = "its vectors stand over the words of a language model"
     adapter: Adapter
     image_words: Codebook
     text_words: Codebook

@@ -12,6 +12,9 @@ from trainer.types import TowerName
 class Model(nn.Module, ABC):
     """A module whose parameters belong to towers with depths."""
 
+    why_not_exported: str = ""
+    """Why no exported form holds what this model says; empty where one does."""
+
     @abstractmethod
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Keep only the inputs of blocks, and recompute the rest backward."""

@@ -82,6 +82,7 @@ def build_model(
     for name in TOWERS:
         if found := shape["sizes"].get(name):
             setattr(model, name, narrowed(getattr(model, name), NarrowShape.read(found)))
+            model.why_not_exported = "its layers were cut to different widths"
         if gates := shape.get("open", {}).get(name):
             GatedTower(getattr(model, name)).final = Gates(*map(torch.tensor, gates))
     return model
