@@ -37,6 +37,7 @@ from trainer.config_section import ShardSpec as ShardSpec
 from trainer.config_section import split_set
 from trainer.config_text import read_mapping
 from trainer.errors import ConfigError
+from trainer.prompt_templates import read_templates
 from trainer.recipe_files import config_class, recipe_config
 
 
@@ -152,7 +153,7 @@ NEVER = Period.model_construct(count=math.inf, unit="never")
 
 
 class AugmentConfig(Frozen):
-    """Random views of an image. The defaults are ProtoCLIP's "light" set (spec A2)."""
+    """Random views of an image. The defaults are ProtoCLIP's "light" set (arXiv 2206.10996)."""
 
     crop_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
     """Share of the area that a random resized crop keeps, lowest and highest."""
@@ -362,10 +363,17 @@ class EvalConfig(Frozen):
     """`averaged`: of the momentum copy that the run keeps (`average`)."""
     limit: PositiveInt | None = None
     """Use at most this many samples, chosen by hash of their id."""
-    templates: Annotated[tuple[str, ...], _OF_PROMPTS, Field(min_length=1)] = (
-        *("{}", "a picture of {}", "an icon of {}", "{} emoji"),
-    )
-    """Prompts of a class name (zero_shot, long_tail, ood with `logits: zero_shot`)."""
+    templates: Annotated[
+        tuple[str, ...],
+        _OF_PROMPTS,
+        Field(min_length=1),
+        BeforeValidator(read_templates, json_schema_input_type=tuple[str, ...] | str),
+    ] = ("{}", "a picture of {}", "an icon of {}", "{} emoji")
+    """Prompts of a class name (zero_shot, long_tail, ood with `logits: zero_shot`): a list with
+    `{}` for it, a file with one a line, or a set by name (plain, pictures, photos, drawings)."""
+    class_names: Annotated[LocalPath | None, OnlyWhere("name", "zero_shot")] = None
+    """File with a class's name on each line, as `classnames.txt` of CLIP_benchmark's layout;
+    `target` (`cls` there) is then the number of the line, from 0."""
     caption: Annotated[str, _OF_PAIRS] = "txt"
     """Which text of a sample is searched for: `txt` or a json key, as `long` (retrieval); the key
     that holds texts by language is `lang` (cross_lingual). Every item of a list, and every line of

@@ -30,7 +30,7 @@ def test_the_published_table_with_its_empty_groups() -> None:
     np.testing.assert_allclose(found.rows.numpy(), arrays["table"], rtol=1e-9, atol=1e-15)
 
 
-def test_a6_10_mass_is_conserved_and_means_are_no_longer_than_one() -> None:
+def test_mass_is_conserved_and_means_are_no_longer_than_one() -> None:
     features, labels = translate_problem()
     means = means_of(features, labels, TRANSLATE_GROUPS)
     kept = labels >= 0
@@ -40,7 +40,7 @@ def test_a6_10_mass_is_conserved_and_means_are_no_longer_than_one() -> None:
     assert means.rows.norm(dim=1).max() <= 1 + 1e-12
 
 
-def test_a6_10_means_are_linear_and_blind_to_the_order_of_samples() -> None:
+def test_means_are_linear_and_blind_to_the_order_of_samples() -> None:
     features, labels = translate_problem()
     other = random_rows(*features.shape, torch.Generator().manual_seed(5))
     mixed = means_of(2 * features - 3 * other, labels, TRANSLATE_GROUPS).rows
@@ -51,20 +51,20 @@ def test_a6_10_means_are_linear_and_blind_to_the_order_of_samples() -> None:
     torch.testing.assert_close(again, one, rtol=0, atol=1e-14)
 
 
-def test_a6_12_a_group_of_one_is_its_member() -> None:
+def test_a_group_of_one_is_its_member() -> None:
     features = random_rows(6, 3, torch.Generator().manual_seed(1)).float()
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     assert torch.equal(means_of(features, order, 6).rows[order], features)
 
 
-def test_a6_12_samples_without_a_label_belong_nowhere() -> None:
+def test_samples_without_a_label_belong_nowhere() -> None:
     means = means_of(torch.full((5, 3), torch.nan), torch.full((5,), -1), 4)
     assert torch.equal(means.rows, torch.zeros(4, 3))
     assert means.counts.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a6_10_sums_over_shards_equal_the_mean_of_all(world_size: int) -> None:
+def test_sums_over_shards_equal_the_mean_of_all(world_size: int) -> None:
     """Ranks hold different numbers of samples, one of them none, and 6 groups on 4 ranks."""
     features, labels = translate_problem()
     expected = torch.stack([features[labels == k].sum(dim=0) for k in range(TRANSLATE_GROUPS)])

@@ -19,7 +19,7 @@ RUNS = sorted(
     for path in (ROOT / "launch" / "runs").glob("*.yaml")
     if {"recipe", "workdir"} <= yaml.safe_load(path.read_text()).keys()
 )
-OUT_OF_DATE = "is not what the classes say; run: python tools/configuration.py"
+OUT_OF_DATE = "is not what the classes say; run: python tools/pages.py"
 
 
 def test_the_page_is_what_the_classes_say():

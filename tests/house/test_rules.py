@@ -20,6 +20,7 @@ ROOMS = (
         "config_errors",
         "config_past",
         "config_text",
+        "prompt_templates",
         "config_section",
         "recipe_files",
         "command",

@@ -73,9 +73,7 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(total.sum(), queries, create_graph=True)
 
 
-def test_a6_23_nothing_larger_than_a_tile_exists_and_nothing_but_inputs_and_results_is_kept() -> (
-    None
-):
+def test_nothing_larger_than_a_tile_exists_and_nothing_but_inputs_and_results_is_kept() -> None:
     problem = ragged_problem(64, 500, 2, 3)
     queries, rows = problem.queries.requires_grad_(), problem.rows.requires_grad_()
 
@@ -91,7 +89,7 @@ def test_a6_23_nothing_larger_than_a_tile_exists_and_nothing_but_inputs_and_resu
 
 
 @pytest.mark.parametrize("cosine", [1.0, -1.0])
-def test_a6_22_ten_million_equal_cosines_are_finite_in_float32(cosine: float) -> None:
+def test_ten_million_equal_cosines_are_finite_in_float32(cosine: float) -> None:
     """Their number as a bias: no table of that size is needed."""
     queries = torch.tensor([[1.0, 0.0]])
     rows = torch.tensor([[cosine, 0.0]])

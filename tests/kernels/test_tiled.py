@@ -35,7 +35,7 @@ def test_sums_equal_the_dense_softmax(
     torch.testing.assert_close(sums.mean, expected)
 
 
-def test_a6_02_merging_any_partition_of_the_rows_equals_the_whole() -> None:
+def test_merging_any_partition_of_the_rows_equals_the_whole() -> None:
     left, right, valid = inputs(9, 30, 5, seed=3)
     whole = partition_sums(left, right, right, scale=100.0, valid=valid)
     for cuts in ([30], [0, 30], [1, 29], [7, 0, 0, 20, 3], [10, 10, 10], [1] * 30):
@@ -60,7 +60,7 @@ def test_rows_that_are_not_valid_can_hold_anything() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a6_21_a_million_rows_at_scale_100_are_finite_whatever_the_tile(dtype) -> None:
+def test_a_million_rows_at_scale_100_are_finite_whatever_the_tile(dtype) -> None:
     """Cosines of +1, -1 and between; a constant shift would overflow or vanish in float32."""
     angles = torch.linspace(0, torch.pi, 1_000_000, dtype=torch.float64)
     rows = torch.stack([angles.cos(), angles.sin()], dim=1).to(dtype)

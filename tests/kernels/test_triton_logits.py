@@ -29,7 +29,7 @@ TOLERANCES = {
 }
 
 
-def test_a6_21_values_and_gradients_equal_float64_on_ragged_shapes() -> None:
+def test_values_and_gradients_equal_float64_on_ragged_shapes() -> None:
     """Fixed reference and running maximum, ceilings, weights, several blocks and splits,
     sizes of all architectures, and the same bits twice."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -52,7 +52,7 @@ def test_a6_21_values_and_gradients_equal_float64_on_ragged_shapes() -> None:
 
 
 @pytest.mark.gpu
-def test_a6_25_on_a_gpu_two_runs_have_equal_bits_and_timed_sizes_agree() -> None:
+def test_on_a_gpu_two_runs_have_equal_bits_and_timed_sizes_agree() -> None:
     """With prototypes that are positives of very many samples, whose gradients meet in one row."""
     draw = torch.Generator().manual_seed(1)
     queries, rows = (normalize(torch.randn(n, 96, generator=draw)).cuda() for n in (3000, 20_001))

@@ -1,6 +1,6 @@
 """The prototype loss: the invariants that any implementation of ProtoCLIP has to satisfy.
 
-Numbers are those of the project's list of invariants (A6 of the ProtoCLIP specification).
+What must hold of ProtoCLIP's loss (arXiv 2206.10996), whatever the shards.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def close(one, other, *, tolerance: float = 1e-12) -> None:
     st.sampled_from([-1.0, 0.0, 0.01, 0.1, 3.0]),
     st.integers(0, 99),
 )
-def test_a6_01_equals_the_dense_soft_cross_entropy(
+def test_equals_the_dense_soft_cross_entropy(
     batch: int, num_prototypes: int, num_empty: int, temperature: float, seed: int
 ) -> None:
     case = problem(
@@ -73,9 +73,7 @@ def test_a6_01_equals_the_dense_soft_cross_entropy(
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("num_prototypes", NUM_PROTOTYPES)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_a6_02_a6_16_sharded_equals_dense(
-    world_size: int, num_prototypes: int, temperature: float
-) -> None:
+def test_sharded_equals_dense(world_size: int, num_prototypes: int, temperature: float) -> None:
     """Uneven shards, a rank without rows, unknown labels unevenly spread, an empty prototype.
 
     The mean over ranks, and the gradients averaged over ranks, are those of one process.
@@ -105,7 +103,7 @@ def dense_figures(case: Problem) -> torch.Tensor:
     return (columns[:, case.valid] * weight[case.valid]).sum(dim=1) / weight.sum()
 
 
-def test_a6_02_float32_is_close_to_float64() -> None:
+def test_float32_is_close_to_float64() -> None:
     case = problem(batch=40, num_prototypes=200, temperature=0.05)
     exact = loss_of(case)
     rows = [value.float() for value in (case.prototypes, case.teacher)]
@@ -120,7 +118,7 @@ def test_a6_02_float32_is_close_to_float64() -> None:
     assert error <= 1e-4 * expected.abs().max()
 
 
-def test_a6_03_gradients_pass_finite_differences_and_reach_no_table() -> None:
+def test_gradients_pass_finite_differences_and_reach_no_table() -> None:
     case = problem(batch=3, num_prototypes=5, num_empty=1, temperature=0.1)
     prototypes, teacher = case.prototypes.requires_grad_(), case.teacher.requires_grad_()
     table = prototype_table(
@@ -140,7 +138,7 @@ def test_a6_03_gradients_pass_finite_differences_and_reach_no_table() -> None:
         assert constant.grad is None
 
 
-def test_a6_03_the_gradient_is_the_published_formula() -> None:
+def test_the_gradient_is_the_published_formula() -> None:
     """scale * (sum_j p_ij P_j - T[y_i]), and its product with f for the logarithm of the scale."""
     case = problem(temperature=0.1)
     scale, table = case.scale.detach(), case.table
@@ -153,7 +151,7 @@ def test_a6_03_the_gradient_is_the_published_formula() -> None:
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_a6_04_renaming_clusters_or_reordering_samples_changes_nothing(temperature: float) -> None:
+def test_renaming_clusters_or_reordering_samples_changes_nothing(temperature: float) -> None:
     case = problem(num_unknown=2, num_empty=2, temperature=temperature)
     draw = torch.Generator().manual_seed(8)
     old_of_new = torch.randperm(len(case.prototypes), generator=draw)
@@ -176,12 +174,12 @@ def test_a6_04_renaming_clusters_or_reordering_samples_changes_nothing(temperatu
     assert torch.equal(still_known, known[order])
 
 
-def test_a6_05_cold_soft_targets_are_hard_where_the_own_product_is_highest() -> None:
+def test_cold_soft_targets_are_hard_where_the_own_product_is_highest() -> None:
     unit = problem(temperature=1e-4)
     close(loss_of(unit), loss_of(unit._replace(temperature=-1.0)))
 
 
-def test_a6_05_cold_soft_targets_are_not_hard_beside_a_longer_teacher_row() -> None:
+def test_cold_soft_targets_are_not_hard_beside_a_longer_teacher_row() -> None:
     """Row 1 is row 0, longer: by inner product sample 0 belongs to cluster 1."""
     case = problem(num_prototypes=4, temperature=1e-4)
     teacher = torch.eye(4, dtype=torch.float64) * 0.5
@@ -195,7 +193,7 @@ def test_a6_05_cold_soft_targets_are_not_hard_beside_a_longer_teacher_row() -> N
     assert figures.own_mass == pytest.approx(0.25)
 
 
-def test_a6_05_hot_soft_targets_are_uniform() -> None:
+def test_hot_soft_targets_are_uniform() -> None:
     case = problem(temperature=1e12)
     logits = case.scale * case.features @ case.prototypes.T
     expected = (logits.logsumexp(dim=1) - logits.mean(dim=1)).mean()
@@ -203,9 +201,7 @@ def test_a6_05_hot_soft_targets_are_uniform() -> None:
 
 
 @pytest.mark.parametrize(("count", "temperature"), [(20_000, -1.0), (2_000, 0.05)])
-def test_a6_06_an_all_zero_table_gives_log_k_and_no_gradient(
-    count: int, temperature: float
-) -> None:
+def test_an_all_zero_table_gives_log_k_and_no_gradient(count: int, temperature: float) -> None:
     table = prototype_table(
         torch.zeros(count, 4),
         torch.zeros(count, 2),
@@ -221,7 +217,7 @@ def test_a6_06_an_all_zero_table_gives_log_k_and_no_gradient(
     assert gradients(loss, features)[0].abs().max() == 0.0
 
 
-def test_a6_07_the_other_modality_as_prototypes_is_info_nce() -> None:
+def test_the_other_modality_as_prototypes_is_info_nce() -> None:
     draw = torch.Generator().manual_seed(3)
     image, text = random_rows(9, 5, draw).requires_grad_(), random_rows(9, 5, draw)
     text.requires_grad_()
@@ -242,7 +238,7 @@ def test_a6_07_the_other_modality_as_prototypes_is_info_nce() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([0.01, 0.05, 0.5]), st.integers(0, 99))
-def test_a6_08_the_loss_exceeds_the_target_entropy_by_the_divergence(
+def test_the_loss_exceeds_the_target_entropy_by_the_divergence(
     temperature: float, seed: int
 ) -> None:
     case = problem(temperature=temperature, seed=seed)
@@ -255,7 +251,7 @@ def test_a6_08_the_loss_exceeds_the_target_entropy_by_the_divergence(
     assert gap >= -1e-12
 
 
-def test_a6_08_no_divergence_where_the_student_says_what_the_teacher_says() -> None:
+def test_no_divergence_where_the_student_says_what_the_teacher_says() -> None:
     case = problem(batch=13, dim=4, temperature=1 / 14.0)
     case = case._replace(prototypes=case.teacher, features=case.teacher, labels=torch.arange(13))
     entropy = figures_of(case, counts=torch.ones(13, dtype=torch.int64)).entropy
@@ -280,7 +276,7 @@ def test_hard_targets_have_their_whole_mass_on_their_own_cluster() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a6_12_no_known_label_gives_zero_and_no_nan(world_size: int) -> None:
+def test_no_known_label_gives_zero_and_no_nan(world_size: int) -> None:
     for cases in results(world_size):
         case = cases["nothing known"]
         assert case["loss"] == 0.0
@@ -288,7 +284,7 @@ def test_a6_12_no_known_label_gives_zero_and_no_nan(world_size: int) -> None:
         assert case["grad_scale"] == 0.0
 
 
-def test_a6_12_no_valid_prototype_gives_zero_and_no_nan() -> None:
+def test_no_valid_prototype_gives_zero_and_no_nan() -> None:
     case = problem(num_empty=2)
     table = case.table._replace(valid=torch.zeros(13, dtype=torch.bool))
     loss = prototype_cross_entropy(case.features, case.labels, table, case.scale, SOLO)
@@ -312,7 +308,7 @@ def test_a_label_past_the_table_shows() -> None:
     assert gradients(loss, case.features)[0].isnan().all()
 
 
-def test_a6_13_empty_rows_as_zero_logits_add_a_known_amount() -> None:
+def test_empty_rows_as_zero_logits_add_a_known_amount() -> None:
     """log(1 + E exp(-lse)) per sample, for E empty rows; hard targets are the same either way."""
     case = problem(num_empty=4, temperature=-1.0)
     kept = case._replace(valid=torch.ones(13, dtype=torch.bool))
@@ -323,7 +319,7 @@ def test_a6_13_empty_rows_as_zero_logits_add_a_known_amount() -> None:
     close(zeros - masked, torch.log1p(4 * torch.exp(-masked_lse)))
 
 
-def test_a6_15_rotating_a_space_changes_nothing() -> None:
+def test_rotating_a_space_changes_nothing() -> None:
     case = problem(temperature=0.05, num_empty=1)
     draw = torch.Generator().manual_seed(4)
     rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=draw, dtype=torch.float64))
@@ -338,7 +334,7 @@ def test_a6_15_rotating_a_space_changes_nothing() -> None:
     close(teacher.table.targets, case.table.targets)
 
 
-def test_a6_21_a_million_prototypes_at_scale_100_are_finite() -> None:
+def test_a_million_prototypes_at_scale_100_are_finite() -> None:
     """Float32, and no tensor of samples x prototypes in either pass."""
     angles = torch.linspace(0, torch.pi, 1_000_000)
     rows = torch.stack([angles.cos(), angles.sin()], dim=1)

@@ -21,7 +21,7 @@ def pairs(batch: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a6_16_pair_losses_do_not_depend_on_the_ranks(world_size: int) -> None:
+def test_pair_losses_do_not_depend_on_the_ranks(world_size: int) -> None:
     image, text, scale, bias = (value.requires_grad_() for value in global_pairs())
     loss = dense_info_nce(image, text, scale) + dense_sigmoid(image, text, scale, bias)
     expected = gradients(loss, image, text, scale, bias)
@@ -39,13 +39,13 @@ def test_a6_16_pair_losses_do_not_depend_on_the_ranks(world_size: int) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_a6_19_info_nce_of_equal_features_is_log_batch() -> None:
+def test_info_nce_of_equal_features_is_log_batch() -> None:
     rows = torch.nn.functional.normalize(torch.ones(512, 16), dim=1)
     loss = info_nce(rows, rows, torch.tensor(1 / 0.07), Comm.solo())
     assert loss.item() == pytest.approx(math.log(512), abs=1e-5)
 
 
-def test_a6_19_info_nce_of_unrelated_features_is_near_log_batch() -> None:
+def test_info_nce_of_unrelated_features_is_near_log_batch() -> None:
     image, text = pairs(512, 1024)
     loss = info_nce(image, text, torch.tensor(1 / 0.07), Comm.solo())
     # The logits' variance 14.3^2 / 1024 = 0.2 adds half of itself to the log-partition.

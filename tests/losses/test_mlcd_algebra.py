@@ -46,7 +46,7 @@ def sums(statistics: Statistics, scale: float) -> tuple[Tensor, Tensor]:
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, SCALES)
-def test_a6_1_and_3_products_bounds_and_the_excess_of_one_label(seed: int, scale: float) -> None:
+def test_and_3_products_bounds_and_the_excess_of_one_label(seed: int, scale: float) -> None:
     statistics = drawn(seed)
     pulls, pushes = sums(statistics, scale)
     mlcd, mlc = rows_of(statistics, "mlcd", scale), rows_of(statistics, "mlc", scale)
@@ -63,7 +63,7 @@ def test_a6_1_and_3_products_bounds_and_the_excess_of_one_label(seed: int, scale
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, SCALES)
-def test_a6_4_pull_and_push_are_bounded_and_only_mlc_mixes_them(seed: int, scale: float) -> None:
+def test_pull_and_push_are_bounded_and_only_mlc_mixes_them(seed: int, scale: float) -> None:
     statistics = drawn(seed)
     for kind, mixes in (("mlcd", False), ("mlc", True)):
         cosines = statistics.cosines.clone().requires_grad_()
@@ -84,7 +84,7 @@ def test_a6_4_pull_and_push_are_bounded_and_only_mlc_mixes_them(seed: int, scale
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, SCALES, st.sampled_from(["mlcd", "mlc", "slots"]))
-def test_a6_5_order_and_padding_change_nothing_a_repeated_label_counts_again(
+def test_order_and_padding_change_nothing_a_repeated_label_counts_again(
     seed: int, scale: float, kind: str
 ) -> None:
     statistics = drawn(seed)
@@ -112,7 +112,7 @@ def test_a6_5_order_and_padding_change_nothing_a_repeated_label_counts_again(
 
 
 @pytest.mark.parametrize("kind", ["mlcd", "mlc", "slots"])
-def test_a6_6_ends_are_finite_with_finite_gradients(kind: str) -> None:
+def test_ends_are_finite_with_finite_gradients(kind: str) -> None:
     """No negative at all, no label, cosines of one; and what has nothing to say is left out."""
     cosines = torch.tensor([[1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]).double().requires_grad_()
     negatives = torch.tensor([50.0, -torch.inf, 3.0]).double().requires_grad_()
@@ -149,7 +149,7 @@ def whole(features: Tensor, rows: Tensor, labels: Tensor, **options) -> Statisti
     return prototype_statistics(features, labels, active, Comm.solo(), **options)
 
 
-def test_a6_2_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
+def test_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
     features, rows, labels = a_table()
     one = labels[:, :1]
     statistics = whole(features, rows, one, scale=20.0)
@@ -162,7 +162,7 @@ def test_a6_2_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
         )
 
 
-def test_a6_33_one_label_of_mlcd_is_the_object_loss_of_rice() -> None:
+def test_one_label_of_mlcd_is_the_object_loss_of_rice() -> None:
     """arXiv 2507.20025: log(1 + e^-s) + log(1 + sum over sampled negatives of e^s), with a margin
     of 0.3 on the positive; written out, object by object, and its gradients."""
     features, rows, labels = (leaf.clone() for leaf in a_table())
@@ -190,7 +190,7 @@ def test_a_single_label_loss_refuses_several() -> None:
         multilabel_loss(drawn(0), kind="pfc_ce")
 
 
-def test_a6_31_equal_slots_are_one_slot() -> None:
+def test_equal_slots_are_one_slot() -> None:
     features, rows, labels = a_table()
     one = whole(features, rows, labels[:, :1], scale=20.0)
     eight = whole(features, rows, labels[:, :1].repeat(1, 8), scale=20.0)
@@ -204,7 +204,7 @@ def test_a6_31_equal_slots_are_one_slot() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(SEEDS, st.sampled_from(["mlcd", "mlc", "slots"]), st.floats(0.01, 100.0))
-def test_a6_7_only_directions_matter(seed: int, kind: str, factor: float) -> None:
+def test_only_directions_matter(seed: int, kind: str, factor: float) -> None:
     features, rows, labels = a_table(seed=seed)
     values = []
     for size in (1.0, factor):
@@ -225,7 +225,7 @@ def test_a_row_of_zeros_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["angular", "straight_through"])
-def test_a6_8_angular_margins(kind: str) -> None:
+def test_angular_margins(kind: str) -> None:
     """cos(angle + m); its derivative is sin(angle + m) / sin(angle), or one by decree."""
     cosines = torch.tensor([-0.8, -0.1, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
     turned = Margin(kind, 0.3)(cosines)
@@ -237,7 +237,7 @@ def test_a6_8_angular_margins(kind: str) -> None:
     torch.testing.assert_close(Margin(kind, 0.0)(cosines), cosines)
 
 
-def test_a6_8_known_numbers_of_the_two_angular_gradients() -> None:
+def test_known_numbers_of_the_two_angular_gradients() -> None:
     cosine = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
     for kind, slope in (("angular", 72.06), ("straight_through", 64.0)):
         value = 64 * Margin(kind, 0.3)(cosine)
@@ -251,7 +251,7 @@ def test_angular_margin_at_one_has_a_gradient() -> None:
     assert cosine.grad.isfinite().all()
 
 
-def test_a6_15_negative_term_of_a_random_table() -> None:
+def test_negative_term_of_a_random_table() -> None:
     """log(1e5) plus half the variance of 64 cosines in 768 dimensions: 14.2."""
     draw = torch.Generator().manual_seed(0)
     features = torch.randn(16, 768, generator=draw)
@@ -270,7 +270,7 @@ def test_a_label_past_the_table_is_refused() -> None:
         whole(features, rows, labels, scale=64.0)
 
 
-def test_a6_18_weighted_samples_estimate_the_whole_sum() -> None:
+def test_weighted_samples_estimate_the_whole_sum() -> None:
     """-ln(rate) on each drawn row: over all halves of the rows the mean is the whole sum."""
     features, rows, labels = a_table(classes=8)
     nobody = torch.full_like(labels, -1)
@@ -284,7 +284,7 @@ def test_a6_18_weighted_samples_estimate_the_whole_sum() -> None:
     torch.testing.assert_close(total, full)
 
 
-def test_a6_20_coordinates() -> None:
+def test_coordinates() -> None:
     chosen = coordinate_subset(16, 5, 3, 7)
     assert len(chosen.unique()) == 5
     assert torch.equal(chosen, chosen.sort().values)
@@ -295,7 +295,7 @@ def test_a6_20_coordinates() -> None:
         coordinate_subset(16, 17, 1)
 
 
-def test_a6_25_and_26_equal_bits_again_and_micro_batches_are_one_batch() -> None:
+def test_and_26_equal_bits_again_and_micro_batches_are_one_batch() -> None:
     features, rows, labels = a_table(batch=8)
 
     def gradients(parts: int) -> tuple[Tensor, Tensor]:

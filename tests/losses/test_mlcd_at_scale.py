@@ -62,7 +62,7 @@ def as_on_a_gpu(left: Tensor, right: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("num_rows", [125_000, 10_000_000 // RANKS])
-def test_a6_23_a_step_needs_little_memory(comm: Comm, num_rows: int, backend: str) -> None:
+def test_a_step_needs_little_memory(comm: Comm, num_rows: int, backend: str) -> None:
     """Over the inputs and with the rows' gradient of 0.24 GiB. All logits at once are 15 GiB a
     copy, and a plain cross-entropy needs three."""
     triton_logits = pytest.importorskip("trainer.kernels.triton_logits")

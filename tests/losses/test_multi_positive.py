@@ -159,7 +159,7 @@ def dense_nce(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 @settings(max_examples=20, deadline=None)
 @given(count=st.integers(1, 6), positives=st.integers(1, 4), seed=st.integers(0, 99))
 def test_repeated_and_reordered_texts(count: int, positives: int, seed: int) -> None:
-    """Each text twice, or the texts of an image in another order: the same value (B6.6)."""
+    """Each text twice, or the texts of an image in another order: the same value."""
     image, text = random_case(count, positives, seed=seed)
     scale, bias, comm = torch.tensor(15.0).double(), torch.tensor(-9.0).double(), Comm.solo()
     value = multi_positive_sigmoid(image, text, scale, bias, comm)
@@ -187,7 +187,7 @@ def test_one_text_an_image_is_siglip_and_info_nce() -> None:
 
 
 def test_the_start_value_and_the_gradient_of_the_bias() -> None:
-    """B6.7 with orthogonal features: softplus(10) + (B - 1) softplus(-10); B6.8 by hand."""
+    """Orthogonal features: softplus(10) + (B - 1) softplus(-10); the other by hand."""
     count, positives = 64, 2
     image = torch.eye(2 * count, dtype=torch.float64)[:count]
     text = torch.eye(2 * count, dtype=torch.float64)[count:, None].expand(-1, positives, -1)

@@ -164,7 +164,7 @@ def episode(folder: Path, entry: str) -> tuple[object, Features, Batch, Tensor, 
 
 @pytest.mark.parametrize("temperature", [-1.0, 0.05])
 def test_a_teacher_s_term_is_the_papers(tmp_path: Path, temperature: float) -> None:
-    """The image term in float64 by the formula of A1.2: own groups' means, hard or soft targets."""
+    """The image term in float64 by the paper's formula: own groups' means, hard or soft targets."""
     store_in(tmp_path)
     entry = (
         f"{{name: t, store: {tmp_path}/store-0, clusters: 4, weight: 0.6, students: [image], "

@@ -59,7 +59,7 @@ def built(config: RunConfig):
 
 
 def test_six_of_eleven_by_seed_epoch_and_id() -> None:
-    """B6.9: distinct, evenly drawn, and nothing but these three decides."""
+    """Distinct, evenly drawn, and nothing but these three decides."""
     ids = torch.arange(4000) * 7919
     epoch = torch.zeros(4000, dtype=torch.int64)
     drawn = drawn_texts(ids, epoch, count=6, total=11, key=1)
@@ -107,7 +107,7 @@ def one_batch(count: int = 4) -> Batch:
 
 
 def test_everything_learns_and_nothing_is_of_texts(tmp_path: Path) -> None:
-    """B6.8: vision transformer, head, scale and bias, each with a gradient; no unused norm."""
+    """Vision transformer, head, scale and bias, each with a gradient; no unused norm."""
     recipe = built(config_in(tmp_path))
     ids = torch.from_numpy(EmbeddingStore.open(tmp_path / "store").ids[:4].copy())
     texts = recipe.config.join(0)(ids, torch.zeros(4, dtype=torch.int64))
@@ -124,7 +124,6 @@ def test_everything_learns_and_nothing_is_of_texts(tmp_path: Path) -> None:
 
 
 def test_the_class_token_is_left_out_and_the_order_of_patches_too(tmp_path: Path) -> None:
-    """B6.11."""
     model = built(config_in(tmp_path)).model.eval()
     batch = one_batch()
     plain = model(batch).image

@@ -1,4 +1,4 @@
-"""ProtoCLIP's episodes: what is drawn, clustered, translated and looked up. Numbers are of A6."""
+"""ProtoCLIP's episodes: what is drawn, clustered, translated and looked up."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def episode_by_id(comm: Comm, config: RunConfig) -> dict:
     }
 
 
-def test_a6_17_18_labels_are_those_of_the_sample_and_both_passes_see_the_same_ids(tmp_path):
+def test_labels_are_those_of_the_sample_and_both_passes_see_the_same_ids(tmp_path):
     config = config_in(tmp_path)
     by_world = {1: [episode_by_id(Comm.solo(), config)]}
     by_world[3] = run_ranks(episode_by_id, 3, config, timeout_seconds=200)
@@ -121,7 +121,7 @@ def test_a6_17_18_labels_are_those_of_the_sample_and_both_passes_see_the_same_id
     )
 
 
-def test_a6_11_translating_a_space_by_its_own_labels_gives_its_centroids(tmp_path):
+def test_translating_a_space_by_its_own_labels_gives_its_centroids(tmp_path):
     config = config_in(tmp_path, "recipe.kmeans_iterations=100")
     recipe, stream = built(config, Comm.solo())
     encode = encoder(recipe)
@@ -135,7 +135,7 @@ def test_a6_11_translating_a_space_by_its_own_labels_gives_its_centroids(tmp_pat
 
 
 def test_a_term_is_the_paper_s_and_every_switch_changes_it(tmp_path):
-    """The image term in float64 by the formula of A1.2; each parity switch moves some term."""
+    """The image term in float64 by the paper's formula; each parity switch moves some term."""
     terms = {}
     switches = [
         "recipe.back_translation=true",
@@ -237,7 +237,7 @@ def towers_after_three_steps(comm: Comm, configs: list[RunConfig]) -> list[dict[
     return results
 
 
-def test_a6_09_weights_of_zero_are_clip_bit_for_bit(tmp_path):
+def test_weights_of_zero_are_clip_bit_for_bit(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     clip = config_in(tmp_path / "a", name="clip")

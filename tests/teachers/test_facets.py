@@ -102,7 +102,7 @@ def test_packing_reads_where_the_published_code_reads(path: Path) -> None:
     prefix=st.integers(1, 6), facets=st.lists(st.integers(1, 4), max_size=4), pad=st.integers(0, 3)
 )
 def test_the_mask_is_the_drawing(prefix: int, facets: list[int], pad: int) -> None:
-    """B6.1, token by token."""
+    """Token by token."""
     parts = [0] * prefix + [i for i, n in enumerate(facets, 1) for _ in range(n)] + [PAD] * pad
     mask = facet_mask(torch.tensor([parts]))[0]
     for query, mine in enumerate(parts):
@@ -112,7 +112,7 @@ def test_the_mask_is_the_drawing(prefix: int, facets: list[int], pad: int) -> No
 
 
 def test_one_pass_equals_a_pass_per_facet() -> None:
-    """B6.3: whatever the padding and the batch mates are."""
+    """Whatever the padding and the batch mates are."""
     packed = vectors(pack(PREFIXES, FACETS, pad=0))
     for row, prefix in enumerate(PREFIXES):
         for index, facet in enumerate(FACETS):
@@ -120,7 +120,7 @@ def test_one_pass_equals_a_pass_per_facet() -> None:
 
 
 def test_order_mates_and_padding_change_nothing() -> None:
-    """B6.2 and the permutation of B6.3."""
+    """And facets in another order."""
     packed = vectors(pack(PREFIXES, FACETS, pad=0))
     single = torch.cat([vectors(pack([prefix], FACETS, pad=0)) for prefix in PREFIXES])
     longer = vectors(pack([*PREFIXES, list(range(40))], FACETS, pad=7))[:3]
@@ -130,7 +130,7 @@ def test_order_mates_and_padding_change_nothing() -> None:
 
 
 def test_the_prefix_does_not_see_the_facets() -> None:
-    """B6.1: bit-identical states of the prefix under other facets of the same lengths."""
+    """Bit-identical states of the prefix under other facets of the same lengths."""
     states = []
     for facets in (FACETS, [[30, 31, 32, 33], [34, 35], [36, 37, 38, 39, 40]]):
         batch = pack(PREFIXES[:1], facets, pad=0)

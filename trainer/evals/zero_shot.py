@@ -27,6 +27,7 @@ from trainer.evals.labels import answers, class_names, class_of, class_wanted, w
 from trainer.evals.samples import Record, values_of
 from trainer.evals.scores import tally
 from trainer.evals.search import nearest
+from trainer.prompt_templates import read_names
 from trainer.recipe import Encode
 from trainer.store import EmbeddingStore
 
@@ -36,14 +37,16 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
     comm = context.comm
     share = embed_images(config.data, encode, context, limit=config.limit)
     share = with_class(share, config.target, spec=config.data, comm=comm)
-    names = class_names(share, config.target, comm)
+    names = list_of_classes(config) or class_names(share, config.target, comm)
+    labels = names if config.class_names is None else [str(n) for n in range(len(names))]
+    _refuse_unlisted(config, class_names(share, config.target, comm), labels)
     texts = prompts(names, config.templates)
     if config.text_store is None:
         vectors = embed_texts(texts, encode, context)
     else:
         vectors = stored_prompts(texts, config, dim=share.features.shape[1]).to(comm.device)
     vectors = vectors.view(len(names), len(config.templates), -1)
-    right = answers(share, config.target, names, comm)
+    right = answers(share, config.target, labels, comm)
     figures = tally(
         rank_classes(share.features, classifier(vectors)),
         right,
@@ -59,15 +62,36 @@ def wanted(config: EvalConfig) -> list[Wanted]:
     if config.train is not None:
         wishes.append(Wanted(config.train, "anything", lambda record: True))
     if config.text_store is not None:
-        holds = holder(config.text_store)
+        holds, listed = holder(config.text_store), list_of_classes(config)
 
         def is_stored(record: Record) -> bool:
             name = class_of(record, config.target)
+            if listed and name is not None:
+                name = listed[int(name)] if name.isdigit() and int(name) < len(listed) else None
             return name is not None and holds(text_id(prompts([name], config.templates)[0]))
 
         what = f"a class whose prompts are in {config.text_store} (set templates and target)"
         wishes.append(Wanted(config.data, what, is_stored))
     return wishes
+
+
+def list_of_classes(config: EvalConfig) -> list[str]:
+    """The names in the evaluation's file, in its order; empty where it names none."""
+    if config.class_names is None:
+        return []
+    try:
+        return read_names(config.class_names)
+    except ValueError as error:
+        raise DataError(f"evaluation {config.label}: class_names: {error}") from error
+
+
+def _refuse_unlisted(config: EvalConfig, found: Sequence[str], labels: Sequence[str]) -> None:
+    if unlisted := sorted({*found} - {*labels}):
+        raise DataError(
+            f"evaluation {config.label}: a sample's {config.target} is {unlisted[0]!r}, and "
+            f"{config.class_names} names the classes 0 to {len(labels) - 1}; set target (cls) to "
+            "the key that holds the line's number"
+        )
 
 
 def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -80,6 +104,8 @@ def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 def prompts_of(config: EvalConfig) -> list[str]:
     """The prompts of all classes of an evaluation's shards; no image is decoded."""
+    if listed := list_of_classes(config):
+        return prompts(listed, config.templates)
     shards, names = ShardSet.open(config.data), set()
     for index in range(len(shards)):
         try:

@@ -23,7 +23,7 @@ Section = type[BaseModel]
 _HEAD = """\
 # Configuration
 
-Every key of a run file. This page is written by `python tools/configuration.py` from the classes
+Every key of a run file. This page is written by `python tools/pages.py` from the classes
 that read the file; a test compares the two.
 
 * A key that is not here is an error, and the nearest known one is named.
