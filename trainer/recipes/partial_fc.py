@@ -21,3 +21,5 @@ class Config(ImagePrototypesConfig):
     loss: Literal["pfc_ce"] = "pfc_ce"
     drop_unlabelled: Literal[False] = False
     """Has no meaning here: a sample without a label has no cross-entropy."""
+    negatives: Literal["shared"] = "shared"
+    """A sample has one label, so there is one draw."""

@@ -19,3 +19,5 @@ class Config(ImagePrototypesConfig):
     name: Literal["rice"] = "rice"
     loss: Literal["mlcd"] = "mlcd"
     labels_per_sample: Literal[1] = 1
+    negatives: Literal["shared"] = "shared"
+    """A sample has one label, so there is one draw."""

@@ -23,6 +23,8 @@ class Config(ImagePrototypesConfig):
     loss: Literal["pfc_ce"] = "pfc_ce"
     drop_unlabelled: Literal[False] = False
     """Has no meaning here: a sample without a label has no cross-entropy."""
+    negatives: Literal["shared"] = "shared"
+    """A sample has one label, so there is one draw."""
     margin: MarginKind = "angular"
     features_kept: PositiveInt
     """Coordinates that a step compares; which part of them the paper kept is not known."""
