@@ -62,6 +62,18 @@ def test_the_first_step_of_a_pair_that_is_its_own_teacher(tmp_path: Path) -> Non
     assert largest < 1e-4
 
 
+def test_a_fixed_scale_is_the_students_whatever_it_learns(tmp_path: Path) -> None:
+    fixed = built(config_of(tmp_path, "recipe.student_scale=50"))
+    learned = built(config_of(tmp_path, "recipe.model.logit_scale_init=50"))
+    batch = batch_of()
+    losses = [recipe.losses(recipe.model(batch), batch, 0) for recipe in (fixed, learned)]
+    torch.testing.assert_close(losses[0]["distill"], losses[1]["distill"], rtol=1e-5, atol=0)
+    for each in losses:
+        each.total.backward()
+    still, moved = (recipe.model.logit_scale.shift.grad for recipe in (fixed, learned))
+    assert float(still.abs()) == 0.0 < float(moved.abs())
+
+
 @pytest.mark.parametrize("width", ["leading", "magnitude"])
 def test_a_student_begins_with_a_part_of_the_teachers_weights(tmp_path: Path, width: str) -> None:
     path, model = pair(tmp_path / "pair", folders.clip)

@@ -47,6 +47,9 @@ class Config(RecipeConfig):
     """The teacher."""
     weight: float = Field(default=0.0, ge=0)
     """Of the contrastive loss against the captions themselves; the original has none."""
+    student_scale: float | None = Field(default=None, gt=0)
+    """A fixed multiplier of the student's cosines; learned where None. The published runs fix 50
+    for both (`distill.logit_scale` is the teacher's)."""
     inherit: InheritConfig | None = None
     """Begin with a part of a larger pair's weights."""
     gates: GatesConfig | None = None
@@ -108,6 +111,10 @@ class Recipe(WithoutPhases):
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """Equation 2, halved as in the published code."""
+        if self.config.student_scale is not None:
+            learned = features.tensor("logit_scale")
+            # Times zero, so that the parameter is still part of the pass.
+            features = features._replace(logit_scale=learned * 0 + self.config.student_scale)
         found = distillation(self.teacher, features, batch, self.comm)
         losses = with_distillation(Losses(), found, self.config.distill)
         image, text, scale = map(features.tensor, ("image", "text", "logit_scale"))
