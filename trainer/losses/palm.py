@@ -229,7 +229,7 @@ def _ownership(labels: Tensor, rows: Tensor, first: int) -> Float[Tensor, "rows 
 
 def _cosines(features: Tensor, prototypes: Tensor) -> Float[Tensor, "rows classes prototypes"]:
     table = prototypes.to(features.dtype).flatten(0, 1)
-    return (features @ table.T).unflatten(1, prototypes.shape[:2])
+    return (features @ table.T).view(len(features), *prototypes.shape[:2])
 
 
 def _of_own(values: Tensor, own: Tensor) -> Float[Tensor, "rows prototypes"]:
