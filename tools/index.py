@@ -1,4 +1,9 @@
-"""Build the indexes of shards: python tools/index.py 'shards/{000..127}.tar' ..."""
+"""Build the indexes of shards and tables, once before they are read.
+
+Examples:
+  python tools/index.py 'shards/{000..127}.tar'
+  python tools/index.py pairs.csv --image-column path --caption-column title
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.data.index import MAX_MEMBER_BYTES, index_path, write_index
 from trainer.data.remote import expand_shards
+from trainer.data.tables import Columns
 from trainer.errors import TrainerError
 from trainer.long_work import counted, tell
 
@@ -31,8 +37,13 @@ class Outcome(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shards", nargs="+", help="paths or URLs; braces, globs and :: lists")
+    parser.add_argument("--image-column", help="of a table: a path or URL a row (image)")
+    parser.add_argument("--caption-column", help="of a table (caption, where it has one)")
+    parser.add_argument("--key-column", help="of a table: a name a row (key, or the row's number)")
     parser.add_argument("--max-member-bytes", type=int, default=MAX_MEMBER_BYTES)
     parser.add_argument("--missing", action="store_true", help="leave local indexes that are there")
     parser.add_argument("--workers", type=int, help="processes; by the number of shards and cores")
@@ -40,7 +51,10 @@ def main() -> int:
     shards = expand_shards("::".join(arguments.shards))
     wanted = arguments.workers or -(-len(shards) // _SHARDS_PER_WORKER)
     workers = min(wanted, arguments.workers or os.cpu_count() or 1, len(shards))
-    index = partial(_index, missing=arguments.missing, most=arguments.max_member_bytes)
+    columns = Columns(arguments.image_column, arguments.caption_column, arguments.key_column)
+    index = partial(
+        _index, missing=arguments.missing, most=arguments.max_member_bytes, columns=columns
+    )
     outcomes = []
     for outcome in counted(
         _each(index, shards, workers=workers), "indexing", total=len(shards), unit="shards"
@@ -65,13 +79,13 @@ def _each(index: partial[Outcome], shards: Sequence[str], *, workers: int) -> It
         yield from pool.map(index, shards)
 
 
-def _index(shard: str, *, missing: bool, most: int) -> Outcome:
+def _index(shard: str, *, missing: bool, most: int, columns: Columns) -> Outcome:
     """Index one shard; what is wrong with it must not keep the others from theirs."""
     if missing and Path(index_path(shard)).exists():
         return Outcome(0, f"{shard}: has an index")
     skipped: list[str] = []
     try:
-        count = write_index(shard, max_member_bytes=most, skipped=skipped)
+        count = write_index(shard, max_member_bytes=most, skipped=skipped, columns=columns)
     except FileNotFoundError:
         return Outcome(0, f"no shard {shard}", failed=True)
     except (TrainerError, OSError) as error:

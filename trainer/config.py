@@ -246,7 +246,8 @@ class DataConfig(Frozen):
     train: ShardSpec
     """Shards: a path or URL with braces (`s3://b/{000..127}.tar`) or globs; a list of them (or one
     text, joined by `::`); or a mapping from the names of sets to them (`name=path` in a text). A
-    set's name is part of its samples' identity, so that sets may have equal shard names."""
+    set's name is part of its samples' identity, so that sets may have equal shard names. A table of
+    pictures' paths and captions (`pairs.csv`, `.tsv`) is read as a shard is."""
     weights: Annotated[dict[str, Weight] | None, OnlyWhere("reader", "indexed")] = None
     """How often an epoch holds each sample of a set, by the set's name: 2 is twice, 0.5 every other
     one, in turns from epoch to epoch. Once where a set is not named."""

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.data.remote import file_size, open_for_scan, read_file, write_file
+from trainer.data.tables import ENDINGS, USUAL, Columns, is_table, scan_table
 from trainer.data.tar import Member, scan_tar
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, hash_bits_of, key_of
 
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -37,8 +38,10 @@ _MEMBER_COLUMNS = (
 
 
 def shard_stem(shard: str) -> str:
-    """The file's name without folders, URL query and `.tar`: `s3://b/00012.tar` -> `00012`."""
-    return PurePosixPath(shard.split("?")[0]).name.removesuffix(".tar")
+    """The file's name without folders, URL query and ending: `s3://b/00012.tar` -> `00012`."""
+    name = PurePosixPath(shard.split("?")[0]).name
+    ending = next((ending for ending in (".tar", *ENDINGS) if name.endswith(ending)), "")
+    return name.removesuffix(ending)
 
 
 def sample_id(shard_name: str, key: str, set_name: str = "") -> int:
@@ -100,14 +103,26 @@ def write_index(
     *,
     max_member_bytes: int = MAX_MEMBER_BYTES,
     skipped: list[str] | None = None,
+    columns: Columns = USUAL,
 ) -> int:
-    """Scan a tar, write `<shard>.index` beside it and return the number of samples.
+    """Scan a tar or a table, write `<shard>.index` beside it and return the number of samples.
 
     Members that belong to no sample are put into `skipped`: links, and files that are not named
     key.suffix, such as README, .DS_Store and ._x. DataError where a reader could disagree about
     the samples: damaged or truncated archives, keys that are interleaved or double; and where no
-    file at all is named so.
+    file at all is named so. `columns` say what a table's columns hold.
     """
+    if shard.split("?")[0].endswith(".parquet"):
+        raise DataError(
+            f"{shard} is Parquet, which is not read by rows; make shards of it: python "
+            f"tools/make_shards.py parquet '{shard}' --out shards"
+        )
+    if is_table(shard):
+        rows, keys, layout = scan_table(read_file(shard), path=shard, asked=columns)
+        _write(shard, rows, keys, [layout] * len(rows), list(range(len(rows) + 1)))
+        return len(keys)
+    if columns != USUAL:
+        raise ConfigError(f"{shard} is no table (.csv, .tsv); only those have columns")
     skipped = [] if skipped is None else skipped
     with open_for_scan(shard) as file:
         scanned = scan_tar(file, shard=shard, max_member_bytes=max_member_bytes, skipped=skipped)
@@ -118,6 +133,13 @@ def write_index(
             "named key.suffix"
         )
     keys, suffixes, first = _grouped([member.name for member in members], shard)
+    _write(shard, members, keys, suffixes, first)
+    return len(keys)
+
+
+def _write(
+    shard: str, members: list[Member], keys: list[str], suffixes: list[str], first: list[int]
+) -> None:
     payload = _payload(members, keys, suffixes, first, shard)
     header = _HEADER.pack(
         _MAGIC,
@@ -129,7 +151,6 @@ def write_index(
         blake2b(payload, digest_size=16).digest(),
     )
     write_file(index_path(shard), header + _CRC.pack(zlib.crc32(header)) + payload)
-    return len(keys)
 
 
 def split_name(name: str) -> tuple[str, str] | None:

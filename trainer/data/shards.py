@@ -1,4 +1,4 @@
-"""Indexed random access to the samples of many WebDataset shards, local or remote.
+"""Indexed random access to the samples of many WebDataset shards or tables, local or remote.
 
 Opening compares every shard's size with its index; reading compares every header and every
 member with its CRC-32. A damaged shard is named, with what was expected and what was found.
@@ -29,6 +29,7 @@ from trainer.data.index import (
 )
 from trainer.data.remote import expand_sets, file_size, is_remote, read_file, read_range
 from trainer.data.sets import named_shard, names_by_folder, refuse_other_shards
+from trainer.data.tables import BadRow, is_table, read_row
 from trainer.errors import DataError
 
 __all__ = ["DamagedSample", "RawSample", "ShardSet", "sample_id"]
@@ -36,6 +37,7 @@ __all__ = ["DamagedSample", "RawSample", "ShardSet", "sample_id"]
 T = TypeVar("T")
 
 _OPEN_SHARDS = 64  # files and parsed indexes kept; a window of shards must fit
+_NAMED = 8  # missing shards that a sentence names
 _OPENING_THREADS = 16  # remote sizes and indexes are fetched side by side
 
 
@@ -84,7 +86,8 @@ class ShardSet:
         listed = expand_sets(spec)
         shards = [path for _, path in listed]
         with ThreadPoolExecutor(_OPENING_THREADS) as threads:
-            found = list(threads.map(_inspect, shards))
+            inspected = list(threads.map(_inspect, shards))
+        found = _all_there(shards, inspected)
         remote = {
             shard: data for shard, (_, data) in zip(shards, found, strict=True) if is_remote(shard)
         }
@@ -132,8 +135,8 @@ class ShardSet:
     def read(self, index: int) -> RawSample:
         """Read one sample: all its members in one request, each checked by its CRC-32.
 
-        DamagedSample where a header or member differs from the index; DataError where the
-        shard has another size than when it was indexed.
+        DamagedSample where a header or member differs from the index, and where a table's row or
+        its picture can't be read; DataError where the shard has another size than the indexed one.
         """
         shard, row = self.locate(index)
         columns, name = self._index(shard), self.shards[shard]
@@ -144,8 +147,11 @@ class ShardSet:
         fields: dict[str, bytes] = {}
         for member in members:
             suffix = columns.suffixes[columns.suffix[member]]
-            place = f"{name}: {columns.keys[row]}.{suffix}"
+            place = f"{name}: {columns.keys[row]}"
+            place += "" if is_table(name) else f".{suffix}"
             fields[suffix] = _checked_member(data, start, columns, member, place)
+        if is_table(name):
+            fields = _row_fields(fields, name, place)
         return RawSample(int(columns.ids[row]), name, columns.keys[row], fields)
 
     def close(self) -> None:
@@ -266,6 +272,15 @@ class ShardSet:
         )
 
 
+def _row_fields(stored: dict[str, bytes], table: str, place: str) -> dict[str, bytes]:
+    """What a table's row holds. Its one member is the row, and is named by the layout."""
+    ((layout, row),) = stored.items()
+    try:
+        return read_row(row, layout, table=table)
+    except BadRow as error:
+        raise DamagedSample(f"{place}: {error}") from None
+
+
 def _kept(cache: OrderedDict[int, T], key: int, load: Callable[[int], T]) -> T:
     if key not in cache:
         cache[key] = load(key)
@@ -273,15 +288,35 @@ def _kept(cache: OrderedDict[int, T], key: int, load: Callable[[int], T]) -> T:
     return cache[key]
 
 
-def _inspect(shard: str) -> tuple[IndexSummary, bytes]:
-    """The index's header after comparing the shard's size with it, and a remote index's bytes."""
+def _all_there(shards: Sequence[str], inspected: Sequence[T | None]) -> list[T]:
+    """What was found of each shard; DataError that names those that are missing."""
+    there = [found for found in inspected if found is not None]
+    missing = [name for name, found in zip(shards, inspected, strict=True) if found is None]
+    if not missing:
+        return there
+    if not there:
+        more = f", nor any other of the {len(shards)} that are listed" if len(shards) > 1 else ""
+        raise DataError(f"no shard {missing[0]}{more}")
+    rest = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    raise DataError(
+        f"no shard {', '.join(missing[:_NAMED])}{rest}: {len(missing)} of {len(shards)} are "
+        "missing; get them, or list those that are there, as a pattern with * or "
+        "{000..003}.tar::{005..009}.tar does"
+    )
+
+
+def _inspect(shard: str) -> tuple[IndexSummary, bytes] | None:
+    """The index's header after comparing the shard's size with it, and a remote index's bytes.
+
+    None where there is no shard.
+    """
     path = index_path(shard)
     if not is_remote(shard) and os.path.isdir(shard):
         raise DataError(f"{shard} is a folder; name its shards, as {os.path.join(shard, '*.tar')}")
     try:
         found = file_size(shard)
     except FileNotFoundError:
-        raise DataError(f"no shard {shard}") from None
+        return None
     try:
         data = read_file(path) if is_remote(path) else _first_bytes(path)
     except FileNotFoundError:

@@ -44,6 +44,7 @@ from trainer.data.ledger import Rejected
 from trainer.data.remote import expand_sets, is_remote, open_for_scan
 from trainer.data.sets import named_shard, refuse_other_shards
 from trainer.data.shards import RawSample, sample_id
+from trainer.data.tables import is_table
 from trainer.data.tar import Bytes, read_tar
 from trainer.data.workers import loader_options
 from trainer.errors import ConfigError, DataError
@@ -273,6 +274,8 @@ def _expand(config: DataConfig) -> list[Shard]:
     command = next((path for _, path in shards if path.startswith("pipe:")), None)
     if command is not None and not config.allow_pipe:
         raise ConfigError(f"{command!r} runs a command; allow it by data.allow_pipe: true")
+    if (table := next((path for _, path in shards if is_table(path)), None)) is not None:
+        raise ConfigError(f"{table} is a table, which only data.reader: indexed reads")
     return shards
 
 
