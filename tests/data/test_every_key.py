@@ -28,6 +28,8 @@ OFF = {
     "gray_probability": 0.0,
     "blur_probability": 0.0,
 }
+TEXTS = ("captions.", "noise.")
+"""Keys that change texts and no pictures."""
 WEB = {"reader": "webdataset", "epoch_samples": 20}
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reader": ({}, WEB),
@@ -40,6 +42,12 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"captions": {"fields": ("txt", "alt"), "weights": (1, 0)}},
         {"captions": {"fields": ("txt", "alt"), "weights": (0, 1)}},
     ),
+    "noise.share": ({}, {"noise": {"share": 1.0}}),
+    "noise.group_shards": (
+        {"noise": {"share": 1.0, "group_shards": 1}},
+        {"noise": {"share": 1.0, "group_shards": 3}},
+    ),
+    "noise.seed": ({"noise": {"share": 0.5}}, {"noise": {"share": 0.5, "seed": 1}}),
     "augment.crop_scale": ({}, {"augment": OFF | {"crop_scale": (0.2, 0.3)}}),
     "augment.crop_ratio": ({}, {"augment": OFF | {"crop_ratio": (2.0, 2.0)}}),
     "augment.flip": ({}, {"augment": OFF | {"flip": 1.0}}),
@@ -120,7 +128,7 @@ def test_a_key_changes_the_batches(spec: str, key: str) -> None:
     expected = (
         [True, True, True]
         if key in ("reader", "window_shards", "weights")
-        else [not key.startswith("captions"), key.startswith("captions"), False]
+        else [not key.startswith(TEXTS), key.startswith(TEXTS), False]
     )
     assert differs == expected
 
