@@ -221,18 +221,18 @@ def _head(config: PrototypesConfig, num_rows: int, context: Context, dim: int) -
 
 def _labels(config: PrototypesConfig, context: Context) -> ClusterLabels:
     if config.labels is None:
-        return _classes(config.classes, context)
+        return class_columns(config.classes, context)
     labels = ClusterLabels.open(config.labels)
     if config.labels_per_sample and labels.per_sample < config.wanted:
         raise ConfigError(
             f"labels_per_sample is {config.wanted}, but {config.labels} has "
             f"{labels.per_sample} a sample; ask for fewer or make more"
         )
-    _check_join(labels, config.labels, context)
+    check_join(labels, config.labels, context)
     return labels
 
 
-def _classes(keys: tuple[str, ...], context: Context) -> ClusterLabels:
+def class_columns(keys: tuple[str, ...], context: Context) -> ClusterLabels:
     """A column for each key, its classes numbered behind those of the keys before."""
     spec, comm = context.data.train, context.comm
     budget = context.data.bad_sample_budget
@@ -251,7 +251,7 @@ def _classes(keys: tuple[str, ...], context: Context) -> ClusterLabels:
     return ClusterLabels(ids, table.gather(1, order))
 
 
-def _check_join(labels: ClusterLabels, folder: Path, context: Context) -> None:
+def check_join(labels: ClusterLabels, folder: Path, context: Context) -> None:
     """DataError where no sample has a label: most likely they are of other shards."""
     if context.data.reader != "indexed":
         return

@@ -1,0 +1,100 @@
+"""PALM: an image tower against mixtures of prototypes that follow it (arXiv 2402.02653).
+
+    L = -mean_i log p(class of i | z_i) + weight * contrast of prototypes
+
+Views of an image are samples of its class. They are assigned to the prototypes of that class,
+which move towards them by momentum; then both terms are taken. What comes out is meant for telling
+images of no known class. `parity` says which form of the terms is meant: the paper's or the code's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerFast
+
+from trainer.comm import Comm
+from trainer.config import PositiveInt, RecipeConfig, ViewsConfig
+from trainer.models.config import HeadConfig
+from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
+from trainer.models.views import encode_views
+from trainer.parts.palm_prototypes import PalmPrototypes, PalmPrototypesConfig, palm_labels
+from trainer.recipe import Context, Part, WithoutPhases
+from trainer.types import Batch, Features, Losses
+
+
+class Config(RecipeConfig, PalmPrototypesConfig):
+    """Where the model has a head, its output is compared; evaluations see the embedding."""
+
+    name: Literal["palm"] = "palm"
+    model: ImageTowerConfig = ImageTowerConfig(head=HeadConfig(hidden=512, norm="none"))
+    views: PositiveInt = 2
+    """Random views of an image, each drawn as `data.augment` says."""
+    reads = frozenset({"head"})
+
+    def wanted_views(self) -> ViewsConfig:
+        return ViewsConfig(count=self.views)
+
+
+class ViewsTower(ImageTower):
+    """An image tower that says what is compared of every view of a batch that has several."""
+
+    def forward(self, batch: Batch) -> Features:
+        if batch.views is None:
+            return super().forward(batch)
+        rows = encode_views(self.image, batch)
+        compared = rows if self.image_head is None else self._projected(rows)
+        image, views = normalize(rows[:, 0].float(), dim=1), normalize(compared.float(), dim=2)
+        return Features(image=image, more={"views": views})
+
+    def _projected(self, rows: Tensor) -> Tensor:
+        assert self.image_head is not None
+        said: Tensor = self.image_head(rows.flatten(0, 1))
+        return said.view(*rows.shape[:2], -1)
+
+
+def build_model(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast | None,
+    comm: Comm | None = None,
+    *,
+    seed: int = 0,
+) -> ViewsTower:
+    tower = build_image_tower(config.model, comm, seed=seed)
+    return ViewsTower(config.model, image=tower.image, image_head=tower.image_head)
+
+
+class Recipe(WithoutPhases):
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config = config
+        self.model = build_model(config, context.text_tokenizer, context.comm, seed=context.seed)
+        self.labels = palm_labels(config, context)
+        self.prototypes = PalmPrototypes(
+            config,
+            num_classes=self.labels.num_clusters,
+            dim=config.model.compared_dim,
+            comm=context.comm,
+            seed=context.seed,
+        )
+        self.parts: dict[str, Part] = {"prototypes": self.prototypes}
+
+    def losses(self, features: Features, batch: Batch, step: int) -> Losses:
+        """Every view is a sample; the terms are over the batch of all ranks."""
+        views = self._compared(features)
+        labels = self.labels.of(batch.sample_id)
+        every = labels[:, None].expand(views.shape[:2]).flatten()
+        result = self.prototypes.terms(views.flatten(0, 1), every)
+        losses = Losses.of(likelihood=result.likelihood)
+        if self.config.contrast_weight:
+            losses = losses.with_term("contrast", result.contrast, self.config.contrast_weight)
+        return losses.with_term("labelled", (labels >= 0).to(torch.float32).mean(), 0.0)
+
+    def _compared(self, features: Features) -> Tensor:
+        if features.more is not None:
+            return features.tensor("views")
+        rows = features.image if features.image_projected is None else features.image_projected
+        assert rows is not None
+        return rows[:, None]
