@@ -180,7 +180,7 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(uninterrupted, tmp_
         (["data.train=/nowhere/{000..003}.tar"], "/nowhere"),
         (["global_batch=13"], "global_batch 13 is not divisible"),
         (["optim.learning_rat=1"], "learning_rat"),
-        (["recipe.name=nope"], "no recipe is called 'nope'; known: clip"),
+        (["recipe.name=nope"], "no recipe is called 'nope'; known: aclip, clip"),
         (["recipe.clusters=100000"], "recipe.clusters 100000"),
         (["deepspeed=ds_configs/zero9.json"], "zero9.json"),
         (["steps"], "has no '='"),

@@ -86,7 +86,7 @@ def test_words_are_learnt_and_classes_numbered_without_the_bad_samples(
     assert sorted(captions_of(data, seed=0, most=100)) == expected
     labels = class_labels(str(shard), "name", Comm.solo())
     said = capsys.readouterr().err
-    assert f"{len(bad) + 1} of {len(bad) + 4} samples can't be read, so have no class" in said
+    assert f"{len(bad) + 1} of {len(bad) + 4} samples have no class under 'name'" in said
     assert "a.tar x0: " in said
     count = (len(bad) + 1) / (len(bad) + 4)
     class_labels(str(shard), "name", Comm.solo(), budget=count)

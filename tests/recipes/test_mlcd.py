@@ -166,7 +166,8 @@ def renamed(config: RunConfig, name: str, dropped: str, *overrides: str) -> RunC
 
     values = yaml.safe_load(dump_run(config))
     values["recipe"]["name"] = name
-    values["recipe"].pop(dropped)
+    for key in (dropped, "tokens", "momentum_copy"):  # the latter two are keys of mlcd alone
+        del values["recipe"][key]
     return parse_run(yaml.safe_dump(values), overrides)
 
 

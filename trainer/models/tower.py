@@ -126,7 +126,7 @@ class Tower(nn.Module):
         *,
         kept: Int[Tensor, "n kept"] | None = None,
         wanted: Literal["embeddings", "pooled", "attended"] = "embeddings",
-    ) -> Float[Tensor, "n _"] | tuple[Float[Tensor, "n width"], Float[Tensor, "n patches"]]:
+    ) -> Float[Tensor, "n ..."] | tuple[Float[Tensor, "n width"], Float[Tensor, "n patches"]]:
         """`texts` where there is a mask, else what is wanted of images."""
         if wanted == "attended":
             return self.attended(values)
