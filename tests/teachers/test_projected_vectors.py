@@ -22,7 +22,8 @@ from trainer.teachers.existing_vectors import VectorFiles
 from trainer.teachers.fill import embed, verify
 from trainer.teachers.pca import ProjectedTeacher, fit_pca, load_pca
 
-_fork = multiprocessing.get_context("fork")  # ranks that start in milliseconds
+# Not a fork of this process: a group that another test has left here would be taken for their own.
+_ranks = multiprocessing.get_context("forkserver")
 DIM = 12
 
 
@@ -166,7 +167,7 @@ def run_until_one_dies(world_size: int, *arguments: object) -> None:
     """As a launcher does: the death of one rank is the death of all."""
     port = _free_port()
     ranks = [
-        _fork.Process(target=build_until_killed, args=(rank, world_size, port, *arguments))
+        _ranks.Process(target=build_until_killed, args=(rank, world_size, port, *arguments))
         for rank in range(world_size)
     ]
     for process in ranks:
