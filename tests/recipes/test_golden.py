@@ -16,6 +16,7 @@ from tests.losses.rank_cases import (
 )
 from tests.recipes.prototype_cases import rows_of_cross_entropy
 
+pytestmark = pytest.mark.heavy  # arrays of several ranks start them
 FILES = [name for pattern in RECIPE_FILES for name in golden_names(pattern)]
 TOLERANCES = {"float64": (1e-9, 1e-8), "float32": (1e-5, 1e-4)}
 """Of values, relative; of gradients, relative to the largest entry."""
