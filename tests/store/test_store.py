@@ -28,7 +28,8 @@ from trainer.store import EmbeddingStore, Identity, StoreWriter
 from trainer.store.header import BUILDING, HEADER
 from trainer.teachers.fill import embed
 
-_fork = multiprocessing.get_context("fork")  # a build starts in milliseconds
+# Not a fork of this process: threads of a group that another test has left would not come along.
+_builds = multiprocessing.get_context("forkserver")
 DIM = 6
 SOURCES = {"a": ("1", 4), "b": ("2", 4), "c": ("3", 4)}
 
@@ -397,7 +398,7 @@ def test_a_build_that_is_killed_at_any_moment_ends_with_the_same_bytes(tmp_path)
     out, moments, kills = tmp_path / "store", random.Random(0), 0
     for _ in range(30):
         before = len(list(out.glob("*.vectors*")))
-        process = _fork.Process(target=build, args=(Comm.solo(), spec, str(out), 0.002))
+        process = _builds.Process(target=build, args=(Comm.solo(), spec, str(out), 0.002))
         process.start()
         while process.is_alive() and len(list(out.glob("*.vectors*"))) <= before:
             time.sleep(0.0005)
