@@ -7,11 +7,16 @@ configuration, the data or the checkpoints, explained in one sentence; 1 our own
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+from functools import partial
 
 from trainer.command import run_command
-from trainer.config import load_run
+from trainer.config import RunConfig, load_run
+from trainer.errors import ConfigError
 from trainer.launchers import refuse_missing_hostfile
+from trainer.log.facts import facts_of
+from trainer.together import Facts, prepared_together
 
 
 def main() -> None:
@@ -23,9 +28,8 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "").strip() in {"", "0"}
-    refuse_missing_hostfile()
-    config = load_run(arguments.run, arguments.overrides)
-    from trainer.loop import train  # imports deepspeed, after the cheap mistakes are caught
+    config = prepared_together(partial(_prepared, arguments.run, arguments.overrides))
+    from trainer.loop import train
 
     outcome = train(config)
     if is_main:
@@ -36,6 +40,19 @@ def main() -> None:
             print(f"finished {step} steps; checkpoint in {workdir / 'checkpoints'}")
         else:
             print(f"nothing left to do: {workdir} already holds step {step} of {config.steps}")
+
+
+def _prepared(run: str, overrides: list[str]) -> tuple[RunConfig, list[Facts]]:
+    """What this host has to say before any rank waits for another."""
+    refuse_missing_hostfile()
+    config = load_run(run, overrides)
+    try:
+        importlib.import_module("trainer.loop")  # and deepspeed, behind the cheap mistakes
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the package {error.name} is not installed here; pip install -r requirements.txt"
+        ) from error
+    return config, facts_of(config)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except TrainerError as error:
-        if os.environ.get("RANK", "").strip() in {"", "0"}:
+        if not error.is_said and os.environ.get("RANK", "").strip() in {"", "0"}:
             sys.stderr.write(f"error: {error}\n")
         code = 2
     except BaseException:

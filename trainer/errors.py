@@ -16,6 +16,8 @@ class TrainerError(Exception):
 
     on_all_ranks = False
     """True where every rank raises it at the same point, so that they can still save together."""
+    is_said = False
+    """True where it was printed before the ranks parted."""
 
 
 class ConfigError(TrainerError):

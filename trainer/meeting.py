@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import time
@@ -82,13 +83,23 @@ def meeting_point(place: Place, timeout: timedelta) -> dist.Store:
         socket.getaddrinfo(place.address, place.port)
     except OSError as error:
         raise ConfigError(f"MASTER_ADDR {place.address!r} is no known host: {error}") from error
+    if (met := _met.pop(place, None)) is not None:
+        met.set_timeout(timeout)
+        return met
     deadline = time.monotonic() + timeout.total_seconds()
-    store = _connected(place, deadline)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"trainer/{attempt}", store)
+    server = _connected(place, deadline)
+    store = dist.PrefixStore(_attempt(server, place, deadline), server)
     store.set_timeout(timeout)
-    _meet(store, place, deadline)
     return store
+
+
+_met: dict[Place, dist.Store] = {}
+"""Where ranks have met before their group; the group takes over from there."""
+
+
+def met_before(place: Place, store: dist.Store) -> None:
+    """The next `meeting_point` of this process is `store`, in which all ranks are already."""
+    _met[place] = store
 
 
 def _connected(place: Place, deadline: float) -> dist.Store:
@@ -124,20 +135,51 @@ def _why_not_held(place: Place, error: str) -> str:
     return f"rank 0 can't listen at {place.address}:{place.port}: {error.splitlines()[0]}"
 
 
-def _meet(store: dist.Store, place: Place, deadline: float) -> None:
-    store.set(f"here/{place.rank}", socket.gethostname())
-    everyone = [f"here/{rank}" for rank in range(place.world_size)]
-    said_at = time.monotonic()
-    while not store.check(everyone):
+def _attempt(store: dist.Store, place: Place, deadline: float) -> str:
+    """The prefix of this start, once all of its ranks are there.
+
+    torchrun restarts ranks on a server that may remember those before them, and each host counts
+    its restarts by itself. So rank 0 names the start, and tells it to each rank under a word that
+    this rank has drawn.
+    """
+    word = secrets.token_hex(8)
+    store.set(f"hello/{place.rank}", word)
+    if place.rank == 0:
+        return _welcome_all(store, place, deadline)
+    _wait_for(store, f"welcome/{word}", place, deadline)
+    prefix = store.get(f"welcome/{word}").decode()
+    store.set(f"{prefix}/here/{place.rank}", socket.gethostname())
+    _wait_for(store, f"{prefix}/all", place, deadline)
+    return prefix
+
+
+def _welcome_all(store: dist.Store, place: Place, deadline: float) -> str:
+    prefix, said_at = f"trainer/{store.add('starts', 1)}", time.monotonic()
+    store.set(f"{prefix}/here/0", socket.gethostname())
+    missing, answered = list(range(1, place.world_size)), set[bytes]()
+    while missing := [rank for rank in missing if not store.check([f"{prefix}/here/{rank}"])]:
+        for key in (f"hello/{rank}" for rank in missing):
+            if store.check([key]) and (word := store.get(key)) not in answered:
+                answered.add(word)
+                store.set(f"welcome/{word.decode()}", prefix)
         now = time.monotonic()
         if now - said_at >= SAY_EVERY_SECONDS or now >= deadline:
             said_at = now
-            missing = [rank for rank, key in enumerate(everyone) if not store.check([key])]
             names = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
             if now >= deadline:
                 raise ConfigError(f"ranks {names} of {place.world_size} did not come")
-            if place.rank == 0:
-                _say(f"rank 0 waits for ranks {names} of {place.world_size}")
+            _say(f"rank 0 waits for ranks {names} of {place.world_size}")
+        time.sleep(0.05)
+    store.set(f"{prefix}/all", "")
+    return prefix
+
+
+def _wait_for(store: dist.Store, key: str, place: Place, deadline: float) -> None:
+    while not store.check([key]):
+        if time.monotonic() >= deadline:
+            raise ConfigError(
+                f"rank {place.rank}: not all of {place.world_size} ranks came in time"
+            )
         time.sleep(0.05)
 
 

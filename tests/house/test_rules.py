@@ -15,7 +15,8 @@ SOURCES = sorted([*ROOT.glob("trainer/**/*.py"), *ROOT.glob("tools/*.py")])
 # The rooms of trainer/ from the ground up: packages, and the files at its top level. An import goes
 # to a room further up in this list or stays in its own. A new room needs a place here.
 ROOMS = (
-    *("errors", "types", "hashing", "long_work", "kernels", "launchers", "meeting", "comm"),
+    *("errors", "types", "hashing", "pulse", "long_work", "kernels", "launchers", "meeting"),
+    *("together", "comm"),
     *(
         "config_errors",
         "config_past",
@@ -33,7 +34,13 @@ ROOMS = (
 KEPT_TO = {
     "deepspeed": {"trainer/engine/"},
     "triton": {"trainer/kernels/"},
-    "torch.distributed": {"trainer/comm.py", "trainer/meeting.py", "trainer/engine/"},
+    "torch.distributed": {
+        "trainer/comm.py",
+        "trainer/meeting.py",
+        "trainer/together.py",
+        "trainer/watch.py",
+        "trainer/engine/",
+    },
     "torchvision": set(),
     "pickle": set(),
     "marshal": set(),
