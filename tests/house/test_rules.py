@@ -29,7 +29,7 @@ ROOMS = (
     ),
     *("stop", "periods", "losses", "data", "models", "store", "concepts"),
     *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),
-    *("pictures", "parts", "run", "recipes", "loop", "programs", "bench", "__main__"),
+    *("pictures", "scaling", "parts", "run", "recipes", "loop", "programs", "bench", "__main__"),
 )
 KEPT_TO = {
     "deepspeed": {"trainer/engine/"},

@@ -1,0 +1,1 @@
+"""Scaling studies: which runs, how they are run, what law their errors follow, and the page."""
