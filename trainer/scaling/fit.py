@@ -173,8 +173,9 @@ def _distinct(points: Points, weight: Array, form: Form) -> NDArray[np.int64]:
             there[:, at] += weight[:, column]
         counts.append((there > 0).sum(axis=1))
     if len(form.reads) > 1:
-        whole = (weight > 0).sum(axis=1)
-        return np.where(np.minimum(*counts) > 1, whole, 0)
+        found: NDArray[np.int64] = (weight > 0).sum(axis=1)
+        found[np.minimum(*counts) <= 1] = 0
+        return found
     return counts[0]
 
 
