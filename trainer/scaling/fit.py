@@ -159,8 +159,10 @@ def _drawn(points: Points, resamples: int, seed: int) -> Array:
     """How often each point is in each draw: runs are drawn, with all of their points."""
     draw = np.random.default_rng(seed)
     runs = int(points.group.max()) + 1
-    found: Array = draw.multinomial(runs, np.full(runs, 1 / runs), size=resamples)[:, points.group]
-    return found.astype(np.float64)
+    drawn: NDArray[np.int64] = draw.multinomial(runs, np.full(runs, 1 / runs), size=resamples)[
+        :, points.group
+    ]
+    return drawn.astype(np.float64)
 
 
 def _distinct(points: Points, weight: Array, form: Form) -> NDArray[np.int64]:
