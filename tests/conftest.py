@@ -10,6 +10,7 @@ from tests.lanes import (
     pytest_collection_modifyitems,
     pytest_ignore_collect,
     pytest_runtest_call,
+    pytest_runtest_teardown,
 )
 from tests.shapes import check_shapes
 
@@ -18,6 +19,7 @@ __all__ = [
     "pytest_collection_modifyitems",
     "pytest_ignore_collect",
     "pytest_runtest_call",
+    "pytest_runtest_teardown",
 ]
 
 check_shapes("trainer")

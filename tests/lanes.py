@@ -1,7 +1,8 @@
 """Which tests the fast lane runs (`--fast`), and which a change asks for (`--changed`).
 
 Heavy are tests that start a process, as their code says, and those that are marked so. A test of
-the fast lane that starts one all the same fails there.
+the fast lane that starts one all the same fails there. So does, in every lane, a test that leaves
+a process group: the next test of its process could open none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 STARTERS = (subprocess, multiprocessing)
@@ -54,6 +56,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             "@pytest.mark.heavy",
             pytrace=False,
         )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail(f"{item.nodeid} leaves its process group to the next test", pytrace=False)
 
 
 # -- what starts processes ----------------------------------------------------------------------

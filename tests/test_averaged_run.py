@@ -188,6 +188,6 @@ def test_averaged_weights_of_a_run_without_an_average_are_refused_in_a_sentence(
     with pytest.raises(ConfigError, match=r"averaged is of averaged weights, .* `average: \{\}`"):
         config_in(folder, "2-zero3", "average=null")
     plain = config_in(folder, "plain", "average=null", "evals=[]")
-    train_each(Comm.solo(), [(plain, None)])
+    run_ranks(train_each, 1, [(plain, None)], timeout_seconds=400)
     with pytest.raises(ConfigError, match="plain kept no average of its weights; train with"):
         open_workdir(plain.workdir, Comm.solo(), weights="averaged")

@@ -104,9 +104,8 @@ def test_the_pages_code_is_in_the_style_of_the_house(checkout):
     recipe = "trainer/recipes/slip.py"
     settings = ["--config", str(ROOT / "pyproject.toml")]
     for command in (["check"], ["format", "--check"]):
-        done = subprocess.run(
-            ["ruff", *command, *settings, recipe], cwd=checkout, capture_output=True, text=True
-        )
+        ruff = [sys.executable, "-m", "ruff", *command, *settings, recipe]
+        done = subprocess.run(ruff, cwd=checkout, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     lines = block("python").splitlines()
     assert len(lines) < 120
