@@ -17,11 +17,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from tests.kernels.naive import Problem, naive_logits, pulled_back, ragged_problem
-from trainer.kernels import triton_logits
+from trainer.kernels import autotune, triton_logits
 from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.log_partition import log_partition
 from trainer.kernels.prototype_logits import prototype_logits
 from trainer.kernels.triton_logits import STORING, SUMMING
+from trainer.kernels.way import Way
 
 
 class Case(NamedTuple):
@@ -91,9 +92,9 @@ def by_kernels(case: Case, problem: Problem) -> tuple[tuple[Tensor, ...], tuple[
         num_negatives=case.rows,
         bias=None if problem.bias is None else problem.bias.float(),
         ceiling=case.ceiling,
-        backend="triton",
-        operand_dtype=getattr(torch, case.dtype),
-        kernel_sizes=case.sizes,
+        way=Way(
+            backend="triton", operand_dtype=getattr(torch, case.dtype), kernel_sizes=case.sizes
+        ),
     )
     return found, pulled_back(found, problem, leaves)
 
@@ -127,6 +128,7 @@ class PartitionCase(NamedTuple):
     dim: int
     dtype: str = "float32"
     scale: float = 100.0
+    sizes: KernelSizes = "fixed"
 
 
 PARTITION_CASES = (
@@ -134,6 +136,7 @@ PARTITION_CASES = (
     PartitionCase(130, 300, 72),
     PartitionCase(129, 260, 24, dtype="float16"),
     PartitionCase(4, 0, 8),
+    PartitionCase(40, 70, 16, sizes="timed"),
 )
 
 
@@ -156,9 +159,13 @@ def partition_errors(case: PartitionCase) -> dict[str, float]:
     dense = (scale * queries @ rows.T).masked_fill(~valid, -torch.inf).logsumexp(dim=1)
     wanted = torch.autograd.grad((dense * upstream).nan_to_num(neginf=0).sum(), exact)
     leaves = tuple(leaf.detach().float().requires_grad_() for leaf in exact)
-    ours = log_partition(*leaves, valid=valid, backend="triton", operand_dtype=dtype)
+    way = Way(backend="triton", operand_dtype=dtype, kernel_sizes=case.sizes)
+    before = len(autotune._FASTEST)
+    ours = log_partition(*leaves, valid=valid, way=way)
     same = torch.equal(ours.isinf(), dense.isinf())
     found = torch.autograd.grad((ours * upstream.float()).nan_to_num(neginf=0).sum(), leaves)
+    # Timed sizes are remembered, of both passes; fixed ones never looked for.
+    assert len(autotune._FASTEST) - before == (2 if case.sizes == "timed" else 0)
     names = ("queries", "scale", "rows")
     difference = (ours.double() - dense).nan_to_num(posinf=0, neginf=0).abs().max().item()
     return {"value": difference if same else float("inf")} | {

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.kernels.memory import largest_intermediate
 from tests.kernels.test_tiled import SIZES, inputs
 from trainer.kernels.log_partition import log_partition
+from trainer.kernels.way import Way
 
 
 @settings(max_examples=40, deadline=None)
@@ -23,7 +24,7 @@ def test_gradients_equal_those_of_the_dense_form(
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     leaves = (left.requires_grad_(), scale, right.requires_grad_())
     weights = torch.randn(queries, dtype=torch.float64)
-    ours = log_partition(left, scale, right, valid=valid, tile=(7, tile_rows))
+    ours = log_partition(left, scale, right, valid=valid, way=Way(tile=(7, tile_rows)))
     dense = (scale * left @ right.T)[:, valid].logsumexp(dim=1)
     for one, other in zip(
         torch.autograd.grad((ours * weights).nan_to_num().sum(), leaves),
@@ -38,7 +39,7 @@ def test_gradients_pass_a_finite_difference_check() -> None:
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     leaves = (left.requires_grad_(), scale, right.requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda *values: log_partition(*values, valid=valid, tile=(3, 4)), leaves
+        lambda *values: log_partition(*values, valid=valid, way=Way(tile=(3, 4))), leaves
     )
 
 
@@ -57,6 +58,6 @@ def test_no_tensor_of_queries_by_rows_exists_forward_or_backward() -> None:
     right.requires_grad_()
 
     def both_passes() -> None:
-        log_partition(left, scale, right, valid=valid, tile=(16, 50)).sum().backward()
+        log_partition(left, scale, right, valid=valid, way=Way(tile=(16, 50))).sum().backward()
 
     assert largest_intermediate(both_passes) == max(16 * 50, 300 * 2)

@@ -11,6 +11,7 @@ from tests.kernels.memory import largest_intermediate, saved_elements
 from tests.kernels.naive import naive_logits, pulled_back, ragged_problem
 from trainer.kernels.prototype_logits import prototype_logits
 from trainer.kernels.tiled import Pairs, partition_sums
+from trainer.kernels.way import Way
 
 SMALL = st.integers(0, 25)
 
@@ -46,7 +47,7 @@ def test_values_and_gradients_equal_the_dense_form(
         num_negatives=rows,
         bias=problem.bias,
         ceiling=ceiling,
-        tile=(4, 6),
+        way=Way(tile=(4, 6)),
     )
     dense = naive_logits(problem, scale=scale, ceiling=ceiling)
     torch.testing.assert_close(ours, dense)
@@ -59,7 +60,11 @@ def test_gradients_pass_a_finite_difference_check() -> None:
     leaves = problem.queries.requires_grad_(), problem.rows.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda *both: prototype_logits(
-            *(*both, problem.positives), scale=4.0, num_negatives=9, bias=problem.bias, tile=(2, 4)
+            *(*both, problem.positives),
+            scale=4.0,
+            num_negatives=9,
+            bias=problem.bias,
+            way=Way(tile=(2, 4)),
         ),
         leaves,
     )
@@ -79,7 +84,7 @@ def test_nothing_larger_than_a_tile_exists_and_nothing_but_inputs_and_results_is
 
     def forward() -> torch.Tensor:
         total, cosines = prototype_logits(
-            *(queries, rows, problem.positives), scale=9.0, tile=(16, 50)
+            *(queries, rows, problem.positives), scale=9.0, way=Way(tile=(16, 50))
         )
         return total.sum() + cosines.sum()
 

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.prototype_logits import prototype_logits
+from trainer.kernels.way import Way
 
 pytest.importorskip("triton", reason="Triton's wheel is for Linux")
 
@@ -59,8 +60,9 @@ def test_on_a_gpu_two_runs_have_equal_bits_and_timed_sizes_agree() -> None:
     positives = torch.randint(50, (3000, 4), generator=draw).cuda()
 
     def run(sizes: KernelSizes) -> list[Tensor]:
+        way = Way(kernel_sizes=sizes)
         leaves = queries.clone().requires_grad_(), rows.clone().requires_grad_()
-        total, cosines = prototype_logits(*leaves, positives, scale=64.0, kernel_sizes=sizes)
+        total, cosines = prototype_logits(*leaves, positives, scale=64.0, way=way)
         gradients = torch.autograd.grad(total.mean() - cosines.square().mean(), leaves)
         return [total.detach(), cosines.detach(), *gradients]
 

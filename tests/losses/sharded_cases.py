@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -19,15 +18,17 @@ from tests.losses.rank_cases import Arrays, golden, golden_names, leaf
 from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.kernels import one_pass
+from trainer.kernels.way import Way
 from trainer.losses.learned_prototypes import (
     ActiveRows,
+    LogitOptions,
     Statistics,
     negative_figures,
     prototype_statistics,
     statistics_of_gathered,
 )
 from trainer.losses.margin import Margin, MarginKind
-from trainer.losses.multilabel import MultilabelLoss, multilabel_loss
+from trainer.losses.multilabel import MultilabelLoss, MultilabelOptions, multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
 
 PARTIAL_FC = golden_names("partial_fc/*.npz")
@@ -84,12 +85,16 @@ def one_pass_case(
     active: ActiveRows,
     comm: Comm,
     expected: MultilabelLoss,
-    **how: Any,
+    options: MultilabelOptions,
+    *,
+    present: Tensor | None = None,
 ) -> Arrays:
     """The same with gradients in the forward pass, in blocks of three; upstream is not one."""
     features, rows = leaf(features), leaf(active.rows)
     with patch.multiple(one_pass, BUFFER_BYTES=0, FEWEST_QUERIES=3, ROWS_PER_TILE=5):
-        result = one_pass_multilabel_loss(features, labels, active._replace(rows=rows), comm, **how)
+        result = one_pass_multilabel_loss(
+            *(features, labels, active._replace(rows=rows), comm, options), present=present
+        )
     (result.loss * 3).backward()
     assert torch.equal(result.counted, expected.counted)
     torch.testing.assert_close(result.rows, expected.rows.detach(), rtol=1e-11, atol=1e-13)
@@ -115,21 +120,18 @@ def multilabel_case(comm: Comm, arrays: Arrays) -> Arrays:
         negatives=tensors["active_class_mask"].nonzero()[:, 0],
         positives=tensors["labels"],
     )
-    scale = float(arrays["scale"])
-    statistics = prototype_statistics(
-        features, labels, active, comm, scale=scale, present=present, tile=(3, 7)
+    options = MultilabelOptions(
+        kind="mlcd" if "row_positive_term" in arrays else "mlc",
+        margin=Margin(KINDS[int(arrays["margin_kind"])], float(arrays["margin"])),
+        logits=LogitOptions(scale=float(arrays["scale"])),
     )
-    how = {
-        "kind": "mlcd" if "row_positive_term" in arrays else "mlc",
-        "scale": scale,
-        "margin": Margin(KINDS[int(arrays["margin_kind"])], float(arrays["margin"])),
-    }
-    result = multilabel_loss(statistics, **how)
+    tiled = options.logits._replace(way=Way(tile=(3, 7)))
+    statistics = prototype_statistics(features, labels, active, comm, tiled, present=present)
+    result = multilabel_loss(statistics, options)
     result.loss.backward()
     again = one_pass_case(
-        *(mine, labels, active._replace(rows=active.rows.detach()), comm, result),
+        *(mine, labels, active._replace(rows=active.rows.detach()), comm, result, options),
         present=present,
-        **how,
     )
     return {
         **again,
@@ -151,8 +153,11 @@ def unbounded_case(comm: Comm) -> Arrays:
     rows = leaf(arrays["weight"][first:last])
     mine, present = padded_share(comm, labels[:6], -1)
     active = active_rows(rows, first=first, negatives=torch.arange(0, 60, 2), positives=labels)
-    statistics = prototype_statistics(features, mine, active, comm, scale=150.0, present=present)
-    result = multilabel_loss(statistics, scale=150.0)
+    options = MultilabelOptions(logits=LogitOptions(scale=150.0))
+    statistics = prototype_statistics(
+        *(features, mine, active, comm, options.logits), present=present
+    )
+    result = multilabel_loss(statistics, options)
     result.loss.backward()
     return {
         "loss": result.loss.detach().numpy(),
@@ -196,20 +201,20 @@ def partial_fc_case(comm: Comm, arrays: Arrays) -> Arrays:
     if "feature_ids" in arrays:
         kept = torch.from_numpy(arrays["feature_ids"][comm.rank]).long()
     active = active._replace(rows=active.rows[:, kept])
+    logits = LogitOptions(scale=scale, ceiling=ceiling)
     if _diverges(arrays):
-        statistics = _diverging_statistics(features, labels, active, kept, comm, scale)
+        statistics = _diverging_statistics(features, labels, active, kept, comm, logits)
     else:
-        statistics = prototype_statistics(
-            features[:, kept], labels, active, comm, scale=scale, ceiling=ceiling, tile=(5, 8)
-        )
-    how = {"kind": "slots", "scale": scale, "margin": margin_of(arrays)}
-    result = multilabel_loss(statistics, **how)
+        tiled = logits._replace(way=Way(tile=(5, 8)))
+        statistics = prototype_statistics(features[:, kept], labels, active, comm, tiled)
+    options = MultilabelOptions("slots", margin_of(arrays), logits=logits)
+    result = multilabel_loss(statistics, options)
     result.loss.backward()
     again = {}
     if "feature_ids" not in arrays:
         detached = active._replace(rows=active.rows.detach())
         mine = features.detach()
-        again = one_pass_case(mine, labels, detached, comm, result, ceiling=ceiling, **how)
+        again = one_pass_case(mine, labels, detached, comm, result, options)
     return {
         **again,
         "row_loss": result.rows.detach().numpy(),
@@ -226,16 +231,19 @@ def _diverges(arrays: Mapping[str, np.ndarray]) -> bool:
 
 
 def _diverging_statistics(
-    features: Tensor, labels: Tensor, active: ActiveRows, kept: Tensor, comm: Comm, scale: float
+    features: Tensor,
+    labels: Tensor,
+    active: ActiveRows,
+    kept: Tensor,
+    comm: Comm,
+    logits: LogitOptions,
 ) -> Statistics:
     """The original's defect: each rank compares other coordinates of everybody's features."""
     everyones = comm.all_gather(features)[:, kept]
     unit = torch.nn.functional.normalize(everyones, dim=1)
     everyones_labels = comm.all_gather(labels)
     present = torch.ones(len(everyones_labels), dtype=torch.bool)
-    return statistics_of_gathered(
-        unit, everyones_labels, active, comm, scale=scale, present=present
-    )
+    return statistics_of_gathered(*(unit, everyones_labels, active, comm, logits), present=present)
 
 
 def margin_of(arrays: Arrays) -> Margin:
@@ -253,11 +261,12 @@ def slots_case(comm: Comm, arrays: Arrays) -> Arrays:
     slots: list[MultilabelLoss] = []
     for slot in range(labels.shape[1]):
         active = active_rows(rows, first=first, negatives=sampled(comm, arrays, slot))
-        statistics = prototype_statistics(
-            features, labels[:, slot : slot + 1], active, comm, scale=scale, ceiling=ceiling
-        )
         margin = Margin("cosine", float(arrays["margin_m3"]))
-        slots.append(multilabel_loss(statistics, kind="slots", scale=scale, margin=margin))
+        options = MultilabelOptions("slots", margin, logits=LogitOptions(scale, ceiling))
+        statistics = prototype_statistics(
+            *(features, labels[:, slot : slot + 1], active, comm, options.logits)
+        )
+        slots.append(multilabel_loss(statistics, options))
     torch.stack([slot.loss for slot in slots]).mean().backward()
     return {
         "row_loss": torch.stack([slot.rows for slot in slots]).detach().numpy(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,14 @@ from torch.nn.functional import cross_entropy, normalize
 from tests.losses.sharded_cases import active_rows
 from trainer.comm import Comm
 from trainer.errors import ConfigError, DataError
-from trainer.losses.learned_prototypes import ActiveRows, Statistics, prototype_statistics
+from trainer.losses.learned_prototypes import (
+    ActiveRows,
+    LogitOptions,
+    Statistics,
+    prototype_statistics,
+)
 from trainer.losses.margin import NO_MARGIN, Margin, coordinate_subset
-from trainer.losses.multilabel import multilabel_loss
+from trainer.losses.multilabel import LossKind, MultilabelOptions, multilabel_loss
 from trainer.losses.units import lean_unit_rows
 
 SCALES = st.sampled_from([1.0, 10.0, 64.0])
@@ -34,8 +40,12 @@ def drawn(seed: int, *, batch: int = 5, labels: int = 3, all_known: bool = False
     return Statistics(negatives, cosines.where(known, 0.0), known, present)
 
 
+def options_of(kind: LossKind, *, scale: float = 64.0, **said: Any) -> MultilabelOptions:
+    return MultilabelOptions(kind, logits=LogitOptions(scale), **said)
+
+
 def rows_of(statistics: Statistics, kind: str, scale: float, margin: Margin = NO_MARGIN) -> Tensor:
-    return multilabel_loss(statistics, kind=kind, scale=scale, margin=margin).rows
+    return multilabel_loss(statistics, options_of(kind, scale=scale, margin=margin)).rows
 
 
 def sums(statistics: Statistics, scale: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +128,7 @@ def test_ends_are_finite_with_finite_gradients(kind: str) -> None:
     negatives = torch.tensor([50.0, -torch.inf, 3.0]).double().requires_grad_()
     known = torch.tensor([[True, True], [True, True], [False, False]])
     statistics = Statistics(negatives, cosines, known, torch.ones(3).bool())
-    result = multilabel_loss(statistics, kind=kind, scale=1e3, margin=Margin("angular", 0.3))
+    result = multilabel_loss(statistics, options_of(kind, scale=1e3, margin=Margin("angular", 0.3)))
     result.loss.backward()
     assert result.loss.isfinite()
     assert cosines.grad.isfinite().all()
@@ -127,13 +137,13 @@ def test_ends_are_finite_with_finite_gradients(kind: str) -> None:
     unlabelled = math.log1p(math.exp(3)) if kind == "mlcd" else 0.0
     assert result.rows[2].item() == pytest.approx(unlabelled)
     assert result.counted[2] == (kind == "mlcd")
-    dropped = multilabel_loss(statistics, kind=kind, scale=1e3, drop_unlabelled=True)
+    dropped = multilabel_loss(statistics, options_of(kind, scale=1e3, drop_unlabelled=True))
     assert dropped.counted.tolist() == [True, True, False]
 
 
 def test_nobody_counts_is_a_loss_of_zero() -> None:
     statistics = drawn(0)._replace(present=torch.zeros(5).bool())
-    assert multilabel_loss(statistics, kind="mlcd").loss == 0
+    assert multilabel_loss(statistics, options_of("mlcd")).loss == 0
 
 
 def a_table(classes: int = 30, batch: int = 6, dim: int = 8, seed: int = 0) -> tuple[Tensor, ...]:
@@ -146,7 +156,7 @@ def a_table(classes: int = 30, batch: int = 6, dim: int = 8, seed: int = 0) -> t
 
 def whole(features: Tensor, rows: Tensor, labels: Tensor, **options) -> Statistics:
     active = active_rows(rows, first=0, negatives=torch.arange(len(rows)))
-    return prototype_statistics(features, labels, active, Comm.solo(), **options)
+    return prototype_statistics(features, labels, active, Comm.solo(), LogitOptions(**options))
 
 
 def test_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
@@ -158,7 +168,7 @@ def test_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
     expected = cross_entropy(logits, one[:, 0])
     for kind in ("mlc", "slots", "pfc_ce"):
         torch.testing.assert_close(
-            multilabel_loss(statistics, kind=kind, scale=20.0).loss, expected
+            multilabel_loss(statistics, options_of(kind, scale=20.0)).loss, expected
         )
 
 
@@ -177,8 +187,9 @@ def test_one_label_of_mlcd_is_the_object_loss_of_rice() -> None:
     others = torch.arange(1, len(rows), 2)
     ids = torch.cat([sampled, others])
     active = ActiveRows(rows[ids], ids, len(sampled))
-    statistics = prototype_statistics(features, labels[:, :1], active, Comm.solo(), scale=20.0)
-    ours = multilabel_loss(statistics, kind="mlcd", scale=20.0, margin=Margin("cosine", 0.3)).loss
+    options = options_of("mlcd", scale=20.0, margin=Margin("cosine", 0.3))
+    statistics = prototype_statistics(features, labels[:, :1], active, Comm.solo(), options.logits)
+    ours = multilabel_loss(statistics, options).loss
     torch.testing.assert_close(ours, total / len(features))
     torch.testing.assert_close(
         torch.autograd.grad(ours, features), torch.autograd.grad(total / len(features), features)
@@ -187,7 +198,7 @@ def test_one_label_of_mlcd_is_the_object_loss_of_rice() -> None:
 
 def test_a_single_label_loss_refuses_several() -> None:
     with pytest.raises(ConfigError, match="one label a sample, not 3"):
-        multilabel_loss(drawn(0), kind="pfc_ce")
+        multilabel_loss(drawn(0), options_of("pfc_ce"))
 
 
 def test_equal_slots_are_one_slot() -> None:
@@ -195,8 +206,8 @@ def test_equal_slots_are_one_slot() -> None:
     one = whole(features, rows, labels[:, :1], scale=20.0)
     eight = whole(features, rows, labels[:, :1].repeat(1, 8), scale=20.0)
     for ours, expected in zip(
-        multilabel_loss(eight, kind="slots", scale=20.0)[:2],
-        multilabel_loss(one, kind="slots", scale=20.0)[:2],
+        multilabel_loss(eight, options_of("slots", scale=20.0))[:2],
+        multilabel_loss(one, options_of("slots", scale=20.0))[:2],
         strict=True,
     ):
         torch.testing.assert_close(ours, expected)
@@ -209,7 +220,8 @@ def test_only_directions_matter(seed: int, kind: str, factor: float) -> None:
     values = []
     for size in (1.0, factor):
         leaves = (features * size).requires_grad_(), (rows * size).requires_grad_()
-        loss = multilabel_loss(whole(*leaves, labels, scale=30.0), kind=kind, scale=30.0).loss
+        statistics = whole(*leaves, labels, scale=30.0)
+        loss = multilabel_loss(statistics, options_of(kind, scale=30.0)).loss
         gradients = torch.autograd.grad(loss, leaves)
         for gradient, leaf in zip(gradients, leaves, strict=True):
             along = (gradient * leaf.detach()).sum(dim=1)
@@ -258,9 +270,8 @@ def test_negative_term_of_a_random_table() -> None:
     rows = torch.randn(100_000, 768, generator=draw) * 0.01
     with torch.no_grad():
         statistics = whole(features, rows, torch.zeros(16, 1, dtype=torch.int64), scale=64.0)
-    assert multilabel_loss(statistics).figures["negative_term"].item() == pytest.approx(
-        14.2, abs=0.1
-    )
+    figures = multilabel_loss(statistics, options_of("mlcd")).figures
+    assert figures["negative_term"].item() == pytest.approx(14.2, abs=0.1)
 
 
 def test_a_label_past_the_table_is_refused() -> None:
@@ -274,12 +285,13 @@ def test_weighted_samples_estimate_the_whole_sum() -> None:
     """-ln(rate) on each drawn row: over all halves of the rows the mean is the whole sum."""
     features, rows, labels = a_table(classes=8)
     nobody = torch.full_like(labels, -1)
+    logits = LogitOptions(scale=5.0)
     full = whole(features, rows, nobody, scale=5.0).log_negatives.exp()
     halves = torch.combinations(torch.arange(8), 4)
     total = torch.zeros(6, dtype=torch.float64)
     for ids in halves:
         active = ActiveRows(rows[ids], ids, 4, torch.full((4,), math.log(2)).double())
-        statistics = prototype_statistics(features, nobody, active, Comm.solo(), scale=5.0)
+        statistics = prototype_statistics(features, nobody, active, Comm.solo(), logits)
         total += statistics.log_negatives.exp() / len(halves)
     torch.testing.assert_close(total, full)
 
@@ -302,7 +314,7 @@ def test_and_26_equal_bits_again_and_micro_batches_are_one_batch() -> None:
         leaves = features.clone().requires_grad_(), rows.clone().requires_grad_()
         for some in torch.arange(8).chunk(parts):
             statistics = whole(leaves[0][some], leaves[1], labels[some], scale=30.0)
-            (multilabel_loss(statistics, scale=30.0).loss / parts).backward()
+            (multilabel_loss(statistics, options_of("mlcd", scale=30.0)).loss / parts).backward()
         return leaves[0].grad, leaves[1].grad
 
     once = gradients(1)

@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.memory import peak_bytes
 from trainer.comm import Comm
-from trainer.losses.learned_prototypes import ActiveRows, prototype_statistics
-from trainer.losses.multilabel import multilabel_loss
+from trainer.kernels.way import Backend, Way
+from trainer.losses.learned_prototypes import ActiveRows, LogitOptions, prototype_statistics
+from trainer.losses.multilabel import MultilabelOptions, multilabel_loss
 
 GLOBAL_BATCH, DIM, LABELS, RANKS = 32768, 512, 8, 64
 GIB, MIB = 1 << 30, 1 << 20
-TILE = (8192, 4096)
+WAYS: dict[Backend, Way] = {"torch": Way(tile=(8192, 4096)), "triton": Way(backend="triton")}
 
 
 @pytest.fixture
@@ -31,15 +32,10 @@ def comm() -> Iterator[Comm]:
     dist.destroy_process_group()
 
 
-def step(comm: Comm, features: Tensor, labels: Tensor, active: ActiveRows, backend: str) -> None:
-    statistics = prototype_statistics(
-        *(features, labels, active, comm),
-        scale=64.0,
-        gather_dtype=torch.float16,
-        tile=TILE,
-        backend=backend,
-    )
-    multilabel_loss(statistics).loss.backward()
+def step(comm: Comm, features: Tensor, labels: Tensor, active: ActiveRows, way: Way) -> None:
+    logits = LogitOptions(scale=64.0, gather_dtype=torch.float16, way=way)
+    statistics = prototype_statistics(features, labels, active, comm, logits)
+    multilabel_loss(statistics, MultilabelOptions(logits=logits)).loss.backward()
 
 
 def inputs(num_rows: int, batch: int) -> tuple[Tensor, Tensor, ActiveRows]:
@@ -60,9 +56,9 @@ def as_on_a_gpu(left: Tensor, right: Tensor) -> Tensor:
     return torch.empty(left.shape[0], right.shape[1])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("num_rows", [125_000, 10_000_000 // RANKS])
-def test_a_step_needs_little_memory(comm: Comm, num_rows: int, backend: str) -> None:
+def test_a_step_needs_little_memory(comm: Comm, num_rows: int, backend: Backend) -> None:
     """Over the inputs and with the rows' gradient of 0.24 GiB. All logits at once are 15 GiB a
     copy, and a plain cross-entropy needs three."""
     triton_logits = pytest.importorskip("trainer.kernels.triton_logits")
@@ -74,7 +70,7 @@ def test_a_step_needs_little_memory(comm: Comm, num_rows: int, backend: str) -> 
     ):
         features, labels, active = inputs(num_rows, GLOBAL_BATCH // RANKS)
         peak = peak_bytes(
-            lambda: step(comm, features, labels, active, backend),
+            lambda: step(comm, features, labels, active, WAYS[backend]),
             *(features, labels, active.rows, active.ids),
         )
     print(f"{backend}, {num_rows} rows: {peak / GIB:.2f} GiB")
@@ -113,7 +109,7 @@ def test_bytes_per_collective_at_64_ranks(comm: Comm) -> None:
     """Features in halves, one sum for everything, and back; nothing grows with K."""
     with FakeTensorMode(), Traffic() as traffic:
         features, labels, active = inputs(1000, GLOBAL_BATCH // RANKS)
-        step(comm, features, labels, active, "torch")
+        step(comm, features, labels, active, WAYS["torch"])
     assert traffic.moved == [
         ("_allgather_base_", GLOBAL_BATCH * DIM * 2),
         ("_allgather_base_", GLOBAL_BATCH * LABELS * 8),

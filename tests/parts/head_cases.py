@@ -11,17 +11,18 @@ from torch.nn.functional import cross_entropy, normalize
 
 from tests.ranks import run_ranks
 from trainer.comm import Comm
-from trainer.losses.learned_prototypes import prototype_statistics
+from trainer.losses.learned_prototypes import LogitOptions, prototype_statistics
 from trainer.losses.margin import NO_MARGIN
-from trainer.losses.multilabel import multilabel_loss
+from trainer.losses.multilabel import MultilabelOptions, multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
-from trainer.losses.prototype_loss import LogitOptions, slots_loss
+from trainer.losses.prototype_loss import slots_loss
 from trainer.parts.initial_rows import normal_rows
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.parts.sampling import sampled_ids
 
 SEED, DIM, BATCH, LABELS, STEPS, SCALE = 11, 6, 7, 3, 4, 10.0
 """Seven samples: no number of ranks from two to four gives all of them equally many."""
+OPTIONS = MultilabelOptions(logits=LogitOptions(SCALE))
 SGD = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.02, "weight_decay": 0.1}
 """Of which rows that learn a few at a time and a whole table are the same."""
 CASES: dict[str, dict[str, Any]] = {
@@ -96,13 +97,13 @@ def take_step(
     active = head.active(labels, step)
     if one_pass:
         result = one_pass_multilabel_loss(
-            features, labels, active, head.comm, scale=SCALE, present=present
+            features, labels, active, head.comm, OPTIONS, present=present
         )
     else:
         statistics = prototype_statistics(
-            features, labels, active, head.comm, scale=SCALE, present=present
+            features, labels, active, head.comm, OPTIONS.logits, present=present
         )
-        result = multilabel_loss(statistics, scale=SCALE)
+        result = multilabel_loss(statistics, OPTIONS)
     result.loss.backward()
     assert features.grad is not None
     head.after_step(step, applied=head.gradients_finite(), learning_rate_factor=factor(step))
@@ -177,7 +178,7 @@ def own_negative_steps(comm: Comm) -> dict[str, Any]:
             rows.chunk(comm.world_size)[comm.rank] for rows in batch_of(step, 17, 8)
         )
         active = head.active_each(labels, step)
-        options = LogitOptions("slots", scale=SCALE, margin=NO_MARGIN)
+        options = OPTIONS._replace(kind="slots", margin=NO_MARGIN)
         result = slots_loss(features.float(), labels, active, head.comm, options, usual_negatives=8)
         result.loss.backward()
         losses.append(float(result.loss.detach()))

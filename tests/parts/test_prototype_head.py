@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.parts.head_cases import (
     CASES,
-    SCALE,
+    OPTIONS,
     SEED,
     STEPS,
     batch_of,
@@ -134,8 +134,10 @@ def test_7_gradients_are_tangent_and_shorter_for_longer_rows():
         head.rows.mul_(factor)
         features, labels = batch_of(0, 17)
         active = head.active(labels, 0)
-        statistics = prototype_statistics(features.float(), labels, active, head.comm, scale=SCALE)
-        multilabel_loss(statistics, scale=SCALE).loss.backward()
+        statistics = prototype_statistics(
+            *(features.float(), labels, active, head.comm, OPTIONS.logits)
+        )
+        multilabel_loss(statistics, OPTIONS).loss.backward()
         gradient = active.rows.grad
         size = gradient.norm(dim=1) * active.rows.norm(dim=1)
         assert ((gradient * active.rows).sum(1).abs() < 1e-5 * size.max()).all()

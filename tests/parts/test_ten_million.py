@@ -7,6 +7,7 @@ import torch
 
 from trainer.bench.memory import peak_resident_bytes
 from trainer.comm import Comm
+from trainer.losses.multilabel import MultilabelOptions
 from trainer.losses.one_pass import one_pass_multilabel_loss
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 
@@ -27,7 +28,7 @@ def test_a_head_of_ten_million_rows_learns_in_this_machine_s_memory():
     def step(number: int) -> None:
         leaf = features.clone().requires_grad_()
         active = head.active(labels, number)
-        result = one_pass_multilabel_loss(leaf, labels, active, head.comm, scale=64.0)
+        result = one_pass_multilabel_loss(leaf, labels, active, head.comm, MultilabelOptions())
         result.loss.backward()
         assert leaf.grad is not None
         head.after_step(number, applied=head.gradients_finite(), learning_rate_factor=1.0)

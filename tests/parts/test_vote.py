@@ -13,14 +13,15 @@ from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.losses.contrastive import info_nce
-from trainer.losses.learned_prototypes import prototype_statistics
-from trainer.losses.multilabel import multilabel_loss
+from trainer.losses.learned_prototypes import LogitOptions, prototype_statistics
+from trainer.losses.multilabel import MultilabelOptions, multilabel_loss
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.recipe import Part, WithoutPhases
 from trainer.types import Batch, Features, Losses, Progress
 
 CONFIG = RunConfig.model_construct(optim=OPTIM.model_copy(update={"warmup_steps": 2}), steps=20)
 NUM_PROTOTYPES = 13
+OPTIONS = MultilabelOptions(logits=LogitOptions(scale=10.0))
 
 
 class Recipe(WithoutPhases):
@@ -43,12 +44,12 @@ class Recipe(WithoutPhases):
         labels = torch.stack([batch.sample_id * k % NUM_PROTOTYPES for k in (3, 5)], dim=1)
         active = self.head.active(labels, step)
         statistics = prototype_statistics(
-            features.image_projected, labels, active, self.head.comm, scale=10.0
+            features.image_projected, labels, active, self.head.comm, OPTIONS.logits
         )
         self._poison(active.rows, "head")
         self._poison(features.text, "engine")
         clip = info_nce(features.image, features.text, features.logit_scale, self.comm)
-        return Losses.of(clip=clip, mlcd=multilabel_loss(statistics, scale=10.0).loss)
+        return Losses.of(clip=clip, mlcd=multilabel_loss(statistics, OPTIONS).loss)
 
     def _poison(self, tensor: Tensor, place: str) -> None:
         if self.poison == place and self.comm.rank == self.comm.world_size - 1:

@@ -23,13 +23,14 @@ from trainer.bench.options import number_list
 from trainer.comm import Comm
 from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError
-from trainer.losses.learned_prototypes import ActiveRows, prototype_statistics
-from trainer.losses.multilabel import multilabel_loss
+from trainer.losses.learned_prototypes import ActiveRows, LogitOptions, prototype_statistics
+from trainer.losses.multilabel import MultilabelOptions, multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 
 SIDES = {"row-sparse": False, "dense": True}
-SCALE = 64.0
+ON_A_CPU = MultilabelOptions(logits=LogitOptions(scale=64.0))
+ON_A_GPU = MultilabelOptions(logits=LogitOptions(scale=64.0, gather_dtype=torch.float16))
 
 
 class HeadCase(Frozen):
@@ -130,11 +131,9 @@ def _step(head: PrototypeHead, case: HeadCase, comm: Comm, step: int) -> tuple[L
 def _loss(features: Tensor, labels: Tensor, active: ActiveRows, comm: Comm) -> Tensor:
     """With gradients in the forward pass where torch computes, from the kernels elsewhere."""
     if comm.device.type == "cpu":
-        return one_pass_multilabel_loss(features, labels, active, comm, scale=SCALE).loss
-    statistics = prototype_statistics(
-        features, labels, active, comm, scale=SCALE, gather_dtype=torch.float16
-    )
-    return multilabel_loss(statistics, scale=SCALE).loss
+        return one_pass_multilabel_loss(features, labels, active, comm, ON_A_CPU).loss
+    statistics = prototype_statistics(features, labels, active, comm, ON_A_GPU.logits)
+    return multilabel_loss(statistics, ON_A_GPU).loss
 
 
 def _samples(case: HeadCase, comm: Comm, step: int) -> tuple[Tensor, Tensor]:

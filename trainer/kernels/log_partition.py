@@ -12,15 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trainer.kernels.prototype_logits import Backend
 from trainer.kernels.tiled import (
     ALL_PAIRS,
     Pairs,
-    Tile,
     partition_sums,
     rows_gradient,
     without_invalid,
 )
+from trainer.kernels.way import BEST_WAY, Way
 
 
 def log_partition(
@@ -29,9 +28,7 @@ def log_partition(
     rows: Float[Tensor, "rows dim"],
     *,
     valid: Bool[Tensor, " rows"] | None = None,
-    tile: Tile | None = None,
-    backend: Backend = "auto",
-    operand_dtype: torch.dtype = torch.float16,
+    way: Way = BEST_WAY,
 ) -> Float[Tensor, " queries"]:
     """logsumexp_j(scale * queries . rows_j) over the valid rows; -inf where there is none.
 
@@ -39,20 +36,16 @@ def log_partition(
     dtype: the forward pass carries sum_j p_j rows_j along, which is all that the first two
     gradients need, 4 instead of 6 FLOPs per (query, row, dim); the gradient of the rows recomputes
     the tiles, 4 more. On a GPU by the Triton kernel of `prototype_logits`, with its costs:
-    operands, the scale multiplied in, are rounded to `operand_dtype`; sums are float32 and
+    operands, the scale multiplied in, are rounded to the way's dtype; sums are float32 and
     relative to a running maximum.
     """
-    use_triton = backend == "triton" or (backend == "auto" and queries.is_cuda)
-    how = _How(valid, tile, operand_dtype if use_triton else None)
-    value: Tensor = _LogPartition.apply(queries, scale, rows, how)
+    value: Tensor = _LogPartition.apply(queries, scale, rows, _How(valid, way))
     return value
 
 
 class _How(NamedTuple):
     valid: Tensor | None
-    tile: Tile | None
-    operand_dtype: torch.dtype | None
-    """None: plain torch, in the inputs' dtype."""
+    way: Way
 
     def pairs(self, dtype: torch.dtype) -> Pairs:
         return without_invalid(ALL_PAIRS, self.valid, dtype)
@@ -62,13 +55,16 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, scale: Tensor, rows: Tensor, how: _How) -> Tensor:
         mean = None
-        if how.operand_dtype is None:
+        operands = how.way.operands(queries.device)
+        if operands is None:
             values = rows if any(ctx.needs_input_grad[:2]) else None
             pairs = how.pairs(queries.dtype)
-            sums = partition_sums(queries, rows, values, scale=scale, pairs=pairs, tile=how.tile)
+            sums = partition_sums(
+                *(queries, rows, values), scale=scale, pairs=pairs, tile=how.way.tile
+            )
             log_total, mean = sums.log_partition, sums.mean
         else:
-            log_total = _triton_log_partition(queries * scale, rows, how)
+            log_total = _triton_log_partition(queries * scale, rows, how, operands)
         ctx.how = how
         ctx.save_for_backward(queries, scale, rows, mean, log_total)
         return log_total
@@ -81,11 +77,12 @@ class _LogPartition(torch.autograd.Function):
         queries, scale, rows, mean, log_total = ctx.saved_tensors
         wants_queries, wants_scale, wants_rows, _ = ctx.needs_input_grad
         arguments = (queries, scale, rows, gradients[0], log_total, ctx.how)
-        if ctx.how.operand_dtype is None:
+        operands = ctx.how.way.operands(queries.device)
+        if operands is None:
             pulled = gradients[0][:, None] * mean
             of_rows = _torch_rows(*arguments) if wants_rows else None
         else:
-            pulled, of_rows = _triton_gradients(*arguments, wants_rows=wants_rows)
+            pulled, of_rows = _triton_gradients(*arguments, operands, wants_rows=wants_rows)
         of_scale = (queries * pulled).sum() if wants_scale else None
         return scale * pulled if wants_queries else None, of_scale, of_rows, None
 
@@ -97,16 +94,17 @@ def _torch_rows(
         *(queries, rows, gradient * scale, log_total),
         scale=scale,
         pairs=how.pairs(rows.dtype),
-        tile=how.tile,
+        tile=how.way.tile,
     )
 
 
-def _triton_log_partition(scaled: Tensor, rows: Tensor, how: _How) -> Tensor:
+def _triton_log_partition(scaled: Tensor, rows: Tensor, how: _How, operands: torch.dtype) -> Tensor:
     from trainer.kernels import triton_logits
 
-    assert how.operand_dtype is not None
-    halves = triton_logits.operands(scaled, rows, dtype=how.operand_dtype)
-    total = triton_logits.log_negatives(*halves, scale=1.0, pairs=how.pairs(torch.float32))
+    halves = triton_logits.operands(scaled, rows, dtype=operands)
+    total = triton_logits.log_negatives(
+        *halves, scale=1.0, pairs=how.pairs(torch.float32), sizes=how.way.kernel_sizes
+    )
     return total.to(scaled.dtype)
 
 
@@ -117,14 +115,14 @@ def _triton_gradients(
     gradient: Tensor,
     log_total: Tensor,
     how: _How,
+    operands: torch.dtype,
     *,
     wants_rows: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """sum_j w_ij rows_j, and sum_i w_ij scale queries_i where wanted, w_ij = gradient_i p_ij."""
     from trainer.kernels import triton_logits
 
-    assert how.operand_dtype is not None
-    halves = triton_logits.operands(queries * scale, rows, dtype=how.operand_dtype)
+    halves = triton_logits.operands(queries * scale, rows, dtype=operands)
     pulled = torch.zeros_like(queries, dtype=torch.float32)
     of_rows = torch.zeros_like(rows, dtype=torch.float32) if wants_rows else None
     triton_logits.write_gradients(
@@ -134,5 +132,6 @@ def _triton_gradients(
         pairs=how.pairs(torch.float32),
         of_queries=pulled,
         of_rows=of_rows,
+        sizes=how.way.kernel_sizes,
     )
     return pulled.to(queries.dtype), None if of_rows is None else of_rows.to(rows.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.kernels.prototype_logits import add_pair_gradients, pair_products
 from trainer.kernels.tiled import LOG2_E, Pairs, fixed_reference, tile_logits
+from trainer.kernels.way import Way
 
 BUFFER_BYTES = 64 << 20
 """Exponentials of a block of queries against all rows: 160 queries with 100,000 rows. Every block
@@ -88,9 +89,17 @@ def fits_one_pass(num_rows: int, dim: int, element_size: int) -> bool:
     return buffer <= max(BUFFER_BYTES, num_rows * dim * element_size // 4)
 
 
-def serves_one_pass(num_rows: int, dim: int, *, scale: float) -> bool:
+def serves_one_pass(
+    num_rows: int, dim: int, *, scale: float, way: Way, device: torch.device
+) -> bool:
     """Whether float32 rows, so many, at this scale, are for this form rather than for tiles."""
-    return scale <= LARGEST_SCALE and fits_one_pass(num_rows, dim, 4)
+    fits = scale <= LARGEST_SCALE and fits_one_pass(num_rows, dim, 4)
+    return fits and device.type == "cpu" and leaves_one_pass(way, device)
+
+
+def leaves_one_pass(way: Way, device: torch.device) -> bool:
+    """Whether a way lets plain torch compute, and in pieces of its own choice."""
+    return way.operands(device) is None and way.tile is None
 
 
 def _tiles(count: int) -> list[slice]:

@@ -9,16 +9,14 @@ subtracting them from a full sum cancels, and computed one by one.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trainer.kernels.autotune import KernelSizes
-from trainer.kernels.tiled import Pairs, Tile, fixed_reference, partition_sums, rows_gradient
-
-Backend = Literal["auto", "torch", "triton"]
+from trainer.kernels.tiled import Pairs, fixed_reference, partition_sums, rows_gradient
+from trainer.kernels.way import BEST_WAY, Way
 
 PAIR_ELEMENTS = 1 << 22
 """Rows gathered for positives at a time, in numbers: 16 MB in float32."""
@@ -33,10 +31,7 @@ def prototype_logits(
     num_negatives: int | None = None,
     bias: Float[Tensor, " negatives"] | None = None,
     ceiling: float | None = None,
-    tile: Tile | None = None,
-    backend: Backend = "auto",
-    operand_dtype: torch.dtype = torch.float16,
-    kernel_sizes: KernelSizes = "fixed",
+    way: Way = BEST_WAY,
 ) -> tuple[Float[Tensor, " queries"], Float[Tensor, "queries labels"]]:
     """log sum_j exp(scale * queries . rows_j + bias_j) over the negatives, and queries . positive.
 
@@ -48,10 +43,9 @@ def prototype_logits(
 
     Differentiable once, in queries and rows. On a CPU in their dtype: 4 * queries * rows * dim
     FLOPs forward where a gradient is asked for, else 2, and 4 backward, and memory of one tile
-    besides the results. On a GPU by a Triton kernel on `operand_dtype`, of which unit vectors use
-    float16 best: 2 FLOPs forward, 6 backward, and a scratch of 2048 queries by rows in halves.
-    Positives are in the inputs' dtype everywhere. Two runs have equal bits unless `kernel_sizes`
-    are timed.
+    besides the results. On a GPU by a Triton kernel: 2 FLOPs forward, 6 backward, and a scratch of
+    2048 queries by rows in halves. Positives are in the inputs' dtype everywhere. Two runs have
+    equal bits unless the way has timed sizes.
     """
     num_negatives = rows.shape[0] if num_negatives is None else num_negatives
     pairs = Pairs(
@@ -60,9 +54,7 @@ def prototype_logits(
         ceiling=None if ceiling is None else scale * ceiling,
         reference=fixed_reference(scale),
     )
-    use_triton = backend == "triton" or (backend == "auto" and queries.is_cuda)
-    operands = operand_dtype if use_triton else None
-    how = _How(scale, num_negatives, pairs, tile, operands, kernel_sizes)
+    how = _How(scale, num_negatives, pairs, way)
     value: tuple[Tensor, Tensor] = _PrototypeLogits.apply(queries, rows, positives, how)
     return value
 
@@ -71,10 +63,7 @@ class _How(NamedTuple):
     scale: float
     num_negatives: int
     pairs: Pairs
-    tile: Tile | None
-    operand_dtype: torch.dtype | None
-    """None: plain torch, in the inputs' dtype."""
-    kernel_sizes: KernelSizes
+    way: Way
 
 
 class _PrototypeLogits(torch.autograd.Function):
@@ -83,14 +72,15 @@ class _PrototypeLogits(torch.autograd.Function):
         ctx: Any, queries: Tensor, rows: Tensor, positives: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
         negatives, mean = rows[: how.num_negatives], None
-        if how.operand_dtype is None:
+        operands = how.way.operands(queries.device)
+        if operands is None:
             values = negatives if ctx.needs_input_grad[0] else None
             sums = partition_sums(
-                *(queries, negatives, values), scale=how.scale, pairs=how.pairs, tile=how.tile
+                *(queries, negatives, values), scale=how.scale, pairs=how.pairs, tile=how.way.tile
             )
             log_total, mean = sums.log_partition, sums.mean
         else:
-            log_total = _triton_log_negatives(queries, negatives, how)
+            log_total = _triton_log_negatives(queries, negatives, how, operands)
         ctx.how = how._replace(pairs=how.pairs._replace(bias=None, excluded=None))
         ctx.save_for_backward(queries, rows, positives, how.pairs.bias, mean, log_total)
         return log_total, pair_products(queries, rows, positives)
@@ -105,10 +95,11 @@ class _PrototypeLogits(torch.autograd.Function):
         of_queries = torch.zeros_like(queries) if ctx.needs_input_grad[0] else None
         of_rows = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         arguments = (queries, rows, scaled_gradient, log_total, of_queries, of_rows, how)
-        if how.operand_dtype is None:
+        operands = how.way.operands(queries.device)
+        if operands is None:
             _torch_gradients(mean, *arguments)
         else:
-            _triton_gradients(*arguments)
+            _triton_gradients(*arguments, operands)
         add_pair_gradients(
             queries, rows, positives, gradients[1], of_queries=of_queries, of_rows=of_rows
         )
@@ -132,18 +123,19 @@ def _torch_gradients(
             *(queries, rows[: how.num_negatives], gradient, log_total),
             scale=how.scale,
             pairs=how.pairs,
-            tile=how.tile,
+            tile=how.way.tile,
             out=of_rows[: how.num_negatives],
         )
 
 
-def _triton_log_negatives(queries: Tensor, negatives: Tensor, how: _How) -> Tensor:
+def _triton_log_negatives(
+    queries: Tensor, negatives: Tensor, how: _How, operands: torch.dtype
+) -> Tensor:
     from trainer.kernels import triton_logits
 
-    assert how.operand_dtype is not None
-    halves = triton_logits.operands(queries, negatives, dtype=how.operand_dtype)
+    halves = triton_logits.operands(queries, negatives, dtype=operands)
     total = triton_logits.log_negatives(
-        *halves, scale=how.scale, pairs=how.pairs, sizes=how.kernel_sizes
+        *halves, scale=how.scale, pairs=how.pairs, sizes=how.way.kernel_sizes
     )
     return total.to(queries.dtype)
 
@@ -156,11 +148,11 @@ def _triton_gradients(
     of_queries: Tensor | None,
     of_rows: Tensor | None,
     how: _How,
+    operands: torch.dtype,
 ) -> None:
     from trainer.kernels import triton_logits
 
-    assert how.operand_dtype is not None
-    halves = triton_logits.operands(queries, rows[: how.num_negatives], dtype=how.operand_dtype)
+    halves = triton_logits.operands(queries, rows[: how.num_negatives], dtype=operands)
     triton_logits.write_gradients(
         *(*halves, gradient, log_total),
         dim=queries.shape[1],
@@ -168,7 +160,7 @@ def _triton_gradients(
         pairs=how.pairs,
         of_queries=of_queries,
         of_rows=None if of_rows is None else of_rows[: how.num_negatives],
-        sizes=how.kernel_sizes,
+        sizes=how.way.kernel_sizes,
     )
 
 

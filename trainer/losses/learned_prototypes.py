@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from trainer.comm import Comm
 from trainer.errors import DataError
-from trainer.kernels.autotune import KernelSizes
-from trainer.kernels.prototype_logits import Backend, pair_products, prototype_logits
-from trainer.kernels.tiled import Tile, finite, fixed_reference
+from trainer.kernels.prototype_logits import pair_products, prototype_logits
+from trainer.kernels.tiled import finite, fixed_reference
+from trainer.kernels.way import BEST_WAY, Way
 from trainer.losses.units import lean_unit_rows
 
 
@@ -42,6 +42,18 @@ class ActiveRows(NamedTuple):
         return torch.where(place >= 0, place, beyond)
 
 
+class LogitOptions(NamedTuple):
+    """What makes logits of cosines, and how they are computed."""
+
+    scale: float = 64.0
+    """Of cosines."""
+    ceiling: float | None = None
+    """Negatives of a higher cosine count as a logit of zero, without gradient."""
+    gather_dtype: torch.dtype | None = None
+    """In which features travel; as they are where None. Their gradients travel in full."""
+    way: Way = BEST_WAY
+
+
 class Statistics(NamedTuple):
     """Of each sample of the global batch; equal on all ranks."""
 
@@ -59,38 +71,24 @@ def prototype_statistics(
     labels: Int64[Tensor, "batch labels"],
     active: ActiveRows,
     comm: Comm,
+    options: LogitOptions,
     *,
-    scale: float,
-    ceiling: float | None = None,
     present: Bool[Tensor, " batch"] | None = None,
-    gather_dtype: torch.dtype | None = None,
-    tile: Tile | None = None,
-    backend: Backend = "auto",
-    kernel_sizes: KernelSizes = "fixed",
 ) -> Statistics:
     """The statistics of the global batch, of which this rank brings some samples.
 
     `labels` are rows of the whole table, negative where there is none; one that no rank has active
     raises DataError on a CPU, and makes the loss NaN on a device, which looking would hold up.
-    Features travel in `gather_dtype`, their gradients in full. Batches are equally long on all
-    ranks; `present` says which samples are real.
+    Batches are equally long on all ranks; `present` says which samples are real.
 
     Differentiable exactly: a loss of these may be of this rank's samples or of all, and its
     gradients are those of the sum of all ranks' losses. The objective is their mean, so the engine
     averages the encoder's and a head divides its own by the number of ranks.
     """
-    everyones = gathered_units(features, comm, gather_dtype=gather_dtype)
+    everyones = gathered_units(features, comm, gather_dtype=options.gather_dtype)
     return statistics_of_gathered(
-        everyones,
-        comm.all_gather(labels),
-        active,
-        comm,
-        scale=scale,
-        ceiling=ceiling,
+        *(everyones, comm.all_gather(labels), active, comm, options),
         present=None if present is None else comm.all_gather(present),
-        tile=tile,
-        backend=backend,
-        kernel_sizes=kernel_sizes,
     )
 
 
@@ -111,13 +109,9 @@ def statistics_of_gathered(
     labels: Int64[Tensor, "batch labels"],
     active: ActiveRows,
     comm: Comm,
+    options: LogitOptions,
     *,
-    scale: float,
-    ceiling: float | None = None,
     present: Bool[Tensor, " batch"] | None = None,
-    tile: Tile | None = None,
-    backend: Backend = "auto",
-    kernel_sizes: KernelSizes = "fixed",
 ) -> Statistics:
     """As `prototype_statistics`, of unit features and labels that every rank already has."""
     positions = active.positions(labels)
@@ -125,17 +119,17 @@ def statistics_of_gathered(
         queries,
         lean_unit_rows(active.rows.to(queries.dtype)),
         positions,
-        scale=scale,
+        scale=options.scale,
         num_negatives=active.num_negatives,
         bias=active.bias,
-        ceiling=ceiling,
-        tile=tile,
-        backend=backend,
-        kernel_sizes=kernel_sizes,
+        ceiling=options.ceiling,
+        way=options.way,
     )
     if present is None:
         present = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    return summed_over_ranks(log_local, cosines, positions, labels, present, comm, scale=scale)
+    return summed_over_ranks(
+        *(log_local, cosines, positions, labels, present, comm), scale=options.scale
+    )
 
 
 def summed_over_ranks(

@@ -25,11 +25,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trainer.errors import ConfigError
-from trainer.losses.learned_prototypes import Statistics
+from trainer.losses.learned_prototypes import LogitOptions, Statistics
 from trainer.losses.margin import Margin
 
 LossKind = Literal["mlcd", "mlc", "slots", "pfc_ce"]
 DEFAULT_MARGIN = Margin("cosine", 0.3)
+
+
+class MultilabelOptions(NamedTuple):
+    """Which loss, and the logits that it is of."""
+
+    kind: LossKind = "mlcd"
+    margin: Margin = DEFAULT_MARGIN
+    drop_unlabelled: bool = False
+    """Leave samples without a label out of `mlcd`'s negative term too."""
+    logits: LogitOptions = LogitOptions()
 
 
 class MultilabelLoss(NamedTuple):
@@ -43,24 +53,15 @@ class MultilabelLoss(NamedTuple):
     """Means of the terms and of the positives' cosine, without gradients."""
 
 
-def multilabel_loss(
-    statistics: Statistics,
-    *,
-    kind: LossKind = "mlcd",
-    scale: float = 64.0,
-    margin: Margin = DEFAULT_MARGIN,
-    drop_unlabelled: bool = False,
-) -> MultilabelLoss:
+def multilabel_loss(statistics: Statistics, options: MultilabelOptions) -> MultilabelLoss:
     """The mean loss of one kind over the samples of all ranks, in nats.
 
     A sample without a label still pays `mlcd`'s negative term, unless dropped; the other kinds
     have nothing to say about it and leave it out of the mean. A label given twice counts twice.
     """
-    terms = row_terms(statistics, kind=kind, scale=scale, margin=margin)
+    terms = row_terms(statistics, options)
     rows = torch.stack(list(terms.values())).sum(dim=0)
-    counted = statistics.present
-    if kind != "mlcd" or drop_unlabelled:
-        counted = counted & statistics.is_positive.any(dim=1)
+    counted = counted_samples(statistics.present, statistics.is_positive, options)
     figures = {name: mean_of(value, counted).detach() for name, value in terms.items()}
     is_positive = statistics.is_positive & counted[:, None]
     figures["positive_cosine"] = mean_of(statistics.cosines, is_positive).detach()
@@ -68,12 +69,23 @@ def multilabel_loss(
 
 
 def row_terms(
-    statistics: Statistics, *, kind: LossKind, scale: float, margin: Margin
+    statistics: Statistics, options: MultilabelOptions
 ) -> dict[str, Float[Tensor, " batch"]]:
     """The terms whose sum is each sample's loss, by name."""
-    logits = scale * margin(statistics.cosines)
+    logits = options.logits.scale * options.margin(statistics.cosines)
     formulas = {"mlcd": _mlcd, "mlc": _mlc, "slots": _slots, "pfc_ce": _pfc_ce}
-    return formulas[kind](statistics, logits)
+    return formulas[options.kind](statistics, logits)
+
+
+def counted_samples(
+    present: Bool[Tensor, " batch"],
+    is_positive: Bool[Tensor, "batch labels"],
+    options: MultilabelOptions,
+) -> Bool[Tensor, " batch"]:
+    """The samples of the mean: real ones, and where the others cost nothing, labelled ones."""
+    if options.kind == "mlcd" and not options.drop_unlabelled:
+        return present
+    return present & is_positive.any(dim=1)
 
 
 def mean_of(values: Float[Tensor, "*shape"], counted: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:

@@ -9,15 +9,19 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from trainer.comm import Comm
-from trainer.kernels.one_pass import gradients_in_one_pass, queries_per_block
+from trainer.kernels.one_pass import gradients_in_one_pass, leaves_one_pass, queries_per_block
 from trainer.losses.learned_prototypes import (
     ActiveRows,
     Statistics,
     gathered_units,
     summed_over_ranks,
 )
-from trainer.losses.margin import Margin
-from trainer.losses.multilabel import DEFAULT_MARGIN, LossKind, MultilabelLoss, multilabel_loss
+from trainer.losses.multilabel import (
+    MultilabelLoss,
+    MultilabelOptions,
+    counted_samples,
+    multilabel_loss,
+)
 from trainer.losses.units import lean_unit_rows
 
 
@@ -26,21 +30,19 @@ def one_pass_multilabel_loss(
     labels: Int64[Tensor, "batch labels"],
     active: ActiveRows,
     comm: Comm,
+    options: MultilabelOptions,
     *,
-    kind: LossKind = "mlcd",
-    scale: float = 64.0,
-    margin: Margin = DEFAULT_MARGIN,
-    drop_unlabelled: bool = False,
-    ceiling: float | None = None,
     present: Bool[Tensor, " batch"] | None = None,
-    gather_dtype: torch.dtype | None = None,
 ) -> MultilabelLoss:
     """`multilabel_loss` of `prototype_statistics`; only its `loss` has gradients, and once.
 
     Arguments as there. Exchanges a sum for each block of samples, instead of one. For scales up to
-    80, for plain torch, and for steps that train: without gradients it does too much.
+    80, for steps that train (without gradients it does too much), and for a way that leaves plain
+    torch to choose its own pieces.
     """
-    everyones = gathered_units(features, comm, gather_dtype=gather_dtype)
+    logits = options.logits
+    assert leaves_one_pass(logits.way, features.device), logits.way
+    everyones = gathered_units(features, comm, gather_dtype=logits.gather_dtype)
     everyones_labels = comm.all_gather(labels)
     if present is None:
         everyones_present = torch.ones(
@@ -50,9 +52,7 @@ def one_pass_multilabel_loss(
         everyones_present = comm.all_gather(present)
     positions = active.positions(everyones_labels)
     blocks: list[Statistics] = []
-    counted = everyones_present
-    if kind != "mlcd" or drop_unlabelled:
-        counted = counted & (everyones_labels >= 0).any(dim=1)
+    counted = counted_samples(everyones_present, everyones_labels >= 0, options)
     num_counted = counted.sum().clamp_min(1)
     # Every block is an exchange, so all ranks make the same ones.
     most_rows = comm.max(torch.tensor(active.num_negatives, device=labels.device))
@@ -64,9 +64,9 @@ def one_pass_multilabel_loss(
             statistics = summed_over_ranks(
                 *(*leaves, positions[some], everyones_labels[some], everyones_present[some]),
                 comm,
-                scale=scale,
+                scale=logits.scale,
             )
-            rows = multilabel_loss(statistics, kind=kind, scale=scale, margin=margin).rows
+            rows = multilabel_loss(statistics, options).rows
             total = torch.where(counted[some], rows, 0.0).sum() / num_counted
             of_log, of_cosines = torch.autograd.grad(total, leaves, materialize_grads=True)
         blocks.append(Statistics(*(part.detach() for part in statistics)))
@@ -75,25 +75,20 @@ def one_pass_multilabel_loss(
     def run(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of_queries, of_rows = gradients_in_one_pass(
             *(queries, rows, positions, upstream),
-            scale=scale,
+            scale=logits.scale,
             num_negatives=active.num_negatives,
             bias=active.bias,
-            ceiling=ceiling,
+            ceiling=logits.ceiling,
             block_queries=block_queries,
         )
-        return _result(blocks, kind, scale, margin, drop_unlabelled).loss, of_queries, of_rows
+        return multilabel_loss(_joined(blocks), options).loss, of_queries, of_rows
 
     loss: Tensor = _OnePass.apply(everyones, lean_unit_rows(active.rows.to(everyones.dtype)), run)
-    return _result(blocks, kind, scale, margin, drop_unlabelled)._replace(loss=loss)
+    return multilabel_loss(_joined(blocks), options)._replace(loss=loss)
 
 
-def _result(
-    blocks: list[Statistics], kind: LossKind, scale: float, margin: Margin, drop_unlabelled: bool
-) -> MultilabelLoss:
-    statistics = Statistics(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
-    return multilabel_loss(
-        statistics, kind=kind, scale=scale, margin=margin, drop_unlabelled=drop_unlabelled
-    )
+def _joined(blocks: list[Statistics]) -> Statistics:
+    return Statistics(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
 class _OnePass(torch.autograd.Function):

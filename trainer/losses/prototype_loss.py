@@ -7,35 +7,16 @@ fits; tiles that are computed twice serve every other case there, and Triton's k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trainer.comm import Comm
-from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.one_pass import serves_one_pass
 from trainer.losses.learned_prototypes import ActiveRows, prototype_statistics
-from trainer.losses.margin import Margin
-from trainer.losses.multilabel import DEFAULT_MARGIN, LossKind, MultilabelLoss, multilabel_loss
+from trainer.losses.multilabel import MultilabelLoss, MultilabelOptions, multilabel_loss
 from trainer.losses.one_pass import one_pass_multilabel_loss
-
-
-class LogitOptions(NamedTuple):
-    """What makes a loss of cosines, and how they are computed."""
-
-    kind: LossKind = "mlcd"
-    scale: float = 64.0
-    """Of cosines."""
-    margin: Margin = DEFAULT_MARGIN
-    ceiling: float | None = None
-    """Negatives of a higher cosine count as a logit of zero."""
-    drop_unlabelled: bool = False
-    """Leave samples without a label out of `mlcd`'s negative term too."""
-    gather_dtype: torch.dtype | None = None
-    """In which features travel; as they are where None."""
-    kernel_sizes: KernelSizes = "fixed"
 
 
 def prototype_loss(
@@ -43,7 +24,7 @@ def prototype_loss(
     labels: Int64[Tensor, "batch labels"],
     active: ActiveRows,
     comm: Comm,
-    options: LogitOptions,
+    options: MultilabelOptions,
     *,
     usual_negatives: int,
 ) -> MultilabelLoss:
@@ -52,33 +33,15 @@ def prototype_loss(
     `usual_negatives` is about how many negatives a rank has active, and must be equal on all
     ranks: forms exchange different things, so the choice can't follow this step's own count.
     """
-    in_one_pass = features.device.type == "cpu" and serves_one_pass(
-        usual_negatives, features.shape[1], scale=options.scale
-    )
-    if in_one_pass:
-        return one_pass_multilabel_loss(
-            *(features, labels, active, comm),
-            kind=options.kind,
-            scale=options.scale,
-            margin=options.margin,
-            drop_unlabelled=options.drop_unlabelled,
-            ceiling=options.ceiling,
-            gather_dtype=options.gather_dtype,
-        )
-    statistics = prototype_statistics(
-        *(features, labels, active, comm),
-        scale=options.scale,
-        ceiling=options.ceiling,
-        gather_dtype=options.gather_dtype,
-        kernel_sizes=options.kernel_sizes,
-    )
-    return multilabel_loss(
-        statistics,
-        kind=options.kind,
-        scale=options.scale,
-        margin=options.margin,
-        drop_unlabelled=options.drop_unlabelled,
-    )
+    if serves_one_pass(
+        *(usual_negatives, features.shape[1]),
+        scale=options.logits.scale,
+        way=options.logits.way,
+        device=features.device,
+    ):
+        return one_pass_multilabel_loss(features, labels, active, comm, options)
+    statistics = prototype_statistics(features, labels, active, comm, options.logits)
+    return multilabel_loss(statistics, options)
 
 
 def slots_loss(
@@ -86,7 +49,7 @@ def slots_loss(
     labels: Int64[Tensor, "batch labels"],
     active: Sequence[ActiveRows],
     comm: Comm,
-    options: LogitOptions,
+    options: MultilabelOptions,
     *,
     usual_negatives: int,
 ) -> MultilabelLoss:

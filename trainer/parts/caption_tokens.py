@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.comm import Comm
 from trainer.config import Frozen
 from trainer.errors import CheckpointError
-from trainer.losses.learned_prototypes import prototype_statistics
+from trainer.losses.learned_prototypes import LogitOptions, prototype_statistics
 from trainer.losses.token_classes import each_token_once, token_cross_entropy
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.recipe import Context, Part, every_nth
@@ -102,11 +102,9 @@ class TokenClassesTerm:
         labels = each_token_once(batch.tokens, self._specials)
         weights = self._frequencies.weights(labels)
         head = self._head
-        statistics = prototype_statistics(
-            *(rows, labels, head.active(labels, step), head.comm),
-            scale=self._config.scale,
-            gather_dtype=head.gather_dtype,
-        )
+        options = LogitOptions(scale=self._config.scale, gather_dtype=head.gather_dtype)
+        active = head.active(labels, step)
+        statistics = prototype_statistics(rows, labels, active, head.comm, options)
         everyones = head.comm.all_gather(labels)
         own = weights[everyones.clamp_min(0)]
         return token_cross_entropy(statistics, own, scale=self._config.scale)

@@ -6,8 +6,8 @@ their part of a checkpoint. Only features, labels and sums over rows travel (Par
 arXiv 2203.15565; MLCD, arXiv 2407.17331). The losses are in `trainer.losses`; one step is
 
     active = head.active(labels, step)
-    statistics = prototype_statistics(features, labels, active, head.comm, ...)
-    multilabel_loss(statistics, ...).loss.backward()
+    statistics = prototype_statistics(features, labels, active, head.comm, options.logits)
+    multilabel_loss(statistics, options).loss.backward()
     head.after_step(step, applied=head.gradients_finite(), learning_rate_factor=1.0)
 
 Gradients of rows are tangent to the sphere, because the losses compare directions.

@@ -20,10 +20,11 @@ from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, key_of
 from trainer.kernels.autotune import KernelSizes
-from trainer.losses.learned_prototypes import ActiveRows, negative_figures
+from trainer.kernels.way import Way
+from trainer.losses.learned_prototypes import ActiveRows, LogitOptions, negative_figures
 from trainer.losses.margin import Margin, MarginKind, coordinate_subset
-from trainer.losses.multilabel import LossKind, MultilabelLoss
-from trainer.losses.prototype_loss import LogitOptions, prototype_loss, slots_loss
+from trainer.losses.multilabel import LossKind, MultilabelLoss, MultilabelOptions
+from trainer.losses.prototype_loss import prototype_loss, slots_loss
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.parts.sampling import rate_with_negatives
 from trainer.recipe import Context
@@ -135,14 +136,16 @@ class PrototypesTerm:
         self.head = _head(config, config.num_prototypes or self.labels.num_clusters, context, dim)
         rows_per_rank = -(-self.head.num_prototypes // self.head.comm.world_size)
         self._usual_negatives = round(rows_per_rank * self.head.config.sample_rate)
-        self._options = LogitOptions(
+        self._options = MultilabelOptions(
             kind=config.loss,
-            scale=config.scale,
             margin=Margin(config.margin, config.margin_size),
-            ceiling=config.ceiling,
             drop_unlabelled=config.drop_unlabelled,
-            gather_dtype=self.head.gather_dtype,
-            kernel_sizes=config.kernel_sizes,
+            logits=LogitOptions(
+                scale=config.scale,
+                ceiling=config.ceiling,
+                gather_dtype=self.head.gather_dtype,
+                way=Way(kernel_sizes=config.kernel_sizes),
+            ),
         )
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
@@ -164,11 +167,11 @@ class PrototypesTerm:
         each, comm = self.config.negatives == "each", self.head.comm
         chosen = self.head.active_each(labels, step) if each else [self.head.active(labels, step)]
         rows, chosen = self._subspace(rows, chosen, step)
-        how = {"usual_negatives": self._usual_negatives}
+        usual, options = self._usual_negatives, self._options
         if each:
-            result = slots_loss(rows, labels, chosen, comm, self._options, **how)
+            result = slots_loss(rows, labels, chosen, comm, options, usual_negatives=usual)
         else:
-            result = prototype_loss(rows, labels, chosen[0], comm, self._options, **how)
+            result = prototype_loss(rows, labels, chosen[0], comm, options, usual_negatives=usual)
         if (step + 1) % self.config.figures_every:
             return result, {}
         columns = labels.split(1, dim=1) if each else [labels]
