@@ -17,6 +17,7 @@ from trainer.cluster.translate import group_means
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, ConfigError
+from trainer.parts.episode import Term
 from trainer.parts.teacher import TeacherConfig, Teachers, load_teachers
 from trainer.parts.teacher_digests import TeacherDigests
 from trainer.parts.teacher_points import teacher_points
@@ -197,7 +198,7 @@ def test_groups_that_an_episode_lacks_are_masked_and_unknown_samples_left_out(
         Comm.solo(),
     )
     figures = recipe.begin_phase(Progress(), encoder(recipe), stream)
-    table = recipe.episode.tables["image_from_t-0"]
+    table = recipe.episode.tables[Term("image", "t-0")]
     present = recipe.teachers["t-0"].labels.of(
         torch.cat([b.sample_id for b in stream.view(0, 12, purpose="extract")])
     )

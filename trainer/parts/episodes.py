@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.long_work import counted
 from trainer.recipe import Context, Encode, Samples
-from trainer.types import Batch, Progress
+from trainer.types import Batch, Progress, TowerName
 
 
 class Episodes(NamedTuple):
@@ -64,6 +64,9 @@ class Extracted(NamedTuple):
     ids: Int64[Tensor, " samples"]
     image: Float[Tensor, "samples dim"]
     text: Float[Tensor, "samples dim"]
+
+    def of(self, modality: TowerName) -> Float[Tensor, "samples dim"]:
+        return self.image if modality == "image" else self.text
 
 
 def extract(encode: Encode, view: Iterable[Batch]) -> Extracted:

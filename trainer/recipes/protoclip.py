@@ -31,17 +31,14 @@ from trainer.losses.constant_prototypes import prototype_cross_entropy
 from trainer.losses.contrastive import info_nce
 from trainer.models.config import HeadedTwoTower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
-from trainer.parts.back_translation import TableOptions, episode_table, own_rows, softness
-from trainer.parts.episode import EpisodeTables
+from trainer.parts.back_translation import TableOptions, softness
+from trainer.parts.episode import EpisodeTables, Term
 from trainer.parts.episodes import Episodes, Extracted, extract, timed
-from trainer.parts.teacher import TeacherConfig, load_teachers, overlap, training_ids
+from trainer.parts.teacher import Student, TeacherConfig, load_teachers, overlap, training_ids
 from trainer.parts.teacher_digests import TeacherDigests
 from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Encode, Part, Samples
 from trainer.types import Batch, Features, Losses, Progress, TowerName
-
-Modality = Literal["image", "text"]
-OTHER: Mapping[Modality, Modality] = {"image": "text", "text": "image"}
 
 
 class Config(SelectsTokens, RecipeConfig):
@@ -147,18 +144,17 @@ class Recipe:
         clip = info_nce(image, text, scale, self.comm)
         losses = Losses().with_term("clip", clip, self.config.clip_weight)
         for term in self.episode.tables:
-            losses = losses.with_term(term, *self._prototype_term(term, features, batch))
+            losses = losses.with_term(term.name, *self._prototype_term(term, features, batch))
         return losses
 
-    def _prototype_term(self, term: str, features: Features, batch: Batch) -> tuple[Tensor, float]:
-        """A term is `<student>_from_<space that was clustered>`."""
-        student, _, space = term.partition("_from_")
-        labels, weight = self.episode.labels.get(space), self.config.prototype_weight
-        if space in self.teachers:
-            labels, weight = self.teachers[space].labels, self.teachers[space].weight
-        assert labels is not None
+    def _prototype_term(self, term: Term, features: Features, batch: Batch) -> tuple[Tensor, float]:
+        if term.space in self.teachers:
+            teacher = self.teachers[term.space]
+            labels, weight = teacher.labels, teacher.weight
+        else:
+            labels, weight = self.episode.labels[term.space], self.config.prototype_weight
         value = prototype_cross_entropy(
-            features.tensor(f"{student}_projected"),
+            features.tensor(f"{term.student}_projected"),
             labels.of(batch.sample_id),
             self.episode.tables[term],
             features.tensor("prototype_scale"),
@@ -187,7 +183,7 @@ class Recipe:
             view = self.episodes.view(progress, samples, self.comm.world_size)
             extracted = extract(encode, view)
         with timed(figures, "seconds_cluster"):
-            clustered: dict[Modality, KMeansResult] = {
+            clustered: dict[Student, KMeansResult] = {
                 "image": self._clustered("image", extracted.image, extracted.ids),
                 "text": self._clustered("text", extracted.text, extracted.ids),
             }
@@ -201,7 +197,7 @@ class Recipe:
     def shown_groups(self) -> ClusterLabels | None:
         return self.episode.labels.get("image")
 
-    def _clustered(self, modality: Modality, points: Tensor, ids: Tensor) -> KMeansResult:
+    def _clustered(self, modality: Student, points: Tensor, ids: Tensor) -> KMeansResult:
         config = KMeansConfig(
             clusters=self.config.clusters,
             iterations=self.config.kmeans_iterations,
@@ -213,29 +209,12 @@ class Recipe:
         observer = Interruptible(self.context.check)
         return kmeans(points, ids, config, self.comm, initial=start, observer=observer)
 
-    def _fill(self, extracted: Extracted, clustered: Mapping[Modality, KMeansResult]) -> None:
-        """The episode's labels and, for each term, its table of prototypes."""
-        self.episode.clear()
-        rows = {"image": extracted.image, "text": extracted.text}
-        for student, teacher in OTHER.items():
-            result = clustered[teacher]
-            self.episode.centroids[teacher] = result.centroids
-            self.episode.labels[teacher] = ClusterLabels.gather(
-                extracted.ids, result.labels, self.comm
-            )
-            if self.config.prototype_weight:
-                self.episode.tables[f"{student}_from_{teacher}"] = episode_table(
-                    *(rows[student], result.labels, own_rows(result.centroids, self.comm)),
-                    *(self.options, self.comm),
-                    temperature=self.config.target_temperature,
-                )
-        for name, groups in self.teachers.items():
-            labels = groups.labels.of(extracted.ids)
-            for student in groups.config.students:
-                self.episode.tables[f"{student}_from_{name}"] = episode_table(
-                    *(rows[student], labels, groups.centroids, self.options, self.comm),
-                    temperature=groups.config.target_temperature,
-                )
+    def _fill(self, extracted: Extracted, clustered: Mapping[Student, KMeansResult]) -> None:
+        temperature = self.config.target_temperature
+        self.episode.keep(extracted, clustered)
+        if self.config.prototype_weight:
+            self.episode.add_pair(extracted, clustered, self.options, temperature=temperature)
+        self.episode.add_teachers(extracted, self.teachers, self.options)
 
     # -- inside ---------------------------------------------------------------------------------
 
