@@ -8,12 +8,15 @@ all four read alike: of a parameter's values in a row, this rank holds some from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer.comm import Comm
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Piece(NamedTuple):
@@ -70,6 +73,40 @@ class Masters:
             _share_again(self._engine.optimizer)
         else:
             self._engine.optimizer.update_lp_params()
+
+    def exchange(self, parameters: Mapping[str, nn.Parameter], pieces: Mapping[str, Piece]) -> None:
+        """Weights and other values of the same pieces change places. Collective."""
+        for name, parameter in parameters.items():
+            mine = self.piece(parameter).values
+            kept = mine.clone()
+            mine.copy_(pieces[name].values)
+            pieces[name].values.copy_(kept)
+        self.refresh()
+
+    def num_steps(self) -> int:
+        """Steps that the optimizer has taken."""
+        return max((int(state.get("step", 0)) for state in self._states()), default=0)
+
+    def count_steps(self, steps: int) -> None:
+        """Let the optimizer have taken so many."""
+        for state in self._states():
+            if torch.is_tensor(state.get("step")):
+                state["step"].fill_(steps)
+            elif "step" in state:
+                state["step"] = steps
+
+    def link_moments(self) -> None:
+        """Let DeepSpeed's ZeRO-1 and 2 find the moments of every parameter group.
+
+        0.19.8 links them once, after the first group of the first step, when the other groups
+        have none yet; linking again finds them all.
+        """
+        if self._stage in (1, 2) and self.num_steps():
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _states(self) -> list[dict[str, Any]]:
+        return list(self._optimizer.state.values())
 
     def _undo_first_step(self) -> None:
         """Stage 0 in bfloat16 makes its moments by a step without gradients, which counts as one

@@ -1,4 +1,4 @@
-"""A model under DeepSpeed. The only file that imports deepspeed.
+"""A model under DeepSpeed.
 
 The engine hides the ZeRO stage: `engine(batch)` runs the sharded model, `backward` accumulates,
 `step` applies, and weights, moments and buffers are read and written in full, by name.
@@ -8,55 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+import trainer.engine.lean_import  # noqa: F401
 from trainer.comm import Comm
 from trainer.config import OptimConfig
+from trainer.engine.adam import adamw
+from trainer.engine.blocks import gather_whole_blocks
 from trainer.engine.copies import WeightCopy
-from trainer.engine.groups import parameter_groups, set_learning_rate
+from trainer.engine.groups import set_learning_rate
 from trainer.engine.kept import Kept
-from trainer.engine.masters import Masters, Piece, write_piece
+from trainer.engine.masters import MOMENTS, Masters, Piece, write_piece
 from trainer.engine.once import OncePerPass
 from trainer.engine.tower_norms import TowerNorms
-from trainer.engine.zero_file import Decided, completed, for_frozen
+from trainer.engine.zero_file import Decided, completed
 from trainer.errors import CheckpointError
 from trainer.models.model import Model
 from trainer.types import Batch, Features, TowerName
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed, once a bucket.
-warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
-
-
-# Without a GPU DeepSpeed would compile an op at the first launch, for minutes, and a build that is
-# killed leaves a lock for which every later launch waits forever. Only inference uses that op.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _read_muon_uncompiled() -> None:
-    """Import DeepSpeed's file of the optimizer Muon without torch's compiler.
-
-    Each optimizer is asked whether it is Muon, and that file would bring the whole compiler along
-    for its decorators: four seconds of every start. No run here has Muon.
-    """
-    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
-    kept, compiler.compile = compiler.compile, lambda: lambda function: function
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    compiler.compile = kept
-
-
-_read_muon_uncompiled()
 
 
 class Engine:
@@ -97,12 +70,12 @@ class Engine:
 
     def _start(self, model: Model) -> None:
         self._model = model
-        self._optimizer = _adamw(model, self._optim, self._config)
+        self._optimizer = adamw(model, self._optim, self._config)
         self._once: OncePerPass | None = None
         if self.stage == 3:
             # A block is gathered whole: one collective instead of one per Linear, and a fifth less
             # time spent in hooks. What is live at a time is a block, as with checkpointing.
-            self._once = OncePerPass(_gather_whole_blocks(model))
+            self._once = OncePerPass(gather_whole_blocks(model))
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )
@@ -186,7 +159,7 @@ class Engine:
         """
         if not any(MOMENTS[0] in state for state in self._optimizer.state.values()):
             return {}
-        self._link_moments()
+        self._masters.link_moments()
         return {
             f"{key}/{name}": value
             for key in MOMENTS
@@ -214,7 +187,7 @@ class Engine:
         masters of a bf16 model were made from rounded ones.
         """
         self._step_on_nothing(batch)
-        self._link_moments()
+        self._masters.link_moments()
         for name, parameter in self._trained():
             self._masters.write(parameter, weights[name])
             for key in MOMENTS:
@@ -222,7 +195,7 @@ class Engine:
         self._masters.refresh()
         for name, buffer in persistent_buffers(self.module).items():
             buffer.copy_(weights[name])
-        self._count_steps(steps)
+        self._masters.count_steps(steps)
 
     # -- other weights and other models ---------------------------------------------------------
 
@@ -247,11 +220,12 @@ class Engine:
         The two change places, so it costs no memory. All ranks enter and leave together, and take
         no step in between.
         """
-        self._exchange(pieces)
+        trained = dict(self._trained())
+        self._masters.exchange(trained, pieces)
         try:
             yield
         finally:
-            self._exchange(pieces)
+            self._masters.exchange(trained, pieces)
 
     def rebuild(self, model: Model, batch: Batch, *, keep: Mapping[str, Kept]) -> None:
         """Go on with another model: a smaller one, or one with other layers.
@@ -264,13 +238,13 @@ class Engine:
         """
         old, masters, before = self._engine, self._masters, dict(self._trained())
         copied = [copy.values for copy in self._copies]
-        steps = self._num_steps()
-        self._link_moments()
+        steps = self._masters.num_steps()
+        self._masters.link_moments()
         self._start(model)
         if steps:
             self._step_on_nothing(batch)
-            self._link_moments()
-            self._count_steps(steps)
+            self._masters.link_moments()
+            self._masters.count_steps(steps)
         carried = [
             (name, parameter, kept, before[kept.name])
             for name, parameter in self._trained()
@@ -286,26 +260,6 @@ class Engine:
             for name, _, kept, source in carried:
                 write_piece(copy.values[name], kept.of(masters.whole(source, values[kept.name])))
         old.destroy()
-
-    def _exchange(self, pieces: Mapping[str, Piece]) -> None:
-        for name, mine in self.pieces().items():
-            kept = mine.values.clone()
-            mine.values.copy_(pieces[name].values)
-            pieces[name].values.copy_(kept)
-        self._masters.refresh()
-
-    def _num_steps(self) -> int:
-        """Steps that the optimizer has taken."""
-        return max(
-            (int(state.get("step", 0)) for state in self._optimizer.state.values()), default=0
-        )
-
-    def _count_steps(self, steps: int) -> None:
-        for state in self._optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"].fill_(steps)
-            elif "step" in state:
-                state["step"] = steps
 
     def bytes_per_rank(self) -> dict[str, int]:
         """Bytes of trained weights and of moments that this rank holds between steps."""
@@ -342,16 +296,6 @@ class Engine:
     def _moment(self, key: str, parameter: nn.Parameter) -> Tensor:
         return self._masters.whole(parameter, self._masters.piece(parameter, key))
 
-    def _link_moments(self) -> None:
-        """Let DeepSpeed's ZeRO-1 and 2 find the moments of every parameter group.
-
-        0.19.8 links them once, after the first group of the first step, when the other groups
-        have none yet; linking again finds them all.
-        """
-        if self.stage in (1, 2) and self._num_steps():
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
     def _step_on_nothing(self, batch: Batch) -> None:
         said = self(batch).tensors().values()
         outputs = [x.float().sum() for x in said if x.requires_grad]
@@ -360,76 +304,10 @@ class Engine:
             raise CheckpointError("the restored weights give outputs that are not finite")
 
 
-class FrozenEngine:
-    """A model that only runs, its weights dealt to the ranks: ZeRO-3 without an optimizer.
-
-    A pass gathers one block after another from all ranks, so all ranks take equally many. Before
-    each they tell who has something to run; those that have not run along.
-    """
-
-    def __init__(self, model: nn.Module, comm: Comm) -> None:
-        self.comm = comm
-        config = for_frozen(next(model.parameters()).dtype)
-        _gather_whole_blocks(model)
-        # Dealt before DeepSpeed would move the model to a device where it does not fit as a whole.
-        deepspeed.zero.Init(module=model, config_dict_or_path=config)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(comm.device)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, config=config, dist_init_required=False
-        )
-        self._engine.eval()
-
-    def __call__(self, **inputs: Any) -> Any:
-        self.comm.any(True)
-        return self._engine(**inputs)
-
-    def together(self, **inputs: Any) -> Any:
-        """A pass that all ranks take at this point anyway, so that nobody has to be told."""
-        return self._engine(**inputs)
-
-    def stand_by(self, **spare: Any) -> None:
-        """Run along on `spare` until no rank has anything to run."""
-        while self.comm.any(False):
-            self._engine(**spare)
-
-
-def _gather_whole_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Make each transformer block one unit of ZeRO-3's gathering; returns those by name.
-
-    Not blocks of which a part is frozen (low-rank additions): in 0.19.8 their parameters are
-    released before the backward pass has used them.
-    """
-    gathered: dict[str, nn.Module] = {}
-    for name, block in model.named_modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            uniform = len({parameter.requires_grad for parameter in block.parameters()}) == 1
-            set_z3_leaf_module(block, uniform)
-            if uniform:
-                gathered[name] = block
-    return gathered
-
-
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that belong to a module's state, such as running statistics."""
     state = module.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in module.named_buffers() if name in state}
-
-
-def _adamw(model: Model, optim: OptimConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
-    named = list(model.named_parameters())
-    groups = parameter_groups(named, optim, model.parameter_depth)
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    offloaded = offload.get("device", "none") != "none"
-    on_gpu = torch.cuda.is_available()
-    if offloaded and on_gpu:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(
-            groups, betas=optim.betas, eps=optim.epsilon, adamw_mode=True
-        )
-        return cpu_adam
-    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.epsilon, fused=on_gpu)
 
 
 def _all_finite(module: nn.Module) -> bool:

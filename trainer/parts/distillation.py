@@ -152,7 +152,9 @@ class LiveTeacher(TeacherDigests):
         self._seen = partial(as_seen_by, found.pixels, model_pixels(model))
         self._rows_at_once = config.rows_at_once
         if config.sharded:
-            from trainer.engine.zero import FrozenEngine  # deepspeed is imported where it is wanted
+            from trainer.engine.frozen import (
+                FrozenEngine,
+            )  # deepspeed is imported where it is wanted
 
             self._run = FrozenEngine(found.model, comm).together
         else:

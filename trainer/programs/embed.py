@@ -46,7 +46,7 @@ def open_teacher(spec: TeacherSpec, comm: Comm, *, cache: Path = DEFAULT_CACHE) 
 
 
 def _sharder(comm: Comm) -> Shard:
-    from trainer.engine.zero import FrozenEngine  # deepspeed is imported where it is wanted
+    from trainer.engine.frozen import FrozenEngine  # deepspeed is imported where it is wanted
 
     return lambda model: FrozenEngine(model, comm)
 
