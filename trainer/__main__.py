@@ -1,7 +1,8 @@
 """python -m trainer RUN.yaml [key=value ...] -- the same under deepspeed, torchrun or accelerate.
 
 Exit codes: 0 finished, or stopped by a signal with everything saved; 2 a mistake in the
-configuration, the data or the checkpoints, explained in one sentence; 1 our own bug.
+configuration, the data or the checkpoints, explained in one sentence; 3 a rank was lost
+or hangs, and the same command goes on; 1 our own bug.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from trainer.errors import TrainerError
+from trainer.errors import LostRank, TrainerError
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -19,11 +19,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except TrainerError as error:
         if not error.is_said and os.environ.get("RANK", "").strip() in {"", "0"}:
             sys.stderr.write(f"error: {error}\n")
-        code = 2
+        code = error.exit_code
     except BaseException:
         _leave_group()
         raise
-    if _leave_group():
+    if code == LostRank.exit_code or _leave_group():  # whoever is gone can't leave together
         _end_at_once(code)
     sys.exit(code)
 

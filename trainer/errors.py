@@ -4,10 +4,12 @@ TrainerError
 ├── ConfigError        a YAML key, a value, or two values that do not fit together
 ├── DataError          a shard, an index, a sample, or too many bad samples
 ├── CheckpointError    a checkpoint that is damaged, missing or of another run
+├── LostRank           another rank was killed, can't be reached, or hangs (exit code 3)
 └── NonFiniteLoss      training met NaN or infinity more often than it may
 
 The message says what is wrong with its numbers, and the way out. `python -m trainer` and the
-tools print it as one sentence and exit with code 2; any other exception is our own bug.
+tools print it as one sentence and exit with code 2, or 3 where a start anew may help; any other
+exception is our own bug.
 """
 
 
@@ -16,6 +18,8 @@ class TrainerError(Exception):
 
     on_all_ranks = False
     """True where every rank raises it at the same point, so that they can still save together."""
+    exit_code = 2
+    """Of a program that ends by it."""
     is_said = False
     """True where it was printed before the ranks parted."""
 
@@ -30,6 +34,12 @@ class DataError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint can't be used."""
+
+
+class LostRank(TrainerError):
+    """A rank is gone or hangs; nothing is wrong with the run, which may be started again."""
+
+    exit_code = 3
 
 
 class NonFiniteLoss(TrainerError):

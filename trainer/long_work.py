@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, TypeVar, runtime_checkable
 
+from trainer.pulse import PULSE
+
 T = TypeVar("T")
 
 LIVE_SECONDS, PLAIN_SECONDS = 0.25, 15.0
@@ -75,6 +77,7 @@ def speaking_to(outlet: Outlet, listener: Callable[[str], None] | None = None) -
 
 def tell(text: str) -> None:
     """One line about what begins now."""
+    PULSE.beat()
     if _speaks():
         _outlet[-1].line(text)
         for listener in _listeners:
@@ -110,6 +113,7 @@ class LongWork:
 
     def done(self, count: int = 1) -> None:
         self.count += count
+        PULSE.beat()
         now = time.monotonic()
         if not _speaks():
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -39,13 +40,15 @@ from trainer.log.environment import write_start
 from trainer.log.meter import Meter
 from trainer.log.metrics import MetricLog, evaluated
 from trainer.log.opening_lines import describe
-from trainer.log.printed import told_to_log
+from trainer.log.printed import note, told_to_log
 from trainer.log.skipped_step import SkippedSteps, explain_skip, one_line
 from trainer.log.tracker import tracker_for
 from trainer.long_work import tell
+from trainer.meeting import read_place
 from trainer.parts.averaged_weights import AveragedWeights
 from trainer.periods import Clock
 from trainer.pictures.run import training_pictures
+from trainer.pulse import PULSE
 from trainer.recipe import Recipe, attach_parts, load_recipe, prepared
 from trainer.run import (
     add_average,
@@ -59,6 +62,7 @@ from trainer.run import (
 )
 from trainer.stop import Check, Stopped, StopRequest, go_on
 from trainer.types import Batch, Features, Losses, Progress
+from trainer.watch.watch import Watch
 
 
 class Outcome(NamedTuple):
@@ -116,7 +120,7 @@ def train(config: RunConfig) -> Outcome:
     the last step that fails (a DataError; the same command makes it again).
     """
     comm = Comm.from_environment(timeout_seconds=config.comm_timeout_seconds)
-    with sole_user(config.workdir, comm), StopRequest() as stop:
+    with _watch(config), sole_user(config.workdir, comm), StopRequest() as stop:
         checkpoints = Checkpointer(
             config.workdir / "checkpoints", comm, keep=config.keep_checkpoints
         )
@@ -132,6 +136,12 @@ def train(config: RunConfig) -> Outcome:
             return Outcome(start.progress, finished=False, steps_now=0)
         with closing(run.stream), run.log:
             return _train(run, start, owed, saved=start if restored else None)
+
+
+def _watch(config: RunConfig) -> Watch:
+    """Outermost: what ends one rank ends the others too, whatever they wait for."""
+    say = partial(note, config.workdir)
+    return Watch(read_place(os.environ), config.workdir, config.hang_seconds, note=say)
 
 
 def _train(run: Run, here: Place, owed: Sequence[EvalConfig], saved: Place | None) -> Outcome:
@@ -194,13 +204,15 @@ def _built(
     agreed(comm, lambda: refuse_other_data(config, stream.shard_lines))
     tell(f"building the model of {config.recipe.name}")
     shape = restored.state.get("shape") if restored else None
-    recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check, shape))
+    with PULSE.phase("building the model"):
+        recipe = load_recipe(config.recipe, context_of(config, comm, tokenizer, check, shape))
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
     averaged = config.average is not None
     needed = bytes_needed(restored, parameters["trained"], averaged=averaged)
     check_room(config.workdir / "checkpoints", comm, needed=needed)
     if restored:
+        PULSE.mark()
         tell(f"reading {restored.folder}")
         load_weights(restored, recipe.model, config, frozen=frozen)
     engine = Engine(
@@ -246,7 +258,7 @@ def _built(
 
 
 def _with_phase(run: Run, progress: Progress) -> Place:
-    with undone_unless_done(run.buffers):
+    with PULSE.phase("episode"), undone_unless_done(run.buffers):
         figures = run.recipe.begin_phase(progress, run.encode, run.stream)
     run.log.event(progress, "episode", **figures)
     return Place(progress, phase_begun=True)
@@ -254,7 +266,7 @@ def _with_phase(run: Run, progress: Progress) -> Place:
 
 def _step(run: Run, progress: Progress) -> Progress:
     """One step and its numbers in the log. A stop between its micro-batches undoes it."""
-    with undone_unless_done(run.buffers):
+    with PULSE.phase("step"), undone_unless_done(run.buffers):
         batches = _taken(run)
         run.meter.watch(run.engine.module)
         said: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import socket
@@ -88,9 +89,28 @@ def meeting_point(place: Place, timeout: timedelta) -> dist.Store:
         return met
     deadline = time.monotonic() + timeout.total_seconds()
     server = _connected(place, deadline)
-    store = dist.PrefixStore(_attempt(server, place, deadline), server)
+    _starts[place] = (server, _attempt(server, place, deadline))
+    store = dist.PrefixStore(_starts[place][1], server)
     store.set_timeout(timeout)
     return store
+
+
+_starts: dict[Place, tuple[dist.Store, str]] = {}
+"""The server, which must outlive the group, and the prefix of this start in it."""
+
+
+_channels = itertools.count()
+
+
+def side_channel(place: Place) -> dist.Store:
+    """A connection of its own to the ranks' store, for a thread; alone where nobody has met."""
+    if place not in _starts:
+        return dist.HashStore()
+    client = dist.TCPStore(
+        place.address, place.port, None, is_master=False, timeout=timedelta(seconds=20)
+    )
+    number = next(_channels)  # ranks open equally many
+    return dist.PrefixStore(f"{_starts[place][1]}/channel/{number}", client)
 
 
 _met: dict[Place, dist.Store] = {}

@@ -15,36 +15,48 @@ from typing import NamedTuple
 class Reading(NamedTuple):
     """A look at a process."""
 
-    beats: int
-    """Signs of progress so far; ranks of one run give equally many between two collectives."""
+    marks: int
+    """Places in the program that all ranks pass, so far: who has fewest is behind."""
     phase: str
     seconds: float
     """Since the last of them."""
+    usual: float
+    """The longest time between two of them in this phase so far; 0 before there was one."""
 
 
 class Pulse:
-    """Counts beats; its phase is the innermost that was entered."""
+    """Knows the last beat; its phase is the innermost that was entered."""
 
     def __init__(self) -> None:
-        self._beats, self._at = 0, time.monotonic()
+        self._marks, self._at = 0, time.monotonic()
         self._phases = ["setup"]
+        self._longest: dict[str, float] = {}
 
     def beat(self) -> None:
-        self._beats, self._at = self._beats + 1, time.monotonic()
+        now, phase = time.monotonic(), self._phases[-1]
+        self._longest[phase] = max(self._longest.get(phase, 0.0), now - self._at)
+        self._at = now
+
+    def mark(self) -> None:
+        """A beat at a place that every rank passes equally often."""
+        self._marks += 1
+        self.beat()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside, this is what goes on; entering and leaving are beats."""
+        """Inside, this is what goes on; entering and leaving are marks."""
+        self.mark()
         self._phases.append(name)
-        self.beat()
         try:
             yield
         finally:
+            self.mark()
             self._phases.remove(name)
-            self.beat()
 
     def read(self) -> Reading:
-        return Reading(self._beats, self._phases[-1], time.monotonic() - self._at)
+        phase = self._phases[-1]
+        waited = time.monotonic() - self._at
+        return Reading(self._marks, phase, waited, self._longest.get(phase, 0.0))
 
 
 PULSE = Pulse()

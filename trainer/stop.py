@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.launchers import Launchers
+from trainer.pulse import PULSE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -85,7 +86,8 @@ class StopRequest:
         return answer is not None and bool(answer.item())
 
     def check(self, comm: Comm) -> None:
-        """`Stopped` on every rank where `agreed` is true."""
+        """`Stopped` on every rank where `agreed` is true. A mark of the pulse."""
+        PULSE.mark()
         if self.agreed(comm):
             raise Stopped
 

@@ -27,7 +27,7 @@ ROOMS = (
         "command",
         "config",
     ),
-    *("stop", "periods", "losses", "data", "models", "store", "concepts"),
+    *("watch", "stop", "periods", "losses", "data", "models", "store", "concepts"),
     *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),
     *("pictures", "scaling", "parts", "run", "recipes", "loop", "programs", "bench", "__main__"),
 )
@@ -38,7 +38,7 @@ KEPT_TO = {
         "trainer/comm.py",
         "trainer/meeting.py",
         "trainer/together.py",
-        "trainer/watch.py",
+        "trainer/watch/",
         "trainer/engine/",
     },
     "torchvision": set(),

@@ -39,6 +39,7 @@ from trainer.checkpoint.restored import Restored, open_checkpoint
 from trainer.checkpoint.room import free_bytes, size_in_words
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
+from trainer.pulse import PULSE
 from trainer.types import NamedTensors
 
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
@@ -78,6 +79,16 @@ class Checkpointer:
         CheckpointError on all ranks if one of them can't write; what was there before stays.
         """
         state_text = json.dumps(state, allow_nan=False)
+        with PULSE.phase("save"):
+            return self._saved(step, tensors, state_text, texts)
+
+    def _saved(
+        self,
+        step: int,
+        tensors: Mapping[str, NamedTensors],
+        state_text: str,
+        texts: Mapping[str, str],
+    ) -> Path:
         temporary = self._begin(step)
         writer = self._writer(temporary)
         for group, values in tensors.items():
@@ -214,6 +225,10 @@ class Checkpointer:
         The ranks share the hashing and agree. Each refused checkpoint is told to `warn` on rank 0;
         CheckpointError if there are some and none can be used.
         """
+        with PULSE.phase("restore"):
+            return self._latest(warn)
+
+    def _latest(self, warn: Callable[[str], None]) -> Restored | None:
         names = self._comm.broadcast_json([path.name for *_, path in self._found()])
         reasons: list[str] = []
         for name in reversed(names):
@@ -253,7 +268,10 @@ class Checkpointer:
 
     def _damages(self, folder: Path, manifest: Manifest) -> list[str]:
         mine = manifest.files[self._comm.rank :: self._comm.world_size]
-        found = [problem for entry in mine if (problem := damage(folder, entry))]
+        found = []
+        for entry in mine:
+            PULSE.beat()
+            found += [problem] if (problem := damage(folder, entry)) else []
         return [problem for part in self._comm.gather_json(found) for problem in part]
 
 

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from trainer.config import Frozen
+from trainer.pulse import PULSE
 from trainer.types import NamedTensors
 
 MANIFEST = "manifest.json"
@@ -115,6 +116,7 @@ class ShareWriter:
         seen: set[str] = set()
         held = part = 0
         for name, tensor in pairs:
+            PULSE.beat()
             self._size += tensor.nbytes
             if name in seen:
                 self._doubled.append(f"{group}/{name}")

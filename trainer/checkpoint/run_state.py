@@ -34,6 +34,7 @@ FREE_TO_CHANGE = frozenset(
         "keep_checkpoints",
         "max_skipped_steps",
         "comm_timeout_seconds",
+        "hang_seconds",
     }
 )
 SHARDS = "shards.txt"

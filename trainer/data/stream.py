@@ -36,6 +36,7 @@ from trainer.data.shards import ShardSet
 from trainer.data.views import augment, flipped
 from trainer.data.workers import refuse_small_shared_memory
 from trainer.errors import DataError
+from trainer.pulse import PULSE
 from trainer.types import Batch
 
 PADDING_ID = -1
@@ -153,7 +154,8 @@ class Stream:
 
     def _batch(self, plan: Plan, number: int, *, rows: int) -> Batch:
         began = time.perf_counter()
-        raw = self._source.batch(plan, number)
+        with PULSE.phase("data"):
+            raw = self._source.batch(plan, number)
         self.wait_seconds += time.perf_counter() - began
         if isinstance(raw, Failure):
             self.ledger.put(num_read=len(raw.rejected), rejected=raw.rejected)

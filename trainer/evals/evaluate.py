@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 from trainer.config import EvalConfig, Weights
 from trainer.errors import ConfigError, TrainerError
 from trainer.evals.context import EvalContext
+from trainer.pulse import PULSE
 from trainer.recipe import Encode
 
 
@@ -49,7 +50,8 @@ def evaluate_each(
     """As `evaluate_all`, one after another; one that fails does not keep the others back."""
     sharing = context._replace(encoded={})
     for config in configs:
-        figures, own = _attempt(config, encode, sharing)
+        with PULSE.phase(f"evaluation {config.label}"):
+            figures, own = _attempt(config, encode, sharing)
         failures = sharing.comm.gather_json(own)
         failure = next((reason for reason in failures if reason is not None), None)
         yield Result(config, figures if failure is None else {}, failure)

@@ -32,6 +32,13 @@ class Printed:
         self._file.close()
 
 
+def note(workdir: Path, text: str) -> None:
+    """One line by itself, from a thread that may end the process behind it."""
+    printed = Printed(workdir)
+    printed.line(text)
+    printed.close()
+
+
 @contextmanager
 def told_to_log(workdir: Path, comm: Comm) -> Iterator[None]:
     """What is told before a run's log begins, the sentence of a mistake too, stands in it."""
