@@ -17,16 +17,7 @@ SOURCES = sorted([*ROOT.glob("trainer/**/*.py"), *ROOT.glob("tools/*.py")])
 ROOMS = (
     *("errors", "types", "hashing", "pulse", "long_work", "kernels", "launchers", "meeting"),
     *("together", "comm"),
-    *(
-        "config_errors",
-        "config_past",
-        "config_text",
-        "prompt_templates",
-        "config_section",
-        "recipe_files",
-        "command",
-        "config",
-    ),
+    *("prompt_templates", "config", "command"),
     *("watch", "stop", "periods", "losses", "data", "models", "store", "concepts"),
     *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),
     *("pictures", "scaling", "parts", "run", "recipes", "loop", "programs", "bench", "__main__"),

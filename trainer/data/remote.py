@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 from braceexpand import braceexpand
 
-from trainer.config_section import split_set
+from trainer.config.section import split_set
 from trainer.data.tar import Bytes
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from trainer.comm import Comm
 from trainer.config import OptimConfig
-from trainer.config_errors import explain
+from trainer.config.errors import explain
 from trainer.engine.zero_sections import FROM_THE_RUN, refuse_unusable, refuse_unusable_zero
 from trainer.errors import ConfigError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config_errors import did_you_mean
+from trainer.config.errors import did_you_mean
 from trainer.errors import ConfigError
 
 HONOURED: Mapping[str, tuple[type, ...]] = {

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from trainer.config import RunConfig
-from trainer.config_section import split_set
+from trainer.config.section import split_set
 from trainer.data.stream import Stream
 
 

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import Frozen, LocalPath, PositiveInt, parse_run
-from trainer.config_errors import explain
-from trainer.config_text import read_mapping
+from trainer.config.errors import explain
+from trainer.config.text import read_mapping
 from trainer.errors import ConfigError, TrainerError
 from trainer.programs.compare_plot import plot_comparison
 from trainer.programs.workdir import logged_results

@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from trainer.config import OnlyWhere, Period, RunConfig
-from trainer.config_section import shown
-from trainer.recipe_files import recipe_module, recipe_names
+from trainer.config.recipe_files import recipe_module, recipe_names
+from trainer.config.section import shown
 
 Section = type[BaseModel]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from trainer.config import Frozen
-from trainer.config_errors import explain
+from trainer.config.errors import explain
 from trainer.errors import ConfigError, DataError
 
 Array = NDArray[np.float64]

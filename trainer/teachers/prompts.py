@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from trainer.config import Frozen
-from trainer.config_errors import explain
+from trainer.config.errors import explain
 from trainer.data.captions import field_texts
 from trainer.data.decode import BadSample
 from trainer.errors import ConfigError

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import IMAGE_FIELDS, Frozen, PositiveInt
-from trainer.config_errors import explain
-from trainer.config_text import parsed_override
+from trainer.config.errors import explain
+from trainer.config.text import parsed_override
 from trainer.data.corpus.wheels import sha256_of
 from trainer.data.pixels import Pixels, folder_pixels
 from trainer.data.tokenize import load_tokenizer, tokenizer_digest

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config_errors import did_you_mean
+from trainer.config.errors import did_you_mean
 from trainer.errors import ConfigError
 
 
 def recipe_names() -> Sequence[str]:
-    folder = Path(__file__).parent / "recipes"
+    folder = Path(__file__).parents[1] / "recipes"
     return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 

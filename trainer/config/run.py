@@ -1,0 +1,165 @@
+"""A whole run: its keys, and its YAML in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from trainer.config.data import CaptionConfig, DataConfig
+from trainer.config.errors import explain
+from trainer.config.evals import EvalConfig
+from trainer.config.optim import AverageConfig, OptimConfig
+from trainer.config.past import brought_up_to_date
+from trainer.config.period import Every, Period
+from trainer.config.recipe import RecipeConfig
+from trainer.config.recipe_files import config_class, recipe_config
+from trainer.config.section import Frozen, LocalPath, PositiveInt
+from trainer.config.text import read_mapping
+from trainer.errors import ConfigError
+
+
+class RunConfig(Frozen):
+    """A whole run."""
+
+    workdir: LocalPath
+    """Checkpoints, metrics and exports go here. A second start goes on from what is there."""
+    seed: int = 0
+    """Everything that is drawn (weights, order, views, captions) is a function of it."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch: PositiveInt
+    """Samples per optimizer step over all ranks. It is the only batch size that matters."""
+    micro_batch: PositiveInt | None = None
+    """Samples per rank and forward pass; the whole share of a rank where None."""
+    deepspeed: LocalPath = Path("ds_configs/zero3.json")
+    """ZeRO stage, precision and offload. Batch sizes and clipping come from here instead."""
+    gradient_checkpointing: bool = True
+    """Keep only the inputs of blocks and compute the rest again backward: less memory, a third more
+    time."""
+    recipe: SerializeAsAny[RecipeConfig]
+    """`name` is the recipe's file; its other keys are that file's `Config`."""
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    average: AverageConfig | None = None
+    """A momentum copy of the trained weights beside them, for evaluations and exports that ask for
+    `averaged` ones; 4 bytes a weight, divided as ZeRO divides the moments. None where None."""
+    evals: tuple[EvalConfig, ...] = ()
+    log_every: Every = Period.model_construct(count=10.0, unit="steps")
+    """Between two lines of numbers."""
+    log_term_gradients: bool = False
+    """Log the norm of each loss term's gradient at the features too. Terms then go backward one by
+    one, which may change the last bit of a gradient."""
+    device_peak_tflops: float | None = Field(default=None, gt=0)
+    """What one device can do, in 10^12 FLOPs per second, as its maker says for the run's precision;
+    the share of it that a run uses is then logged."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases that takes the same numbers (`pip install wandb`)."""
+    save_every: Every = Period.model_construct(count=10.0, unit="min")
+    """Between two checkpoints. The end of a run is always saved."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Two at least: the one before is the way back if the newest is damaged."""
+    max_skipped_steps: int = Field(default=20, ge=0)
+    """The run stops when this many steps in a row had a gradient that is not finite."""
+    comm_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Seconds that a rank waits for the others before it gives up."""
+    hang_seconds: float = Field(default=600.0, gt=0)
+    """Seconds without progress on some rank, whatever it does, after which all write the stacks of
+    their threads to WORKDIR/stacks, the one that is behind is named, and the run ends."""
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _recipe_reads_its_own_keys(cls, values: Any) -> Any:
+        return recipe_config(values) if isinstance(values, Mapping) else values
+
+    @field_validator("evals")
+    @classmethod
+    def _one_label_each(cls, evals: tuple[EvalConfig, ...]) -> tuple[EvalConfig, ...]:
+        labels = [entry.label for entry in evals]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"several evaluations are labelled {', '.join(twice)}")
+        return evals
+
+    @model_validator(mode="after")
+    def _no_average_that_is_not_kept(self) -> RunConfig:
+        wanting = [entry.label for entry in self.evals if entry.weights == "averaged"]
+        if wanting and self.average is None:
+            raise ValueError(
+                f"evaluation {wanting[0]} is of averaged weights, and the run keeps no average; "
+                "add `average: {}`, or drop `weights: averaged`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_keys_of_a_tower_that_is_not_there(self) -> RunConfig:
+        model = self.recipe.model
+        for tower in ("image", "text"):
+            section = getattr(model, tower, None)
+            rate = f"optim.{tower}_learning_rate"
+            if section is None and getattr(self.optim, f"{tower}_learning_rate") is not None:
+                raise ValueError(f"{rate}: {self._model_has_no(tower)}; drop it")
+        reads = getattr(model, "text", None) is not None or self.recipe.words() is not None
+        if not reads and self.data.captions != CaptionConfig():
+            raise ValueError(f"data.captions: {self._model_has_no('text')}; drop them")
+        return self
+
+    def _model_has_no(self, tower: str) -> str:
+        return f"the model of {self.recipe.name} has no {tower} tower that would read it"
+
+
+def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `a.b=value` overrides (values are YAML too)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8 (byte {error.start})") from error
+    return parse_run(text, overrides, source=str(path))
+
+
+def parse_run(text: str, overrides: Sequence[str] = (), *, source: str = "YAML") -> RunConfig:
+    values = brought_up_to_date(read_mapping(text, overrides, source=source))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        where = f"{source} with {' '.join(overrides)}" if overrides else source
+        raise ConfigError(f"{where}: {_explain(error, values)}") from error
+
+
+def dump_run(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `parse_run(dump_run(c)) == c`."""
+    values = config.model_dump(mode="json")
+    for section in [values, *values["evals"]]:
+        for key, value in section.items():
+            if isinstance(value, dict) and set(value) == {"count", "unit"}:
+                section[key] = str(Period.model_construct(**value))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def micro_batches(
+    *, global_batch: int, micro_batch: int | None, world_size: int
+) -> tuple[int, int]:
+    """(micro-batch per rank, micro-batches per step); a ConfigError where it does not divide."""
+    unit = world_size * (micro_batch or 1)
+    if global_batch % unit:
+        lower, upper = global_batch // unit * unit, -(-global_batch // unit) * unit
+        parts = f"{world_size} ranks" + (
+            f" x micro-batches of {micro_batch}" if micro_batch else ""
+        )
+        ways = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ConfigError(f"global_batch {global_batch} is not divisible by {parts}; use {ways}")
+    per_rank = global_batch // world_size
+    return (micro_batch or per_rank), per_rank // (micro_batch or per_rank)
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    recipe = values.get("recipe")
+    try:
+        sections = {"recipe": config_class(recipe)} if isinstance(recipe, Mapping) else {}
+    except ValueError:
+        sections = {}  # the error says so itself
+    return explain(error, RunConfig, sections=sections)
