@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.engine.test_zero import CONFIGS, batch_of, loss_of, new_engine, refer
 from tests.engine.test_zero import run_steps as take_steps
 from tests.ranks import run_ranks
 from trainer.comm import Comm
+from trainer.engine import zero
 from trainer.engine.accumulate import accumulate
 
 
@@ -32,11 +34,26 @@ ON_A_GPU = [case for case in CASES if case[1] and case[0] != "zero3"]
 """What each file is there, once (zero3 is zero3_bf16 there)."""
 
 
+def engine_of(comm: Comm, name: str, bf16: bool, weights: dict[str, Tensor] | None = None):
+    """With the optimizer that a GPU gets: torch's fused one, of offloaded weights on the CPU."""
+    if (name, bf16) not in ON_A_GPU:
+        return new_engine(comm, name, weights, bf16=bf16)
+    with patch.object(zero, "adamw", as_on_a_gpu):
+        engine = new_engine(comm, name, weights, bf16=bf16)
+    assert engine._optimizer.defaults["fused"]
+    return engine
+
+
+def as_on_a_gpu(*arguments: Any, adamw: Any = zero.adamw) -> torch.optim.Optimizer:
+    with patch.object(torch.cuda, "is_available", lambda: True):
+        return adamw(*arguments)
+
+
 def train(comm: Comm, cases: list[tuple[str, bool]]) -> list[dict[str, Any]]:
     """Two steps of two micro-batches, one with a NaN on the last rank, and one more step."""
     results = []
     for name, bf16 in cases:
-        engine = new_engine(comm, name, bf16=bf16)
+        engine = engine_of(comm, name, bf16)
         take_steps(engine, comm, range(2), 2)
         saved = (engine.weights_share(), engine.moments_share())
         batches = batch_of(2, comm, 1)
@@ -55,7 +72,7 @@ def go_on(comm: Comm, cases: list[tuple[str, bool]], states: list[bytes]) -> lis
     results = []
     for (name, bf16), state in zip(cases, states, strict=True):
         weights, moments = (beneath(state, group) for group in ("weights", "moments"))
-        engine = new_engine(comm, name, weights, bf16=bf16)
+        engine = engine_of(comm, name, bf16, weights)
         engine.restore(weights, moments, 2, batch_of(0, comm, 1)[0])
         share = engine.weights_share() | engine.moments_share()
         changed = [key for key, value in share.items() if not value.equal((weights | moments)[key])]

@@ -70,7 +70,7 @@ class Engine:
 
     def _start(self, model: Model) -> None:
         self._model = model
-        self._optimizer = adamw(model, self._optim, self._config)
+        self._optimizer = adamw(model, self._optim)
         self._once: OncePerPass | None = None
         if self.stage == 3:
             # A block is gathered whole: one collective instead of one per Linear, and a fifth less

@@ -126,8 +126,10 @@ def exponential_product(  # type: ignore[no-untyped-def]
     STORE: writes weight_i 2^(logit_ij - shift_i). Otherwise: row sums of 2^(logit_ij - reference),
     or, ONLINE, relative to the largest logit met so far, which is written too.
     """
-    query_tile = tl.program_id(0)
-    split = tl.program_id(1)
+    # One axis, since a second one ends at 65,535. Neighbours read the same rows.
+    query_tiles = tl.cdiv(num_queries, QUERIES)
+    query_tile = tl.program_id(0) % query_tiles
+    split = tl.program_id(0) // query_tiles
     num_tiles = tl.cdiv(num_rows, ROWS)
     left = tl.make_tensor_descriptor(queries, [num_queries, dim], [dim, 1], [QUERIES, DIM])
     right = tl.make_tensor_descriptor(rows, [num_rows, dim], [dim, 1], [ROWS, DIM])
@@ -215,7 +217,7 @@ def _log_negatives(
     sums = queries.new_empty((splits, count), dtype=torch.float32)
     peaks = torch.empty_like(sums) if pairs.reference is None else sums
     _launch(
-        (query_tiles, splits),
+        query_tiles * splits,
         *(queries, rows, pairs, scale, launch),
         sums=sums,
         peaks=peaks,
@@ -256,7 +258,7 @@ def write_gradients(
     def store(some: slice, launch: Launch) -> Tensor:
         weights = scratch[: len(queries[some]), : rows.shape[0]]
         _launch(
-            (triton.cdiv(len(weights), launch.queries), triton.cdiv(len(rows), launch.rows)),
+            triton.cdiv(len(weights), launch.queries) * triton.cdiv(len(rows), launch.rows),
             *(queries[some], rows, pairs.of_queries(some), scale, launch),
             shift=shift[some],
             weight=(gradient[some] / unit).float(),
@@ -317,7 +319,7 @@ def operands(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _launch(
-    grid: tuple[int, int],
+    num_programs: int,
     queries: Tensor,
     rows: Tensor,
     pairs: Pairs,
@@ -338,7 +340,7 @@ def _launch(
     bias = None if pairs.bias is None else pairs.bias.float() * LOG2_E
     any_tensor: Any = tiles.offsets
     allow_descriptors(queries.device)
-    exponential_product[grid](
+    exponential_product[(num_programs,)](
         *(queries, rows, any_tensor if bias is None else bias),
         *(tiles.offsets, tiles.queries, tiles.rows),
         *(tensor if tensor is not None else any_tensor for tensor in (shift, weight, sums, peaks)),
