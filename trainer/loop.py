@@ -372,7 +372,7 @@ def _save(run: Run, here: Place, due: Sequence[EvalConfig]) -> Place:
     save_state(
         *(run.checkpoints, run.engine, run.recipe, here, run.config),
         frozen=run.frozen,
-        shards=run.stream.shard_lines,
+        shards=[*run.stream.shard_lines, *run.stream.folder_lines],
         evaluations_due=labels,
     )
     return here

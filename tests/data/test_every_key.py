@@ -9,15 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pydantic import BaseModel
 
-from tests.data.streams import open_stream, write_shards
+from tests.data.streams import open_stream, tokenizer, write_shards
 from tests.data.tars import write_tar
 from trainer.config import DataConfig
+from trainer.data.generated import write_generated
 from trainer.data.index import write_index
+from trainer.data.selection import write_selection
+from trainer.data.shards import ShardSet
+from trainer.data.tokenize import tokenize
 from trainer.errors import ConfigError, DataError
 
 OFF = {
@@ -41,6 +46,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "captions.weights": (
         {"captions": {"fields": ("txt", "alt"), "weights": (1, 0)}},
         {"captions": {"fields": ("txt", "alt"), "weights": (0, 1)}},
+    ),
+    "captions.combine": (
+        {"captions": {"fields": ("txt", "alt"), "weights": (1, 0)}},
+        {"captions": {"fields": ("txt", "alt"), "combine": "concat"}},
     ),
     "noise.share": ({}, {"noise": {"share": 1.0}}),
     "noise.group_shards": (
@@ -137,7 +146,7 @@ def test_a_key_changes_the_batches(spec: str, key: str) -> None:
     "key",
     [
         *("train", "allow_pipe", "epoch_samples", "workers", "cache_mib"),
-        *("max_pixels", "bad_sample_budget"),
+        *("max_pixels", "bad_sample_budget", "select", "captions.generated"),
     ],
 )
 def test_a_key_changes_how_it_is_read_or_what_is_refused(
@@ -208,6 +217,32 @@ def bad_sample_budget(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             stream.take()
 
 
+def select(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ShardSet.open(spec)
+    shares = {name: np.array([1.0, 0.0, 0.0, 1.0]) for name in shards.names}
+    write_selection(tmp_path / "selection", shards, shares, {})
+    stream = opened(spec, select=tmp_path / "selection")
+    assert stream.epoch_size == 10
+    with pytest.raises(ValueError, match="select is not read where reader is webdataset"):
+        opened(spec, select=tmp_path / "selection", **WEB)
+
+
+def generated(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = ShardSet.open(spec).ids.tolist()
+    write_generated(tmp_path, {i: f"sample {n}" for n, i in enumerate(ids)}, {}, {})
+    fields = {"fields": ("generated",), "generated": tmp_path}
+    tokens = {
+        i: row.tolist()
+        for batch in opened(spec, captions=fields).take()
+        for i, row in zip(batch.sample_id.tolist(), batch.tokens, strict=True)
+    }
+    words = [f"sample {ids.index(i)}" for i in tokens]
+    expected, _ = tokenize(tokenizer(), words, length=8)
+    assert list(tokens.values()) == expected.tolist()
+    with pytest.raises(ValueError, match="go together"):
+        opened(spec, captions={"generated": tmp_path})
+
+
 PROOFS: dict[str, Callable[[str, Path, pytest.MonkeyPatch], None]] = {
     "train": train,
     "allow_pipe": allow_pipe,
@@ -216,4 +251,6 @@ PROOFS: dict[str, Callable[[str, Path, pytest.MonkeyPatch], None]] = {
     "cache_mib": cache_mib,
     "max_pixels": max_pixels,
     "bad_sample_budget": bad_sample_budget,
+    "select": select,
+    "captions.generated": generated,
 }

@@ -83,8 +83,25 @@ class CaptionConfig(Frozen):
     """Members of a sample (`txt`, `caption`, `outputs.txt`: the file's name behind its first dot),
     else json keys, whose value is a text or a list of texts; each visit draws one field. Of a
     text with several lines, and of a list, a visit draws one."""
-    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    combine: Literal["draw", "concat"] = "draw"
+    """`draw`: a visit reads one of the fields. `concat`: those that the sample has, in their order,
+    joined by `; `."""
+    weights: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...] | None, OnlyWhere("combine", "draw")
+    ] = None
     """Relative frequency of each field; equal where None."""
+    generated: LocalPath | None = None
+    """A folder of tools/caption.py: its captions are the field `generated`, which a sample without
+    one lacks."""
+
+    @model_validator(mode="after")
+    def _generated_captions_are_read(self) -> CaptionConfig:
+        if (self.generated is None) != ("generated" not in self.fields):
+            raise ValueError(
+                "`generated`, a folder of captions, and the field `generated` go together: "
+                "fields: [txt, generated]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_weight_per_field(self) -> CaptionConfig:
@@ -139,6 +156,9 @@ class DataConfig(Frozen):
     augment: AugmentConfig = AugmentConfig()
     captions: CaptionConfig = CaptionConfig()
     noise: Annotated[NoiseConfig, OnlyWhere("reader", "indexed")] = NoiseConfig()
+    select: Annotated[LocalPath | None, OnlyWhere("reader", "indexed")] = None
+    """A folder of tools/reduce.py: which samples an epoch holds, and which share of the epochs
+    holds each; all of them where None."""
     images: tuple[MemberName, ...] = Field(default=IMAGE_FIELDS, min_length=1)
     """Members of a sample that are its picture, the first that it has: what stands behind the first
     dot of the file's name, as `jpg` or `input.jpg`. Where none is called just so, the only member

@@ -26,12 +26,16 @@ def choose_caption(
     if not found:
         raise BadSample(f"no caption in {', '.join(config.fields)}")
     key = key_of(seed, "caption")
-    names = [name for name, _, _ in found]
+
+    def one_of(texts: list[str]) -> str:
+        item = 0 if len(texts) == 1 else int(uniform_of(sample_id, key, epoch, 1) * len(texts))
+        return texts[item]
+
+    if config.combine == "concat":
+        return "; ".join(one_of(texts) for _, _, texts in found)
     weights = [weight for _, weight, _ in found]
-    index = 0 if len(names) == 1 else _weighted(weights, uniform_of(sample_id, key, epoch, 0))
-    texts = found[index][2]
-    item = 0 if len(texts) == 1 else int(uniform_of(sample_id, key, epoch, 1) * len(texts))
-    return texts[item]
+    index = 0 if len(found) == 1 else _weighted(weights, uniform_of(sample_id, key, epoch, 0))
+    return one_of(found[index][2])
 
 
 def captions_in(value: Any) -> list[str]:

@@ -22,6 +22,7 @@ from trainer.data.captions import choose_caption
 from trainer.data.crops import Crops, cover_size, view_purposes
 from trainer.data.decode import BadSample, Box, DecodedImages, decode_image
 from trainer.data.fields import find_image
+from trainer.data.generated import GeneratedCaptions
 from trainer.data.ledger import Rejected, describe
 from trainer.data.order import Order, Share
 from trainer.data.remote import is_remote
@@ -124,13 +125,19 @@ class Prepare:
         self.config, self.tokenizer, self.seed, self.join = config, tokenizer, seed, join
         self.image_size, self.text_length, self.views = image_size, text_length, views
         self.kept = DecodedImages(config.cache_mib << 20) if config.cache_mib else None
+        self.generated = None
+        if config.captions.generated is not None and tokenizer is not None:
+            self.generated = GeneratedCaptions(config.captions.generated)
 
     def sample(self, raw: RawSample, epoch: int, task: Task | Plan) -> Prepared:
         """Caption and views; BadSample says why not. Without a tokenizer no caption is read."""
         caption = ""
         if self.tokenizer is not None:
+            fields = raw.fields
+            if self.generated is not None:
+                fields = self.generated.added(fields, raw.sample_id)
             caption = choose_caption(
-                raw.fields,
+                fields,
                 sample_id=raw.sample_id,
                 epoch=epoch,
                 seed=self.seed,
@@ -248,7 +255,8 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
             except (BadSample, DamagedSample) as error:
                 shard, key, sample_id = self.shards.name_of(index)
                 rejected.append(Rejected(shard, key, _reason(error, raw), epoch, position))
-            index = int(uniform_of(sample_id, self.key, visit, attempt) * len(self.shards))
+            draw = uniform_of(sample_id, self.key, visit, attempt)
+            index = self.order.substitute(draw, epoch)
             raw = self._read(index)
         raise nothing_usable(rejected)
 

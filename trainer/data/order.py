@@ -7,7 +7,7 @@ within an epoch shards are permuted, and samples are shuffled within windows of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,26 @@ V = TypeVar("V")
 _KEPT = 4  # epochs and windows remembered: training and a view of later samples need two each
 
 
+class Chosen(Protocol):
+    """Some of the samples of every shard, in every epoch as many."""
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """How many of each shard."""
+        ...
+
+    def rows(self, shard: int, epoch: int) -> NDArray[np.int64]:
+        """Which of its samples, ascending."""
+        ...
+
+
 class Order:
     """The order of all samples in every epoch.
 
     With `weights`, one a shard, an epoch holds each sample of a shard so many times. Of a weight
     with a fraction, that share of the shard's samples (rounded) comes once more, others in the next
     epoch: a fixed order of them is gone through in turns. Every time is a visit of its own.
+    Of `chosen` samples alone, where they are given; then each of those counts as said.
 
     Memory: one permutation of the shards and one of a window's samples, whatever the total.
     """
@@ -37,9 +51,13 @@ class Order:
         seed: int,
         window_shards: int,
         weights: Sequence[float] | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
         whole = np.asarray(sizes, dtype=np.int64)
-        pieces = _pieces(whole, [1.0] * len(whole) if weights is None else weights)
+        self.chosen, self.kept = chosen, whole
+        if chosen is not None:
+            self.kept = np.asarray(chosen.kept, dtype=np.int64)
+        pieces = _pieces(self.kept, [1.0] * len(whole) if weights is None else weights)
         self.shard, self.copy, self.sizes = (
             np.array(c, dtype=np.int64) for c in zip(*pieces, strict=True)
         )
@@ -59,6 +77,16 @@ class Order:
         window = int(np.searchsorted(starts, rest, side="right")) - 1
         copy, index = divmod(int(self._window(epoch, window)[rest - starts[window]]), self._total)
         return epoch * self.copies + copy, index
+
+    def substitute(self, draw: float, epoch: int) -> int:
+        """The index of the sample that a number in [0, 1) draws of all that may come."""
+        number = int(draw * int(self.kept.sum()))
+        if self.chosen is None:
+            return number
+        ends = np.cumsum(self.kept)
+        shard = int(np.searchsorted(ends, number, side="right"))
+        row = self.chosen.rows(shard, epoch)[number - (ends[shard] - self.kept[shard])]
+        return int(self._first_of_shard[shard] + row)
 
     @property
     def _total(self) -> int:
@@ -87,9 +115,11 @@ class Order:
         """The samples of a piece in an epoch, `copy` times the number of all samples further on."""
         shard, count = self.shard[piece], self.sizes[piece]
         rows: NDArray[np.int64] = np.arange(count)
-        if count < self.whole[shard]:
-            turns = permutation(int(self.whole[shard]), key_of(self.seed, "turns", int(shard)))
-            rows = turns.numpy()[(epoch * count + rows) % self.whole[shard]]
+        if count < self.kept[shard]:
+            turns = permutation(int(self.kept[shard]), key_of(self.seed, "turns", int(shard)))
+            rows = turns.numpy()[(epoch * count + rows) % self.kept[shard]]
+        if self.chosen is not None:
+            rows = self.chosen.rows(int(shard), epoch)[rows]
         first = int(self._first_of_shard[shard] + self.copy[piece] * self._total)
         return rows + first
 

@@ -32,6 +32,7 @@ from trainer.data.ledger import Ledger
 from trainer.data.noise import NoisyShards
 from trainer.data.order import Order, Share
 from trainer.data.pixels import Pixels
+from trainer.data.selection import Selection
 from trainer.data.shards import ShardSet
 from trainer.data.views import augment, flipped
 from trainer.data.workers import refuse_small_shared_memory
@@ -76,8 +77,9 @@ class Stream:
         pixels: Pixels | None = None,
         before: Sequence[str] | None = None,
     ) -> None:
-        """`before` are the `shard_lines` of the run that is gone on with: the same shards,
-        wherever they lie, come in the order that they had then; DataError for others."""
+        """`before` are the `shard_lines` and `folder_lines` of the run that is gone on with: the
+        same shards, wherever they lie, come in the order that they had then; DataError for
+        others."""
         self.pixels = pixels or Pixels(image_size)
         self.config, self.comm, self.seed, self.views = config, comm, seed, views
         _, self.num_micro_batches = micro_batches(
@@ -102,7 +104,7 @@ class Stream:
             batch_bytes=micro_batch * (values + 9 * text_length),
             ranks_here=comm.ranks_here,
         )
-        self.epoch_size, self._source, self.shard_lines = _open_source(
+        self.epoch_size, self._source, self.shard_lines, self.folder_lines = _open_source(
             config, comm, prepare, before
         )
         self.wait_seconds = 0.0
@@ -226,25 +228,64 @@ def _filled(rows: Tensor, missing: int) -> Tensor:
 
 def _open_source(
     config: DataConfig, comm: Comm, prepare: Prepare, before: Sequence[str] | None
-) -> tuple[int, Source, list[str]]:
-    """(samples per epoch, source, what tells the shards from others)."""
+) -> tuple[int, Source, list[str], list[str]]:
+    """(samples per epoch, source, what tells the shards from others, and the folders)."""
     pin_memory = comm.device.type == "cuda"
     if config.reader == "webdataset":
         from trainer.data.web_reader import WebFeed  # webdataset is imported where it is wanted
 
-        feed = WebFeed(config, prepare, pin_memory=pin_memory, before=before)
-        return feed.epoch_size, feed, feed.lines
-    shards = ShardSet.open(config.train, before=before)
+        feed = WebFeed(config, prepare, pin_memory=pin_memory, before=_of_shards(before))
+        return feed.epoch_size, feed, feed.lines, _told(feed.lines, prepare, None, before)
+    shards = ShardSet.open(config.train, before=_of_shards(before))
     if not len(shards):
         raise DataError(f"the {len(shards.shards)} shards of {config.train!r} hold no sample")
+    chosen = None
+    if config.select is not None:
+        chosen = Selection.open(config.select, shards, seed=prepare.seed)
+    told = _told(shards.lines, prepare, chosen, before)
     if config.noise.share:
         shards = NoisyShards.over(shards, config.noise, config.images)
     weights = [(config.weights or {}).get(name, 1.0) for name in shards.sets]
     order = Order(
-        shards.sizes, seed=prepare.seed, window_shards=config.window_shards, weights=weights
+        shards.sizes,
+        seed=prepare.seed,
+        window_shards=config.window_shards,
+        weights=weights,
+        chosen=chosen,
     )
     if not order.epoch_size:
         raise DataError(f"data.weights {config.weights} leave no sample in an epoch; raise them")
     samples = IndexedSamples(shards, order, prepare)
     source = Feed(samples, workers=config.workers, pin_memory=pin_memory)
-    return order.epoch_size, source, shards.lines
+    return order.epoch_size, source, shards.lines, told
+
+
+_FOLDERS = ("data.select", "data.captions.generated")
+"""Keys whose folders a run goes on with, as it does with its shards; a line of each is kept."""
+
+
+def _of_shards(before: Sequence[str] | None) -> list[str] | None:
+    if before is None:
+        return None
+    return [line for line in before if line.rsplit(" ", 1)[0] not in _FOLDERS]
+
+
+def _told(
+    lines: list[str], prepare: Prepare, chosen: Selection | None, before: Sequence[str] | None
+) -> list[str]:
+    """A line for each folder beside the shards; DataError where these are not those of before."""
+    if prepare.generated is not None:
+        prepare.generated.refuse_other_shards(lines)
+    digests = [
+        chosen.digest if chosen is not None else None,
+        prepare.generated.digest if prepare.generated is not None else None,
+    ]
+    now = {name: digest for name, digest in zip(_FOLDERS, digests, strict=True) if digest}
+    old = now if before is None else dict(line.rsplit(" ", 1) for line in before)
+    for name in _FOLDERS:
+        if old.get(name) != now.get(name):
+            raise DataError(
+                f"{name} is not the folder that the run began with; give that one, or choose "
+                "another workdir"
+            )
+    return [f"{name} {digest}" for name, digest in now.items()]

@@ -15,6 +15,7 @@ from trainer.comm import Comm, agreed
 from trainer.config import DataConfig
 from trainer.data.captions import choose_caption
 from trainer.data.decode import BadSample
+from trainer.data.generated import GeneratedCaptions
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.tokenize import load_tokenizer, save_tokenizer, train_tokenizer
 from trainer.errors import DataError
@@ -70,11 +71,15 @@ def captions_of(data: DataConfig, *, seed: int, most: int) -> Iterator[str]:
     """
     read = _streamed if data.reader == "webdataset" else _indexed
     count = captions = 0
+    folder = data.captions.generated
+    generated = None if folder is None else GeneratedCaptions(folder)
     for sample in read(data, seed=seed, most=most):
         count += 1
         with suppress(BadSample):
             yield choose_caption(
-                sample.fields,
+                sample.fields
+                if generated is None
+                else generated.added(sample.fields, sample.sample_id),
                 sample_id=sample.sample_id,
                 epoch=0,
                 seed=seed,
