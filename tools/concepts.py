@@ -24,7 +24,7 @@ from trainer.comm import Comm
 from trainer.command import run_command
 from trainer.concepts import Bank
 from trainer.concepts.balance import tail_share, thresholds_of_languages
-from trainer.concepts.count import Captions, count_shards
+from trainer.concepts.count import Captions, count_shards, pairs_of, told_captions
 from trainer.concepts.counts import FREQUENCIES
 from trainer.concepts.tags import Tags
 from trainer.concepts.trend import RESAMPLES, trend
@@ -92,7 +92,7 @@ def _study(arguments: argparse.Namespace, comm: Comm, say: Any) -> dict[str, Any
 
 def _bank(arguments: argparse.Namespace) -> Bank:
     forms: dict[str, list[str]] = {}
-    for language, field in _pairs(arguments.forms, "--forms"):
+    for language, field in pairs_of(arguments.forms, "--forms"):
         forms.setdefault(language, []).append(field)
     if not forms:
         return class_bank(arguments.data, arguments.target)
@@ -113,21 +113,7 @@ def _balance(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _captions(arguments: argparse.Namespace) -> Captions:
-    fields = dict(_pairs(arguments.captions, "--captions"))
-    lemmas = dict(_pairs(arguments.lemmas, "--lemmas"))
-    if unread := [language for language in lemmas if language not in fields]:
-        raise ConfigError(f"--lemmas {unread[0]}=...: no captions are read in {unread[0]!r}")
-    return Captions(fields, lemmas, arguments.engine)
-
-
-def _pairs(given: list[str], option: str) -> list[tuple[str, str]]:
-    pairs = []
-    for entry in given:
-        key, equals, value = entry.partition("=")
-        if not (key and equals and value):
-            raise ConfigError(f"{option} {entry!r} is not LANGUAGE=VALUE, as en=txt")
-        pairs.append((key, value))
-    return pairs
+    return told_captions(arguments.captions, arguments.lemmas, arguments.engine)
 
 
 def _parser() -> argparse.ArgumentParser:

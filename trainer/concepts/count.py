@@ -23,7 +23,7 @@ from trainer.data.decode import BadSample
 from trainer.data.index import HEADER_BYTES, index_path, read_summary, shard_stem
 from trainer.data.remote import read_file
 from trainer.data.shards import DamagedSample, ShardSet
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 SHARDS, COUNTS, BANK = "shards", "counts.safetensors", "bank.jsonl"
 
@@ -56,6 +56,25 @@ class Captions(NamedTuple):
         return self.lemmas.get(language, "english" if language == "en" else "none")
 
 
+def told_captions(fields: Sequence[str], lemmas: Sequence[str], engine: Engine) -> Captions:
+    """Captions as a command names them: `en=txt`."""
+    where, words = dict(pairs_of(fields, "--captions")), dict(pairs_of(lemmas, "--lemmas"))
+    if unread := [language for language in words if language not in where]:
+        raise ConfigError(f"--lemmas {unread[0]}=...: no captions are read in {unread[0]!r}")
+    return Captions(where, words, engine)
+
+
+def pairs_of(given: Sequence[str], option: str) -> list[tuple[str, str]]:
+    """`LANGUAGE=VALUE`s of a command, taken apart."""
+    pairs = []
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        if not (key and equals and value):
+            raise ConfigError(f"{option} {entry!r} is not LANGUAGE=VALUE, as en=txt")
+        pairs.append((key, value))
+    return pairs
+
+
 def count_shards(
     spec: str,
     bank: Bank,
@@ -70,7 +89,7 @@ def count_shards(
     shards = ShardSet.open(spec)
     matchers = captions.matchers(bank)
     nothing = Counts.none(
-        source=_source(bank, captions, matchers, tags),
+        source=source_of(bank, captions, matchers, None if tags is None else tags.digest),
         languages=sorted(captions.fields),
         num_concepts=len(bank),
     )
@@ -104,7 +123,7 @@ def _count(
     for index in range(first, first + shards.sizes[row]):
         try:
             raw = shards.read(index)
-            hits = [_hits(raw.fields, field, find) for field, find in matchers]
+            hits = [hits_of(raw.fields, field, find) for field, find in matchers]
         except (BadSample, DamagedSample):
             counts.add_unreadable()
             continue
@@ -112,7 +131,7 @@ def _count(
     return counts
 
 
-def _hits(fields: dict[str, bytes], field: str, find: Matcher) -> Hits | None:
+def hits_of(fields: dict[str, bytes], field: str, find: Matcher) -> Hits | None:
     """Of all texts of the field together, each read by itself; None without any text."""
     found = [find(text) for text in field_texts(fields, field)]
     if not found:
@@ -139,11 +158,11 @@ def _finish(total: Counts, bank: Bank, out: Path) -> None:
     total.save(out / COUNTS)
 
 
-def _source(
+def source_of(
     bank: Bank,
     captions: Captions,
     matchers: Sequence[tuple[str, Matcher]],
-    tags: Tags | None,
+    tags: str | None,
 ) -> str:
     """SHA-256 of everything that decides the counts, apart from the samples."""
     text = json.dumps(
@@ -151,7 +170,7 @@ def _source(
             "bank": bank.digest,
             "fields": dict(captions.fields),
             "lemmas": [matcher.lemmas.digest for _, matcher in matchers],
-            "tags": None if tags is None else tags.digest,
+            "tags": tags,
         },
         sort_keys=True,
     )

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from trainer.config.section import (
     Fraction,
     Frozen,
+    LocalPath,
     MemberName,
     OnlyWhere,
     OnlyWith,

@@ -1,0 +1,1 @@
+"""What the samples of shards are, found out once, and which of them are worth training on."""
