@@ -67,7 +67,7 @@ def test_an_epoch_holds_the_selected_samples_once_each_on_any_number_of_ranks_an
 
 def test_shares_between_draw_as_many_every_epoch_and_each_sample_at_its_rate(tmp_path):
     spec = write_shards(tmp_path / "data", [12, 20])
-    shares = [[0.25] * 8 + [0.0] * 2 + [1.0] * 2, [0.5] * 10 + [0.05] * 10]
+    shares = [[0.25] * 8 + [0.0] * 2 + [1.0] * 2, [0.5] * 10 + [0.0625] * 10]
     folder = select(tmp_path / "selection", spec, shares)
     stream = open_stream(spec, global_batch=10, select=folder)
     assert stream.epoch_size == round(np.sum(shares[0]) + np.sum(shares[1])) == 10

@@ -20,7 +20,18 @@ ROOMS = (
     *("prompt_templates", "config", "command"),
     *("watch", "stop", "periods", "losses", "data", "models", "store", "concepts"),
     *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),
-    *("curation", "pictures", "scaling", "parts", "run", "recipes", "loop", "programs", "bench", "__main__"),
+    *(
+        "curation",
+        "pictures",
+        "scaling",
+        "parts",
+        "run",
+        "recipes",
+        "loop",
+        "programs",
+        "bench",
+        "__main__",
+    ),
 )
 KEPT_TO = {
     "deepspeed": {"trainer/engine/"},
