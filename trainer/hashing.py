@@ -40,15 +40,18 @@ def key_of(*parts: int | str) -> int:
     return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
-def hash_bits(ids: Int64[Tensor, "*shape"], *keys: int) -> Int64[Tensor, "*shape"]:
-    """64 well-mixed bits per id, for each sequence of keys independent of every other."""
+def hash_bits(ids: Int64[Tensor, "*shape"], *keys: int | Tensor) -> Int64[Tensor, "*shape"]:
+    """64 well-mixed bits per id, for each sequence of keys independent of every other.
+
+    A key may be a tensor of keys, each for its place among the ids.
+    """
     bits = _mixed(ids + _signed(_GOLDEN))
     for key in keys:
-        bits = _mixed(bits ^ _signed(key)) + _signed(_GOLDEN)
+        bits = _mixed(bits ^ (key if isinstance(key, Tensor) else _signed(key))) + _signed(_GOLDEN)
     return _mixed(bits)
 
 
-def uniform(ids: Int64[Tensor, "*shape"], *keys: int) -> Float64[Tensor, "*shape"]:
+def uniform(ids: Int64[Tensor, "*shape"], *keys: int | Tensor) -> Float64[Tensor, "*shape"]:
     """A float64 in [0, 1) per id, a pure function of the id and the keys (53 bits)."""
     return _shifted(hash_bits(ids, *keys), 11).to(torch.float64) * 2.0**-53
 

@@ -20,6 +20,7 @@ from trainer.data.views import (
     IMAGE_STD,
     View,
     augment,
+    draw_view,
     normalize,
     random_crop,
 )
@@ -51,8 +52,8 @@ def pixels(normalized: torch.Tensor) -> torch.Tensor:
 
 def view(batch: torch.Tensor, names: torch.Tensor, config: AugmentConfig, **options: object):
     epochs = options.pop("epochs", torch.zeros(len(names), dtype=torch.int64))
-    options = {"seed": 3, "purpose": "train", **options}
-    return augment(batch, names, epochs, config=config, **options)
+    keys = {key: options.pop(key, value) for key, value in {"seed": 3, "purpose": "train"}.items()}
+    return augment(batch, draw_view(names, epochs, **keys), config=config, **options)
 
 
 def test_a_configuration_that_changes_nothing_equals_normalisation():

@@ -26,7 +26,7 @@ from trainer.data.fields import find_image
 from trainer.data.remote import expand_shards
 from trainer.data.shards import sample_id
 from trainer.data.stream import Stream
-from trainer.data.views import View, augment, random_crop
+from trainer.data.views import View, augment, draw_view, random_crop
 
 BATCH = 64
 ROUNDS = 4
@@ -123,7 +123,8 @@ def _webdataset(config: DataConfig, size: int) -> Iterator[Tensor]:
         dataset.map(decode).batched(BATCH, _stacked), batch_size=None, num_workers=0
     )
     for images, ids, epochs in loader:
-        yield augment(images, ids, epochs, seed=0, purpose="train", config=config.augment)
+        draws = draw_view(ids, epochs, seed=0, purpose="train")
+        yield augment(images, draws, config=config.augment)
 
 
 def _decoded(

@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from trainer.config import DataConfig, ViewsConfig
+from trainer.config import AugmentConfig, DataConfig, ViewsConfig
 from trainer.data.captions import choose_caption
 from trainer.data.crops import Crops, cover_size, view_purposes
 from trainer.data.decode import BadSample, Box, DecodedImages, decode_image
@@ -28,7 +28,7 @@ from trainer.data.order import Order, Share
 from trainer.data.remote import is_remote
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.tokenize import tokenize
-from trainer.data.views import View
+from trainer.data.views import View, draw_view
 from trainer.data.workers import loader_options, why_no_batch
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of
@@ -80,6 +80,8 @@ class RawBatch(NamedTuple):
     views: UInt8[Tensor, "batch further 3 size size"] | None
     cover: UInt8[Tensor, "batch 3 cover_size cover_size"] | None
     boxes: Float32[Tensor, "batch count 4"] | None
+    draws: Float64[Tensor, "count batch 11"]
+    """What each view's changes of colour are drawn by (`draw_view`)."""
     num_read: int
     rejected: tuple[Rejected, ...]
 
@@ -146,10 +148,7 @@ class Prepare:
         views = self.views if task.all_views else ONE_VIEW
         crops = Crops(
             raw.sample_id,
-            [
-                View(self.seed, epoch, purpose, config)
-                for purpose, config in view_purposes(task.purpose, views, self.config.augment)
-            ],
+            [View(self.seed, epoch, purpose, config) for purpose, config in self.purposes(task)],
             geometry=views.geometry,
         )
         several = views.count > 1 or views.geometry != "independent"
@@ -184,6 +183,7 @@ class Prepare:
         ids: Sequence[int],
         epochs: Sequence[int],
         rejected: Sequence[Rejected],
+        task: Task | Plan,
     ) -> RawBatch:
         tokens = mask = None
         if self.tokenizer is not None:
@@ -194,6 +194,7 @@ class Prepare:
         first, *further = (
             torch.stack(view) for view in zip(*(s.images for s in samples), strict=True)
         )
+        purposes = self.purposes(task)
         covers = [sample.cover for sample in samples if sample.cover is not None]
         return RawBatch(
             images=first,
@@ -205,9 +206,20 @@ class Prepare:
             views=torch.stack(further, dim=1) if further else None,
             cover=torch.stack(covers) if covers else None,
             boxes=torch.tensor([sample.boxes for sample in samples]) if covers else None,
+            draws=torch.stack(
+                [
+                    draw_view(sample_id, epoch, seed=self.seed, purpose=purpose)
+                    for purpose, _ in purposes
+                ]
+            ),
             num_read=len(samples) + len(rejected),
             rejected=tuple(rejected),
         )
+
+    def purposes(self, task: Task | Plan) -> list[tuple[str, AugmentConfig]]:
+        """Of each view that the task makes."""
+        views = self.views if task.all_views else ONE_VIEW
+        return view_purposes(task.purpose, views, self.config.augment)
 
 
 class IndexedSamples(Dataset[RawBatch | Failure]):
@@ -236,6 +248,7 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
             ids=[sample_id for _, sample_id in rows],
             epochs=[visit for visit, _ in places],
             rejected=rejected,
+            task=task,
         )
 
     def _usable(

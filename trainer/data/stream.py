@@ -167,10 +167,10 @@ class Stream:
         return self._augmented(raw, plan, rows)
 
     def _augmented(self, raw: RawBatch, plan: Plan, rows: int) -> Batch:
-        device, missing = self.comm.device, rows - len(raw.sample_id)
+        missing = rows - len(raw.sample_id)
 
         def ready(values: Tensor | None) -> Tensor | None:
-            return None if values is None else _filled(values.to(device), missing)
+            return None if values is None else _filled(self._sent(values), missing)
 
         first, *further = self._views(raw, plan)
         padding = raw.sample_id.new_full((missing,), PADDING_ID)
@@ -178,34 +178,35 @@ class Stream:
             images=ready(first),
             tokens=ready(raw.tokens),
             token_mask=ready(raw.token_mask),
-            sample_id=torch.cat([raw.sample_id, padding]).to(device),
+            sample_id=self._sent(torch.cat([raw.sample_id, padding]) if missing else raw.sample_id),
             epoch=ready(raw.epochs),
             texts=ready(raw.texts),
             views=ready(torch.stack(further, dim=1)) if further else None,
             cover=None
             if raw.cover is None
-            else ready(self.pixels.normalized(raw.cover.to(device))),
+            else ready(self.pixels.normalized(self._sent(raw.cover))),
             boxes=ready(self._mirrored(raw, plan)),
         )
 
+    def _sent(self, values: Tensor) -> Tensor:
+        """To the device, behind what it has to do; from pinned memory nobody waits for it."""
+        return values.to(self.comm.device, non_blocking=True)
+
     def _views(self, raw: RawBatch, plan: Plan) -> list[Tensor]:
         """Every view with its own changes of colour; the first one's depend on no other."""
-        device = self.comm.device
         pixels = [raw.images, *(() if raw.views is None else raw.views.unbind(dim=1))]
-        ids, epochs = raw.sample_id.to(device), raw.epochs.to(device)
         purposes = view_purposes(plan.purpose, self.views, self.config.augment)
         return [
             augment(
-                view.to(device, non_blocking=True),
-                ids,
-                epochs,
-                seed=self.seed,
-                purpose=purpose,
+                self._sent(view),
+                draws,
                 config=config,
                 mean=self.pixels.unit_mean,
                 deviation=self.pixels.unit_deviation,
             )
-            for view, (purpose, config) in zip(pixels, purposes[: len(pixels)], strict=True)
+            for view, draws, (_, config) in zip(
+                pixels, raw.draws, purposes[: len(pixels)], strict=True
+            )
         ]
 
     def _mirrored(self, raw: RawBatch, plan: Plan) -> Tensor | None:
@@ -214,10 +215,8 @@ class Stream:
             return None
         boxes = raw.boxes.clone()
         purposes = view_purposes(plan.purpose, self.views, self.config.augment)
-        for number, (purpose, config) in enumerate(purposes):
-            rows = flipped(
-                raw.sample_id, raw.epochs, seed=self.seed, purpose=purpose, config=config
-            )
+        for number, (draws, (_, config)) in enumerate(zip(raw.draws, purposes, strict=True)):
+            rows = flipped(draws, config)
             boxes[rows, number] = boxes[rows, number][:, [2, 1, 0, 3]]
         return boxes
 

@@ -76,13 +76,31 @@ def random_crop(width: int, height: int, *, sample_id: int, view: View) -> Box:
     return _centred(width, height, view.config.crop_ratio)
 
 
-def augment(
-    images: UInt8[Tensor, "batch 3 size size"],
+DRAWS = (
+    *("flip", "jitter", "gray", "blur", "solarize"),
+    *("brightness", "contrast", "saturation", "hue", "order", "sigma"),
+)
+"""What is drawn for a view: whether it changes in each of the first ways, then how."""
+
+
+def draw_view(
     sample_id: Int64[Tensor, " batch"],
     epochs: Int64[Tensor, " batch"],
     *,
     seed: int,
     purpose: str,
+) -> Float64[Tensor, "batch 11"]:
+    """All that a random view needs beside its crop: `DRAWS` in [0, 1), on the host."""
+    ids = hash_bits(sample_id.cpu(), _key(seed, purpose, "augment"))
+    bits = hash_bits(ids ^ hash_bits(epochs.cpu(), _key("epoch")))
+    keys = torch.tensor([_key(name) for name in DRAWS])
+    return uniform(bits[:, None].expand(-1, len(DRAWS)), keys)
+
+
+def augment(
+    images: UInt8[Tensor, "batch 3 size size"],
+    draws: Float64[Tensor, "batch 11"],
+    *,
     config: AugmentConfig,
     mean: Three = IMAGE_MEAN,
     deviation: Three = IMAGE_STD,
@@ -90,31 +108,23 @@ def augment(
     """Flip, colour jitter, gray, blur, solarize, each on the rows that draw it; then normalised.
 
     The four changes of a jitter come in a random order, as in torchvision's ColorJitter; hue is
-    in turns of the colour circle.
+    in turns of the colour circle. The draws are on the host, so nothing waits for a device.
     """
-    stream = _Draws(sample_id, epochs, seed, purpose)
-    turned = flipped(sample_id, epochs, seed=seed, purpose=purpose, config=config)
+    stream = _Draws(draws, images.device)
     pixels = _between_zero_and_one(images)
-    pixels[turned] = pixels[turned].flip(-1)
-    _on_rows(pixels, stream.rows("jitter", config.jitter_probability), stream, config, _jitter)
-    _on_rows(pixels, stream.rows("gray", config.gray_probability), stream, config, _gray)
-    _on_rows(pixels, stream.rows("blur", config.blur_probability), stream, config, _blur)
-    _on_rows(
-        pixels, stream.rows("solarize", config.solarize_probability), stream, config, _solarize
-    )
+    turned = stream.rows("flip", config.flip)
+    if turned.numel():
+        pixels[turned] = pixels[turned].flip(-1)
+    _on_rows(pixels, stream, "jitter", config.jitter_probability, config, _jitter)
+    _on_rows(pixels, stream, "gray", config.gray_probability, config, _gray)
+    _on_rows(pixels, stream, "blur", config.blur_probability, config, _blur)
+    _on_rows(pixels, stream, "solarize", config.solarize_probability, config, _solarize)
     return _standardized(pixels, mean, deviation)
 
 
-def flipped(
-    sample_id: Int64[Tensor, " batch"],
-    epochs: Int64[Tensor, " batch"],
-    *,
-    seed: int,
-    purpose: str,
-    config: AugmentConfig,
-) -> Int64[Tensor, " flipped"]:
+def flipped(draws: Float64[Tensor, "batch 11"], config: AugmentConfig) -> Int64[Tensor, " flipped"]:
     """The rows of a batch that `augment` flips."""
-    return _Draws(sample_id, epochs, seed, purpose).rows("flip", config.flip)
+    return _Draws(draws, draws.device).rows("flip", config.flip)
 
 
 def normalize(
@@ -128,34 +138,41 @@ def normalize(
 
 
 class _Draws:
-    """One stream of numbers per row."""
+    """The numbers of some rows: known on the host, and brought to the images' device."""
 
-    def __init__(self, sample_id: Tensor, epochs: Tensor, seed: int, purpose: str) -> None:
-        ids = hash_bits(sample_id, _key(seed, purpose, "augment"))
-        self.bits = hash_bits(ids ^ hash_bits(epochs, _key("epoch")))
+    def __init__(self, draws: Tensor, device: torch.device) -> None:
+        self._draws, self._device = draws, device
 
     def uniform(self, name: str) -> Float64[Tensor, " batch"]:
-        return uniform(self.bits, _key(name))
+        return self._draws[:, DRAWS.index(name)]
 
-    def rows(self, name: str, probability: float) -> Tensor:
-        """Indices of the rows to which something of this probability happens."""
+    def chosen(self, name: str, probability: float) -> Tensor:
+        """Indices, on the host, of the rows to which something of this probability happens."""
         return (self.uniform(name) < probability).nonzero().flatten()
 
+    def rows(self, name: str, probability: float) -> Tensor:
+        """The same where the images are."""
+        return self.sent(self.chosen(name, probability))
+
+    def sent(self, values: Tensor) -> Tensor:
+        return values.to(self._device, non_blocking=True)
+
     def of(self, rows: Tensor) -> _Draws:
-        part = object.__new__(_Draws)
-        part.bits = self.bits[rows]
-        return part
+        return _Draws(self._draws[rows], self._device)
 
 
 def _on_rows(
     pixels: Tensor,
-    rows: Tensor,
     stream: _Draws,
+    name: str,
+    probability: float,
     config: AugmentConfig,
     change: Callable[[Tensor, _Draws, AugmentConfig], Tensor],
 ) -> None:
-    if rows.numel():
-        pixels[rows] = change(pixels[rows], stream.of(rows), config)
+    chosen = stream.chosen(name, probability)
+    if chosen.numel():
+        rows = stream.sent(chosen)
+        pixels[rows] = change(pixels[rows], stream.of(chosen), config)
 
 
 def _jitter(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
@@ -163,12 +180,13 @@ def _jitter(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
     ranges.append((-config.jitter[3], config.jitter[3]))
     names = ("brightness", "contrast", "saturation", "hue")
     factors = [_between(r, stream.uniform(n)).float() for n, r in zip(names, ranges, strict=True)]
-    orders = _ORDERS.to(pixels.device)[(stream.uniform("order") * len(_ORDERS)).long()]
+    orders = _ORDERS[(stream.uniform("order") * len(_ORDERS)).long()]
     for turn in range(4):
         for index, change in enumerate(_CHANGES):
-            rows = (orders[:, turn] == index).nonzero().flatten()
-            if rows.numel() and config.jitter[index]:
-                pixels[rows] = change(pixels[rows], factors[index][rows])
+            chosen = (orders[:, turn] == index).nonzero().flatten()
+            if chosen.numel() and config.jitter[index]:
+                rows, factor = stream.sent(chosen), stream.sent(factors[index][chosen])
+                pixels[rows] = change(pixels[rows], factor)
     return pixels
 
 
@@ -194,7 +212,7 @@ def _hue(pixels: Tensor, turns: Tensor) -> Tensor:
     )
     hue = torch.where(red == value, green - blue, hue).div_(chroma.clamp(min=1e-12))
     hue.add_(6 * turns[:, None, None])
-    sextant = hue[:, None] + pixels.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    sextant = hue[:, None] + _constants((5.0, 3.0, 1.0), pixels.device)
     sextant.sub_((sextant / 6).floor_().mul_(6))
     share = torch.minimum(sextant, 4 - sextant).clamp_(0, 1)
     return value[:, None] - share.mul_(chroma[:, None])
@@ -213,8 +231,8 @@ def _gray(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
 
 
 def _blur(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
-    table = _blur_weights(pixels.shape[-1], config.blur_sigma).to(pixels.device)
-    weights = table[(stream.uniform("sigma") * len(table)).long()]
+    table = _blur_weights(pixels.shape[-1], config.blur_sigma)
+    weights = stream.sent(table[(stream.uniform("sigma") * len(table)).long()])
     return _filtered(_filtered(pixels, weights).mT, weights).mT
 
 
@@ -261,5 +279,11 @@ def _between_zero_and_one(images: Tensor) -> Tensor:
 
 
 def _standardized(pixels: Tensor, mean: Three, deviation: Three) -> Tensor:
-    means, deviations = (pixels.new_tensor(row)[:, None, None] for row in (mean, deviation))
+    means, deviations = (_constants(row, pixels.device) for row in (mean, deviation))
     return pixels.sub_(means).div_(deviations)
+
+
+@lru_cache(maxsize=64)
+def _constants(values: Three, device: torch.device) -> Float[Tensor, "3 1 1"]:
+    """A number for each channel, sent to the device once."""
+    return torch.tensor(values, device=device)[:, None, None]

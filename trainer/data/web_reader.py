@@ -152,6 +152,7 @@ class WebSamples(IterableDataset[RawBatch | Failure]):
             # Not the epoch: a sample that comes twice in one is to be seen in two views.
             epochs=positions,
             rejected=rejected,
+            task=self.plan,
         )
 
     def _usable(

@@ -17,7 +17,7 @@ from trainer.config import AugmentConfig
 from trainer.data.decode import decode_image
 from trainer.data.fields import find_image
 from trainer.data.shards import RawSample
-from trainer.data.views import View, augment, random_crop
+from trainer.data.views import View, augment, draw_view, random_crop
 from trainer.store import Identity
 from trainer.teachers.image import ImageTeacher
 
@@ -81,10 +81,7 @@ class ImageViews:
             ids = torch.tensor([items[index][0] for index in batch])
             pixels = augment(
                 torch.stack([items[index][1][1 + place] for index in batch]),
-                ids,
-                torch.zeros_like(ids),
-                seed=view.seed,
-                purpose=view.purpose,
+                draw_view(ids, torch.zeros_like(ids), seed=view.seed, purpose=view.purpose),
                 config=view.config,
                 mean=teacher.pixels.unit_mean,
                 deviation=teacher.pixels.unit_deviation,
