@@ -1,5 +1,7 @@
 """python -m trainer RUN.yaml [key=value ...] -- the same under deepspeed, torchrun or accelerate.
 
+`python -m trainer doctor [RUN.yaml]` looks at machine, data and workdir, and trains nothing.
+
 Exit codes: 0 finished, or stopped by a signal with everything saved; 2 a mistake in the
 configuration, the data or the checkpoints, explained in one sentence; 3 a rank was lost
 or hangs, and the same command goes on; 1 our own bug.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
 from functools import partial
 
 from trainer.command import run_command
@@ -21,6 +24,8 @@ from trainer.together import Facts, prepared_together
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["doctor"]:
+        sys.exit(importlib.import_module("trainer.doctor.main").doctor(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("run", help="a YAML file, such as launch/runs/quickstart.yaml")
     parser.add_argument(

@@ -28,6 +28,7 @@ ROOMS = (
         "run",
         "recipes",
         "loop",
+        "doctor",
         "programs",
         "bench",
         "__main__",

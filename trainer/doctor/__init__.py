@@ -1,0 +1,1 @@
+"""What is wrong before a run begins: `python -m trainer doctor [RUN.yaml]`."""
