@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.data.tars import write_tar
+from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.data.captions import choose_caption, field_texts
@@ -15,6 +18,7 @@ from trainer.data.classes import class_labels
 from trainer.data.decode import BadSample
 from trainer.data.fields import json_of, text_of
 from trainer.data.index import write_index
+from trainer.data.shards import ShardSet
 from trainer.data.vocabulary import captions_of
 from trainer.errors import DataError
 from trainer.evals.samples import values_of
@@ -93,3 +97,47 @@ def test_words_are_learnt_and_classes_numbered_without_the_bad_samples(
     with pytest.raises(DataError, match=r"more than data\.bad_sample_budget = 0\.01; the first"):
         class_labels(str(shard), "name", Comm.solo(), budget=0.01)
     assert labels.labels.sort().values.tolist() == [0, 1, 2]
+
+
+def test_classes_are_read_out_of_the_json_alone_and_are_the_same_on_any_ranks(
+    tmp_path: Path,
+) -> None:
+    samples = {
+        f"k{n:02d}": {"png": b"\x89" * 5000, "json": json.dumps({"name": f"c{n % 3}"}).encode()}
+        for n in range(11)
+    }
+    shard = Path(write_tar(tmp_path / "a.tar", samples))
+    write_index(str(shard))
+    alone = class_labels(str(shard), "name", Comm.solo())
+    assert alone.of(torch.as_tensor(ShardSet.open(str(shard)).ids)).tolist() == [
+        n % 3 for n in range(11)
+    ]
+    read: list[int] = []
+    pread = os.pread
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "pread", lambda *of: read.append(of[1]) or pread(*of))
+        class_labels(str(shard), "name", Comm.solo(), budget=0.0)
+    assert sum(read) < 11 * 1200  # a header and a few letters each, of 5,000 bytes a sample
+    for ids, labels in run_ranks(labels_of_rank, 3, str(shard)):
+        assert torch.equal(ids, alone.ids)
+        assert torch.equal(labels, alone.labels)
+
+
+def labels_of_rank(comm: Comm, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
+    found = class_labels(shard, "name", comm)
+    return found.ids, found.labels
+
+
+def test_words_are_learnt_from_few_shards_where_there_are_more_captions_than_needed(
+    tmp_path: Path,
+) -> None:
+    for number in range(30):
+        texts = {f"k{n}": {"txt": f"word {number}-{n}".encode()} for n in range(10)}
+        write_index(write_tar(tmp_path / f"{number:02d}.tar", texts))
+    data = DataConfig(train=f"{tmp_path}/*.tar")
+    found = list(captions_of(data, seed=1, most=20))
+    assert len(set(found)) == 20
+    assert len({text.split("-")[0] for text in found}) <= 9  # four times as many samples, and one
+    assert found == list(captions_of(data, seed=1, most=20))
+    assert found != list(captions_of(data, seed=2, most=20))
+    assert len(list(captions_of(data, seed=1, most=1000))) == 300

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -411,3 +413,27 @@ def test_a_build_that_is_killed_at_any_moment_ends_with_the_same_bytes(tmp_path)
     assert kills >= 3
     build(Comm.solo(), spec, str(out))
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_store_of_more_files_than_descriptors_is_read_whole(tmp_path: Path) -> None:
+    """Under a limit of 200 descriptors, as a process with a thousand would of LAION's shards."""
+    count = 300
+    store = tmp_path / "store"
+    sources = {f"s{n:03d}": (str(n), 2) for n in range(count)}
+    writer = StoreWriter.begin(store, identity(), sources)
+    writer.announce()
+    for number in range(count):
+        ids = np.array([2 * number, 2 * number + 1])
+        writer.write(f"s{number:03d}", ids, torch.full((2, 1, DIM), float(number)))
+    writer.finish()
+    code = f"""
+import resource, torch
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+from trainer.store import EmbeddingStore
+store = EmbeddingStore.open({str(store)!r})
+assert store.ids.tolist() == list(range({2 * count}))
+rows = store.rows(torch.arange({2 * count}))
+assert rows[:, 0].tolist() == [n // 2 for n in range({2 * count})]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ BENCHES = {
     "step": "trainer.bench.step",
     "tokens": "trainer.bench.tokens",
     "data": "trainer.bench.data",
+    "scale": "trainer.bench.scale",
     "episode": "trainer.bench.episode",
     "kmeans": "trainer.bench.kmeans",
     "prototype-logits": "trainer.bench.prototype_logits",

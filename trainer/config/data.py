@@ -167,6 +167,8 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _weights_of_sets_that_there_are(self) -> DataConfig:
+        if self.train.endswith(".catalogue"):  # names its sets itself
+            return self
         names = {split_set(part.strip())[0] for part in self.train.split("::")} - {""}
         if unknown := sorted((self.weights or {}).keys() - names):
             raise ValueError(

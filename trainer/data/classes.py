@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from itertools import chain
 
 import torch
@@ -25,24 +26,28 @@ def class_labels(spec: str, key: str, comm: Comm, *, budget: float | None = None
     """
     shards = ShardSet.open(spec)
     bad: list[str] = []
-    values = [
-        _value(shards, index, key, bad) for index in range(comm.rank, len(shards), comm.world_size)
-    ]
+    own: dict[str, int] = {}
+    ids, codes = array("q"), array("q")
+    for index in range(*comm.row_range(len(shards))):
+        value = _value(shards, index, key, bad)
+        if value is not None:
+            ids.append(shards.name_of(index)[2])
+            codes.append(own.setdefault(value, len(own)))
     _report(list(chain.from_iterable(comm.gather_json(bad))), key, shards, comm, budget)
-    names = sorted({v for part in comm.gather_json(values) for v in part if v is not None})
-    number = {name: index for index, name in enumerate(names)}
-    labels = torch.tensor([number.get(v, -1) if v is not None else -1 for v in values])
-    ids = torch.from_numpy(shards.ids[comm.rank :: comm.world_size].copy())
-    known = labels >= 0
+    names = sorted(set(chain.from_iterable(comm.gather_json(list(own)))))
+    number = {name: place for place, name in enumerate(names)}
+    number_of_code = torch.tensor([number[name] for name in own], dtype=torch.int64)
+    labels = number_of_code[torch.tensor(codes, dtype=torch.int64)]
     return ClusterLabels(
-        comm.gather_rows(ids[known].to(comm.device)),
-        comm.gather_rows(labels.long()[known].to(comm.device)),
+        comm.gather_rows(torch.tensor(ids, dtype=torch.int64).to(comm.device)),
+        comm.gather_rows(labels.to(comm.device)),
     )
 
 
 def _value(shards: ShardSet, index: int, key: str, bad: list[str]) -> str | None:
+    """The value of one sample, out of its json alone."""
     try:
-        value = value_at(json_of(shards.read(index).fields), key)
+        value = value_at(json_of(shards.read_json(index).fields), key)
         check_texts(value, key)
     except (BadSample, DamagedSample) as error:
         shard, name, _ = shards.name_of(index)

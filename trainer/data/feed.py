@@ -25,7 +25,6 @@ from trainer.data.fields import find_image
 from trainer.data.generated import GeneratedCaptions
 from trainer.data.ledger import Rejected, describe
 from trainer.data.order import Order, Share
-from trainer.data.remote import is_remote
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.tokenize import tokenize
 from trainer.data.views import View, draw_view
@@ -280,7 +279,7 @@ class IndexedSamples(Dataset[RawBatch | Failure]):
             return error
 
     def _fetched(self, indices: Sequence[int]) -> list[RawSample | DamagedSample]:
-        if not any(is_remote(shard) for shard in self.shards.shards):
+        if not self.shards.has_remote:
             return [self._read(index) for index in indices]
         with ThreadPoolExecutor(_CONNECTIONS) as threads:
             return list(threads.map(self._read, indices))

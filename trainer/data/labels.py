@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,9 @@ class ClusterLabels:
         """Clusters a sample has at most: the width of `top`."""
         return self._table.shape[1]
 
-    @property
+    @cached_property
     def num_clusters(self) -> int:
-        """One more than the largest label. Reads all of them."""
+        """One more than the largest label."""
         return int(self._table.max()) + 1 if self._table.numel() else 0
 
     def of(self, sample_id: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
@@ -117,9 +118,9 @@ class ClusterLabels:
             )
         if table.is_floating_point() or table.dtype == torch.bool:
             raise DataError(f"{folder} holds labels of type {table.dtype}; write whole numbers")
-        _refuse_disorder(ids, table, folder)
         opened = cls.__new__(cls)
         opened._ids, opened._table = ids, table
+        opened.num_clusters = _refuse_disorder(ids, table, folder) + 1
         return opened
 
 
@@ -132,7 +133,9 @@ def _moved_up(table: Tensor) -> Tensor:
     return table.masked_fill(lacking, UNKNOWN).gather(1, order)
 
 
-def _refuse_disorder(ids: Tensor, table: Tensor, folder: Path | str) -> None:
+def _refuse_disorder(ids: Tensor, table: Tensor, folder: Path | str) -> int:
+    """The largest label, -1 without any; it is found in the one pass over all rows."""
+    largest = UNKNOWN
     for start in range(0, len(ids), _CHECKED_ROWS):
         rows = slice(start, start + _CHECKED_ROWS)
         some = ids[rows.start : rows.stop + 1]
@@ -147,6 +150,8 @@ def _refuse_disorder(ids: Tensor, table: Tensor, folder: Path | str) -> None:
                 f"some sample in {folder} has a label behind a -1, which only fills rows up; write "
                 "it with ClusterLabels(ids, labels).save(folder), which moves labels up"
             )
+        largest = max(largest, int(table[rows].max()))
+    return largest
 
 
 def _first_of_each(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ FIRST_DELAY_SECONDS = 0.05
 REQUEST_TIMEOUT_SECONDS = 60.0
 _FINAL = (PermissionError, IsADirectoryError, NotImplementedError)
 _BUSY = (408, 425, 429)
-_BESIDE = (".index", ".json", ".parquet")
+_BESIDE = (".index", ".json", ".parquet", ".catalogue")
 
 
 def is_remote(path: str) -> bool:
@@ -57,6 +57,12 @@ def expand_sets(spec: str, *, pipes: bool = False) -> list[tuple[str, str]]:
                 "for the folder"
             )
     for _, path in listed:
+        if path.endswith(".catalogue"):
+            raise DataError(
+                f"{path} is one part of {spec!r}; a catalogue stands alone and without a name, so "
+                "write one of all the sets: python tools/index.py name=SHARDS other=SHARDS "
+                "--missing --catalogue FILE"
+            )
         if path.startswith("pipe:") and not pipes:
             raise DataError(f"{path!r} needs data.reader: webdataset and data.allow_pipe: true")
     seen: set[str] = set()

@@ -10,24 +10,16 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.index import (
-    HEADER_BYTES,
-    IndexSummary,
-    ShardIndex,
-    ids_in_set,
-    index_path,
-    read_index,
-    read_summary,
-    sample_id,
-)
-from trainer.data.remote import expand_sets, file_size, is_remote, read_file, read_range
+from trainer.data.catalogue import Catalogue, is_catalogue, open_catalogue
+from trainer.data.index import ShardIndex, ids_in_set, index_path, read_index, sample_id
+from trainer.data.opening import inspect_shards, wrong_size
+from trainer.data.remote import expand_sets, is_remote, read_range
 from trainer.data.sets import named_shard, names_by_folder, refuse_other_shards
 from trainer.data.tables import BadRow, is_table, read_row
 from trainer.errors import DataError
@@ -37,8 +29,6 @@ __all__ = ["DamagedSample", "RawSample", "ShardSet", "sample_id"]
 T = TypeVar("T")
 
 _OPEN_SHARDS = 64  # files and parsed indexes kept; a window of shards must fit
-_NAMED = 8  # missing shards that a sentence names
-_OPENING_THREADS = 16  # remote sizes and indexes are fetched side by side
 
 
 class DamagedSample(DataError):
@@ -66,7 +56,11 @@ class ShardSet:
         *,
         sets: Sequence[str],
         digests: Sequence[str],
+        catalogue: Catalogue | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
+        """`rows` says which shards of the catalogue these are; all, in its order, where None."""
+        self._catalogue, self._rows = catalogue, rows
         self.shards, self.sizes = tuple(shards), tuple(sizes)
         self.sets, self.digests = tuple(sets), tuple(digests)
         self._remote_indexes = remote
@@ -75,7 +69,8 @@ class ShardSet:
 
     @classmethod
     def open(cls, spec: str, *, before: Sequence[str] | None = None) -> ShardSet:
-        """Open every shard that a spec names (braces, globs, `::` lists; paths and URLs; sets).
+        """Open every shard that a spec names (braces, globs, `::` lists; paths and URLs; sets;
+        or a catalogue).
 
         DataError where a shard or its index is missing, a shard's size is not the indexed one,
         or two samples have one id. Where samples of two folders would, and no set is named, each
@@ -83,22 +78,40 @@ class ShardSet:
         disk; remote ones are fetched once. `before` are the `lines` of a set that this one has to
         be, in whose order the shards then come; DataError where they are others.
         """
+        opened = cls._catalogued(spec) if is_catalogue(spec) else cls._listed(spec)
+        return opened if before is None else opened._in_order_of(before)
+
+    @classmethod
+    def _listed(cls, spec: str) -> ShardSet:
         listed = expand_sets(spec)
         shards = [path for _, path in listed]
-        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
-            inspected = list(threads.map(_inspect, shards))
-        found = _all_there(shards, inspected)
+        found = inspect_shards(shards)
         remote = {
-            shard: data for shard, (_, data) in zip(shards, found, strict=True) if is_remote(shard)
+            shard: look.remote_index
+            for shard, look in zip(shards, found, strict=True)
+            if is_remote(shard)
         }
-        opened = cls(
+        return cls(
             shards,
-            [summary.num_samples for summary, _ in found],
+            [look.summary.num_samples for look in found],
             remote,
             sets=[name for name, _ in listed],
-            digests=[summary.digest.hex() for summary, _ in found],
-        )._distinct()
-        return opened if before is None else opened._in_order_of(before)
+            digests=[look.summary.digest.hex() for look in found],
+        ).distinct()
+
+    @classmethod
+    def _catalogued(cls, spec: str) -> ShardSet:
+        """What a catalogue says. No shard is looked at before a sample of it is read."""
+        catalogue = open_catalogue(spec.strip())
+        table = catalogue.table
+        return cls(
+            table.shards,
+            table.sizes,
+            {},
+            sets=table.sets,
+            digests=table.digests,
+            catalogue=catalogue,
+        )
 
     @property
     def names(self) -> list[str]:
@@ -115,9 +128,50 @@ class ShardSet:
 
     @cached_property
     def ids(self) -> NDArray[np.int64]:
-        """The sample ids of all samples, in order; read from the indexes on first use."""
-        columns = [self._index(row).ids for row in range(len(self.shards))]
-        return np.concatenate([np.empty(0, np.int64), *columns])
+        """The sample ids of all samples, in order; read from the indexes on first use.
+
+        8 bytes a sample; of a catalogue they stay on disk.
+        """
+        starts = self._starts
+        if self._catalogue is not None:
+            column = self._catalogue.ids()
+            if self._rows is None:
+                return column
+            begins = np.concatenate([[0], np.cumsum(self._catalogue.table.sizes)])
+            return np.concatenate([column[begins[row] : begins[row + 1]] for row in self._rows])
+        found = np.empty(len(self), np.int64)
+        for shard in range(len(self.shards)):
+            found[starts[shard] : starts[shard + 1]] = self._index(shard).ids
+        return found
+
+    def some(self, count: int, *, shards: int = 64) -> NDArray[np.int64]:
+        """`count` samples at most, evenly out of a few shards that lie evenly in the list."""
+        chosen = np.unique(np.linspace(0, len(self.shards) - 1, shards).astype(np.int64))
+        sizes = np.asarray(self.sizes, dtype=np.int64)[chosen]
+        ends = np.cumsum(sizes)
+        places = np.unique(np.linspace(0, ends[-1] - 1, min(count, ends[-1])).astype(np.int64))
+        which = np.searchsorted(ends, places, side="right")
+        return self._starts[chosen][which] + places - (ends - sizes)[which]
+
+    def find(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """(sample, its id) of those of `ids` that are here, in the order of the list.
+
+        Shard after shard, until all are found: the ids of all samples are never held.
+        """
+        wanted = np.unique(np.asarray(ids, dtype=np.int64))
+        found: list[tuple[int, int]] = []
+        for shard, start in enumerate(self._starts[:-1].tolist()):
+            if len(found) == len(wanted):
+                break
+            here = self._index(shard).ids
+            rows = np.flatnonzero(np.isin(here, wanted))
+            found += [(start + int(row), int(here[row])) for row in rows]
+        return found
+
+    @cached_property
+    def has_remote(self) -> bool:
+        """Whether any shard lies on a server."""
+        return any(map(is_remote, self.shards))
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard, sample within it) of sample `index`."""
@@ -138,9 +192,21 @@ class ShardSet:
         DamagedSample where a header or member differs from the index, and where a table's row or
         its picture can't be read; DataError where the shard has another size than the indexed one.
         """
+        return self._read(index, only=None)
+
+    def read_json(self, index: int) -> RawSample:
+        """Read no other member than the one that ends in `.json`, if there is one; the whole row
+        of a table. The same errors."""
+        return self._read(index, only="json")
+
+    def _read(self, index: int, *, only: str | None) -> RawSample:
         shard, row = self.locate(index)
         columns, name = self._index(shard), self.shards[shard]
-        members = range(int(columns.first[row]), int(columns.first[row + 1]))
+        members = list(range(int(columns.first[row]), int(columns.first[row + 1])))
+        if only is not None and not is_table(name):
+            members = [m for m in members if columns.suffixes[columns.suffix[m]] == only]
+            if not members:
+                return RawSample(int(columns.ids[row]), name, columns.keys[row], {})
         start = int(columns.offset[members[0]]) - int(columns.header_bytes[members[0]])
         end = int(columns.offset[members[-1]]) + int(columns.size[members[-1]])
         data = self._bytes(shard, start, end)
@@ -168,6 +234,8 @@ class ShardSet:
             "remote": self._remote_indexes,
             "sets": self.sets,
             "digests": self.digests,
+            "catalogue": self._catalogue,
+            "rows": self._rows,
         }
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -188,13 +256,19 @@ class ShardSet:
         if len(self._indexes) >= _OPEN_SHARDS:
             self._indexes.popitem(last=False)
         name = self.shards[shard]
-        index = read_index(name, self._remote_indexes.get(name))
+        index = read_index(name, self._index_bytes(shard))
         if len(index.keys) != self.sizes[shard]:
             raise DataError(
                 f"{index_path(name)} changed: {self.sizes[shard]} samples when it was opened, "
                 f"now {len(index.keys)}; start again"
             )
         return index._replace(ids=ids_in_set(index.ids, self.sets[shard]))
+
+    def _index_bytes(self, shard: int) -> bytes | None:
+        """The index of a shard where it is not read from beside it."""
+        if self._catalogue is None:
+            return self._remote_indexes.get(self.shards[shard])
+        return self._catalogue.index_bytes(shard if self._rows is None else self._rows[shard])
 
     def _bytes(self, shard: int, start: int, end: int) -> bytes:
         name = self.shards[shard]
@@ -207,7 +281,7 @@ class ShardSet:
             raise DataError(f"can't read {name}: {error.strerror}") from error
         if len(data) < end - start:
             found = os.fstat(handle).st_size
-            raise _wrong_size(name, self._index(shard).shard_bytes, found)
+            raise wrong_size(name, self._index(shard).shard_bytes, found)
         return data
 
     def _open_file(self, shard: int) -> int:
@@ -217,10 +291,10 @@ class ShardSet:
         found, expected = os.fstat(handle).st_size, self._index(shard).shard_bytes
         if found != expected:
             os.close(handle)
-            raise _wrong_size(self.shards[shard], expected, found, self.sizes[shard])
+            raise wrong_size(self.shards[shard], expected, found, self.sizes[shard])
         return handle
 
-    def _distinct(self) -> ShardSet:
+    def distinct(self) -> ShardSet:
         """This set; with its folders as sets where samples would have one id otherwise."""
         double, first = self._shared_ids()
         if not double:
@@ -269,6 +343,8 @@ class ShardSet:
             self._remote_indexes,
             sets=[(self.sets if sets is None else sets)[row] for row in rows],
             digests=[self.digests[row] for row in rows],
+            catalogue=self._catalogue,
+            rows=[row if self._rows is None else self._rows[row] for row in rows],
         )
 
 
@@ -286,59 +362,6 @@ def _kept(cache: OrderedDict[int, T], key: int, load: Callable[[int], T]) -> T:
         cache[key] = load(key)
     cache.move_to_end(key)
     return cache[key]
-
-
-def _all_there(shards: Sequence[str], inspected: Sequence[T | None]) -> list[T]:
-    """What was found of each shard; DataError that names those that are missing."""
-    there = [found for found in inspected if found is not None]
-    missing = [name for name, found in zip(shards, inspected, strict=True) if found is None]
-    if not missing:
-        return there
-    if not there:
-        more = f", nor any other of the {len(shards)} that are listed" if len(shards) > 1 else ""
-        raise DataError(f"no shard {missing[0]}{more}")
-    rest = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-    raise DataError(
-        f"no shard {', '.join(missing[:_NAMED])}{rest}: {len(missing)} of {len(shards)} are "
-        "missing; get them, or list those that are there, as a pattern with * or "
-        "{000..003}.tar::{005..009}.tar does"
-    )
-
-
-def _inspect(shard: str) -> tuple[IndexSummary, bytes] | None:
-    """The index's header after comparing the shard's size with it, and a remote index's bytes.
-
-    None where there is no shard.
-    """
-    path = index_path(shard)
-    if not is_remote(shard) and os.path.isdir(shard):
-        raise DataError(f"{shard} is a folder; name its shards, as {os.path.join(shard, '*.tar')}")
-    try:
-        found = file_size(shard)
-    except FileNotFoundError:
-        return None
-    try:
-        data = read_file(path) if is_remote(path) else _first_bytes(path)
-    except FileNotFoundError:
-        raise DataError(f"no index {path}; build it: python tools/index.py '{shard}'") from None
-    summary = read_summary(data[:HEADER_BYTES], path=path)
-    if found != summary.shard_bytes:
-        raise _wrong_size(shard, summary.shard_bytes, found, summary.num_samples)
-    return summary, data if is_remote(path) else b""
-
-
-def _first_bytes(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(HEADER_BYTES)
-
-
-def _wrong_size(shard: str, expected: int, found: int, samples: int | None = None) -> DataError:
-    counted = "" if samples is None else f" ({samples} samples)"
-    verdict = "truncated" if found < expected else "changed"
-    return DataError(
-        f"{shard} is {verdict}: its index expects {expected} bytes{counted}, found {found}; get "
-        f"the shard again, or if it is right: python tools/index.py '{shard}'"
-    )
 
 
 def _checked_member(data: bytes, start: int, columns: ShardIndex, member: int, place: str) -> bytes:

@@ -36,7 +36,7 @@ from trainer.data.selection import Selection
 from trainer.data.shards import ShardSet
 from trainer.data.views import augment, flipped
 from trainer.data.workers import refuse_small_shared_memory
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.pulse import PULSE
 from trainer.types import Batch
 
@@ -244,6 +244,11 @@ def _open_source(
     told = _told(shards.lines, prepare, chosen, before)
     if config.noise.share:
         shards = NoisyShards.over(shards, config.noise, config.images)
+    if unknown := sorted((config.weights or {}).keys() - set(shards.sets)):
+        raise ConfigError(
+            f"data.weights names the set {unknown[0]!r}, which {config.train} does not hold; it "
+            f"has {', '.join(sorted(set(shards.sets)))}"
+        )
     weights = [(config.weights or {}).get(name, 1.0) for name in shards.sets]
     order = Order(
         shards.sizes,

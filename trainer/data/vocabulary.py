@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm, agreed
@@ -23,6 +25,7 @@ from trainer.hashing import key_of, permutation
 from trainer.long_work import counted
 
 MOST_CAPTIONS = 200_000
+_TIMES = 4
 
 
 def tokenizer_for(
@@ -102,9 +105,22 @@ def _streamed(data: DataConfig, *, seed: int, most: int) -> Iterator[RawSample]:
     return islice(read_once(data, seed=seed), most)
 
 
+def _drawn(shards: ShardSet, most: int, key: int) -> Int64[Tensor, " drawn"]:
+    """Ascending samples, `most` at most, out of as few shards as hold four times as many.
+
+    A permutation of all samples would cost memory for each, and a look at the index of each shard.
+    """
+    order = permutation(len(shards.shards), key_of(key, "shards"))
+    sizes = torch.tensor(shards.sizes)
+    enough = int((sizes[order].cumsum(0) < _TIMES * most).sum()) + 1
+    starts = sizes.cumsum(0) - sizes
+    some = [starts[row] + torch.arange(shards.sizes[row]) for row in order[:enough].tolist()]
+    samples = torch.cat([torch.empty(0, dtype=torch.int64), *some])
+    return samples[permutation(len(samples), key)[:most]].sort().values
+
+
 def _indexed(data: DataConfig, *, seed: int, most: int) -> Iterator[RawSample]:
     shards = ShardSet.open(data.train)
-    chosen = permutation(len(shards), key_of(seed, "vocabulary"))[:most]
-    for index in torch.sort(chosen).values.tolist():
+    for index in _drawn(shards, most, key_of(seed, "vocabulary")).tolist():
         with suppress(DamagedSample):
             yield shards.read(index)

@@ -90,7 +90,8 @@ def read_blocks(
     rank that is gone. A DataError too where there is no sample at all.
     """
     shards = ShardSet.open(spec)
-    chosen = select(torch.as_tensor(shards.ids), limit)
+    whole = limit is None or limit >= len(shards)
+    chosen = torch.arange(len(shards)) if whole else select(torch.as_tensor(shards.ids), limit)
     if not len(chosen):
         raise DataError(f"no sample in {spec}; an evaluation needs at least one")
     reader = _Reader(shards, pixels or Pixels(size, background=data.background), data)

@@ -9,7 +9,6 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 
-import numpy as np
 import torch
 
 from trainer.config import DataConfig, EvalConfig, RunConfig
@@ -125,11 +124,10 @@ def retrieval_picture(spec: str, encode: Encode, context: EvalContext) -> Pixels
 def _samples(spec: str, ids: Sequence[int], data: DataConfig) -> dict[int, Sample]:
     """Pixels and caption by sample id; samples that lack or are damaged are left out."""
     shards = ShardSet.open(spec)
-    places = np.flatnonzero(np.isin(shards.ids, np.asarray(ids, dtype=np.int64)))
     found: dict[int, Sample] = {}
-    for place in places.tolist():
+    for place, sample_id in shards.find(ids):
         with suppress(BadSample, DamagedSample):
-            found[int(shards.ids[place])] = _sample(shards.read(place).fields, data)
+            found[sample_id] = _sample(shards.read(place).fields, data)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from trainer.store.shard_file import (
     read_shard_header,
 )
 
-_MAPPED_FILES = 1024
+_MAPPED_FILES = 128  # each holds a descriptor; a process may have a thousand
 
 
 class EmbeddingStore:
@@ -80,8 +81,10 @@ class EmbeddingStore:
     @cached_property
     def ids(self) -> NDArray[np.int64]:
         """The sample ids in the order of the rows: files in the header's order, then rows."""
-        parts = [self._block(file).ids for file in range(len(self._names))]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        found = np.empty(len(self), np.int64)
+        for file, (start, end) in enumerate(pairwise(self._starts)):
+            found[start:end] = self._block(file).ids
+        return found
 
     def rows(self, ids: Int64[Tensor, " n"]) -> Float32[Tensor, "n dim"]:
         """The vector of every id; for stores with one vector per sample."""

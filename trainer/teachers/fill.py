@@ -225,11 +225,12 @@ def _opened(spec: str | TextSet) -> ShardSet | TextSet:
 def _plain_names(shards: ShardSet | TextSet) -> list[str]:
     """The shards' names behind their set's, without folders: the names of their blocks."""
     names = list(shards.shards if isinstance(shards, TextSet) else shards.names)
+    first: dict[str, int] = {}
     for row, name in enumerate(names):
-        if name in names[:row]:
+        if first.setdefault(name, row) != row:
             raise DataError(
-                f"{shards.shards[names.index(name)]} and {shards.shards[row]} have one name; a "
-                "store keeps a block by name, so name their sets, as a=folder/*.tar::b=other/*.tar"
+                f"{shards.shards[first[name]]} and {shards.shards[row]} have one name; a store "
+                "keeps a block by name, so name their sets, as a=folder/*.tar::b=other/*.tar"
             )
     return names
 
