@@ -63,7 +63,7 @@ def everything(engine, recipe: Recipe) -> dict[str, Tensor]:
 
 def steps(comm: Comm, stage: str, poisons: tuple[str, ...], passes: int) -> dict[str, Any]:
     """Three steps, and after the second one those that must not happen."""
-    from trainer.loop import train_step
+    from trainer.running.steps import train_step
 
     recipe = Recipe(comm)
     assert isinstance(recipe.head, Part)

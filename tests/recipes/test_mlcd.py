@@ -392,7 +392,7 @@ def poison_a_prototype(recipe, batches: list[Batch], comm: Comm) -> None:
 def steps_of(comm: Comm, configs: list[RunConfig]) -> list[dict]:
     """Three steps of each run; in the first one poisoned steps, which must change nothing."""
     from trainer.engine.zero import Engine
-    from trainer.loop import train_step
+    from trainer.running.steps import train_step
 
     results = []
     for number, config in enumerate(configs):

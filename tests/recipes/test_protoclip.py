@@ -219,7 +219,7 @@ def episode_state(comm: Comm, config: RunConfig) -> dict:
 
 def towers_after_three_steps(comm: Comm, configs: list[RunConfig]) -> list[dict[str, Tensor]]:
     from trainer.engine.zero import Engine
-    from trainer.loop import train_step
+    from trainer.running.steps import train_step
 
     results = []
     for config in configs:

@@ -34,25 +34,25 @@ feed.Feed.batch = batch
 IN_SETUP = (
     WAITS
     + """
-import trainer.loop as loop
-build = loop.load_recipe
+from trainer.running import built
+build = built.load_recipe
 def load_recipe(*arguments):
     if os.environ["RANK"] == "1":
         for_ever()
     return build(*arguments)
-loop.load_recipe = load_recipe
+built.load_recipe = load_recipe
 """
 )
 ALONE = """
 import os
-import trainer.loop as loop
+from trainer.running import built
 from trainer.errors import DataError
-build = loop.load_recipe
+build = built.load_recipe
 def load_recipe(*arguments):
     if os.environ["RANK"] == "1":
         raise DataError("the folder of the model is not there")
     return build(*arguments)
-loop.load_recipe = load_recipe
+built.load_recipe = load_recipe
 """
 
 

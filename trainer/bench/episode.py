@@ -24,11 +24,11 @@ from trainer.comm import Comm
 from trainer.config import DataConfig, PositiveInt, RunConfig
 from trainer.data.stream import Stream
 from trainer.engine.zero import Engine
-from trainer.loop import train_step
 from trainer.models.two_tower import TwoTowerConfig
 from trainer.recipe import Recipe, load_recipe
 from trainer.recipes import protoclip
 from trainer.run import context_of, stream_of, tokenizer_of
+from trainer.running.steps import train_step
 from trainer.types import Progress
 
 PHASES = ("extract", "cluster", "translate", "train")

@@ -22,12 +22,12 @@ from trainer.config import DataConfig, RunConfig
 from trainer.data.tokenize import train_tokenizer
 from trainer.engine.groups import parameter_groups
 from trainer.engine.zero import Engine
-from trainer.loop import train_step
 from trainer.losses.contrastive import info_nce
 from trainer.models.two_tower import TwoTowerConfig, build_two_tower
 from trainer.recipe import load_recipe
 from trainer.recipes import clip
 from trainer.run import context_of
+from trainer.running.steps import train_step
 from trainer.types import Batch, Progress
 
 ENDLESS = 10**9

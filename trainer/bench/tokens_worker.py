@@ -29,9 +29,9 @@ from trainer.config import DataConfig, RunConfig, ViewsConfig
 from trainer.config.recipe_files import recipe_config
 from trainer.data.crops import cover_size
 from trainer.engine.zero import Engine
-from trainer.loop import train_step
 from trainer.recipe import attach_parts, load_recipe
 from trainer.run import context_of
+from trainer.running.steps import train_step
 from trainer.types import Batch, Progress
 
 
