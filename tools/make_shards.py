@@ -26,6 +26,7 @@ from trainer.programs.shard_sources import (
     Item,
     coco,
     image_folder,
+    let_it_wag,
     parquet,
     saved_dataset,
     table,
@@ -56,6 +57,8 @@ def _items(arguments: argparse.Namespace) -> Iterator[Item]:
     match arguments.kind:
         case "folder":
             return image_folder(arguments.source)
+        case "let-it-wag":
+            return let_it_wag(arguments.source)
         case "table":
             return table(arguments.source, columns)
         case "parquet":
@@ -71,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ("folder", "table", "parquet", "coco", "datasets")
+    kinds = ("folder", "table", "parquet", "coco", "datasets", "let-it-wag")
     parser.add_argument("kind", choices=kinds, help="what the source is")
     parser.add_argument("source", type=Path, help="file or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")

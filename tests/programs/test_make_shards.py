@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from trainer.programs.shard_sources import (
     Item,
     coco,
     image_folder,
+    let_it_wag,
     parquet,
     saved_dataset,
     table,
@@ -168,3 +170,31 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_bad_pictures_are_listed(
         make_shards(items(), killed, about={"a": 2}, per_shard=2)
     with pytest.raises(DataError, match="holds no picture"):
         make_shards([], tmp_path / "empty", about={})
+
+
+def wag_folder(root: Path, names: list[str]) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "1.png").write_bytes(encoded(1, "PNG"))
+    return root
+
+
+def test_let_it_wag_has_290_classes_whose_names_are_no_folders_order(tmp_path: Path) -> None:
+    names = [f"thing_{n:03d}" for n in range(287)] + ["ab_food", "aa_z_bird", "aa_bird"]
+    made = make_shards(let_it_wag(wag_folder(tmp_path / "in", names)), tmp_path / "out", about={})
+    assert made.samples == 290
+    values: list[Any] = [each["json"] for each in samples(tmp_path / "out")]
+    by_word = {each["class"]: each for each in values}
+    assert len(by_word) == len({each["class_id"] for each in values}) == 290
+    assert by_word["aa z"]["class_raw"] == "aa_z"
+    assert by_word["aa z"]["source"].startswith("aa_z_bird")
+    assert by_word["thing 003"]["class_raw"] == "thing_003"
+
+
+def test_another_number_of_classes_or_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    few = wag_folder(tmp_path / "few", ["one", "two"])
+    with pytest.raises(DataError, match=r"2 folders .* 290 classes"):
+        next(let_it_wag(few))
+    names = [f"thing_{n:03d}" for n in range(288)] + ["jay", "jay_bird"]
+    with pytest.raises(DataError, match="are both 'jay'"):
+        next(let_it_wag(wag_folder(tmp_path / "twins", names)))

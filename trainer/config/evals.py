@@ -66,6 +66,9 @@ class EvalConfig(Frozen):
     class_names: Annotated[LocalPath | None, OnlyWhere("name", "zero_shot")] = None
     """File with a class's name on each line, as `classnames.txt` of CLIP_benchmark's layout;
     `target` (`cls` there) is then the number of the line, from 0."""
+    gap_to: Annotated[str | None, OnlyWhere("name", "zero_shot")] = None
+    """Label of an earlier zero_shot evaluation, as of ImageNet before Let it Wag!: `gap` is its
+    top1 less this one's."""
     caption: Annotated[str, _OF_PAIRS] = "txt"
     """Which text of a sample is searched for: `txt` or a json key, as `long` (retrieval); the key
     that holds texts by language is `lang` (cross_lingual). Every item of a list, and every line of

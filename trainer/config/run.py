@@ -83,6 +83,23 @@ class RunConfig(Frozen):
             raise ValueError(f"several evaluations are labelled {', '.join(twice)}")
         return evals
 
+    @field_validator("evals")
+    @classmethod
+    def _gaps_to_what_is_measured_with_them(
+        cls, evals: tuple[EvalConfig, ...]
+    ) -> tuple[EvalConfig, ...]:
+        for place, entry in enumerate(evals):
+            before = {e.label: e for e in evals[:place] if e.name == "zero_shot"}
+            if entry.gap_to is None:
+                continue
+            other = before.get(entry.gap_to)
+            if other is None or (other.every, other.weights) != (entry.every, entry.weights):
+                raise ValueError(
+                    f"gap_to of {entry.label} is {entry.gap_to!r}; name a zero_shot evaluation "
+                    "that stands before it and has the same `every` and `weights`"
+                )
+        return evals
+
     @model_validator(mode="after")
     def _no_average_that_is_not_kept(self) -> RunConfig:
         wanting = [entry.label for entry in self.evals if entry.weights == "averaged"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, get_args
 
 from trainer.config import EvalConfig, Weights
@@ -40,21 +40,33 @@ def evaluate_all(
 ) -> dict[str, dict[str, float]]:
     """Figures by label, in the order given. Shards that several of them use are encoded once."""
     refuse_equal_labels(configs)
-    sharing = context._replace(encoded={})
-    return {config.label: run_eval(config, encode, sharing) for config in configs}
+    sharing, found = context._replace(encoded={}), dict[str, dict[str, float]]()
+    for config in configs:
+        found[config.label] = with_gap(config, run_eval(config, encode, sharing), found)
+    return found
+
+
+def with_gap(
+    config: EvalConfig, figures: dict[str, float], before: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """With how many points of top1 the evaluation that it is compared with is ahead."""
+    if config.gap_to is None or "top1" not in before.get(config.gap_to, {}):
+        return figures  # the other one has failed, and said so
+    return {**figures, "gap": before[config.gap_to]["top1"] - figures["top1"]}
 
 
 def evaluate_each(
     configs: Sequence[EvalConfig], encode: Encode, context: EvalContext
 ) -> Iterator[Result]:
     """As `evaluate_all`, one after another; one that fails does not keep the others back."""
-    sharing = context._replace(encoded={})
+    sharing, found = context._replace(encoded={}), dict[str, dict[str, float]]()
     for config in configs:
         with PULSE.phase(f"evaluation {config.label}"):
             figures, own = _attempt(config, encode, sharing)
         failures = sharing.comm.gather_json(own)
         failure = next((reason for reason in failures if reason is not None), None)
-        yield Result(config, figures if failure is None else {}, failure)
+        found[config.label] = {} if failure else with_gap(config, figures, found)
+        yield Result(config, found[config.label], failure)
 
 
 def by_weights(configs: Sequence[EvalConfig]) -> Iterator[tuple[Weights, list[EvalConfig]]]:

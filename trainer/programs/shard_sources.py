@@ -5,6 +5,7 @@ table      a CSV or TSV file with a header, one picture a row
 parquet    a Parquet file or a folder of them: pictures as bytes or paths (needs pyarrow)
 coco       COCO-style JSON: images, annotations with captions, licenses
 datasets   a Hugging Face dataset saved on disk (needs datasets)
+let-it-wag the folder of Let it Wag!: 290 classes, CLASS_bird/picture.jpg
 """
 
 from __future__ import annotations
@@ -49,6 +50,44 @@ def image_folder(folder: Path) -> Iterator[Item]:
             if path.suffix.lower() in PICTURES:
                 values = {"class": name, "class_id": number}
                 yield Item(str(path.relative_to(folder)), path, (name,), values)
+
+
+def let_it_wag(folder: Path) -> Iterator[Item]:
+    """The long-tail set of arXiv 2404.04125, a folder a class.
+
+    A folder's name says what kind of thing the class is (`_bird`, `_aircraft`), which is no part of
+    it. `class` is the name in words and `class_raw` with its underscores, as the published program
+    puts it into prompts. DataError where there are not 290 classes, or two have one name.
+    """
+    folders = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    if len(folders) != _WAG_CLASSES:
+        raise DataError(
+            f"{folder} has {len(folders)} folders and Let it Wag! {_WAG_CLASSES} classes; give the "
+            "folder that holds one a class, or take `folder` for another set"
+        )
+    raw = {name: _without_kind(name) for name in folders}
+    words = {name: " ".join(short.replace("_", " ").split()) for name, short in raw.items()}
+    by_name = {word: name for name, word in words.items()}
+    if len(by_name) < len(words):
+        double = next(name for name, word in words.items() if by_name[word] != name)
+        raise DataError(
+            f"{double} and {by_name[words[double]]} of {folder} are both {words[double]!r}; rename "
+            "one of the folders"
+        )
+    for number, (name, place) in enumerate(folders.items()):
+        for path in sorted(place.rglob("*")):
+            if path.suffix.lower() in PICTURES:
+                values = {"class": words[name], "class_raw": raw[name], "class_id": number}
+                yield Item(str(path.relative_to(folder)), path, (words[name],), values)
+
+
+_WAG_CLASSES = 290
+_WAG_KINDS = ("_bird", "_flowers", "_aircraft", "_food")
+
+
+def _without_kind(name: str) -> str:
+    kind = next((kind for kind in _WAG_KINDS if name.endswith(kind)), "")
+    return name.removesuffix(kind)
 
 
 def table(path: Path, columns: Columns) -> Iterator[Item]:

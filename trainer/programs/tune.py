@@ -1,12 +1,14 @@
 """Tune classifiers on stored features and compare them, inside and outside the training domain.
 
 OUT/features/      a store for the training set and one for each test set (unless given)
+OUT/cells/         what each classifier gave with each seed: where a killed call goes on
 OUT/results.json   every accuracy, by classifier and seed; spectra of the features
 OUT/table.md       mean and standard deviation over seeds; OUT/tune.png the same as a picture
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,7 @@ from trainer.errors import ConfigError
 from trainer.programs.compare import format_comparison
 from trainer.programs.compare_plot import plot_comparison
 from trainer.programs.embed import open_teacher
+from trainer.store.header import write_whole
 from trainer.teachers.fill import embed
 from trainer.teachers.image import ImageTeacher
 from trainer.teachers.spec import TeacherSpec
@@ -26,7 +29,7 @@ from trainer.tuning.fit import PRESETS, tune
 from trainer.tuning.measure import accuracy, logistic, spread, tuned_classify, tuned_features
 from trainer.tuning.views import ImageViews
 
-TRAIN = "train"
+TRAIN, CELLS = "train", "cells"
 LOGISTIC = "logistic"
 METHODS = (*PRESETS, LOGISTIC)
 """`linear`, `mlp`, `paper` and `repo` by AdamW; `logistic` by L-BFGS over several penalties."""
@@ -76,7 +79,7 @@ def compare_methods(
     }
     for method in methods:
         for seed in seeds:
-            figures, spectrum = _measured(sets, method, seed, comm)
+            figures, spectrum = _kept(sets, method, seed, out / CELLS, comm)
             found[method].append(figures)
             spectra[f"{method} seed {seed}"] = spectrum
             told = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
@@ -84,6 +87,44 @@ def compare_methods(
     table = _table(sets, found, spectra, seeds)
     agreed(comm, lambda: _write(out, sets, found, spectra, seeds, table) if comm.is_main else None)
     return table
+
+
+def _kept(
+    sets: Sets, method: str, seed: int, folder: Path, comm: Comm
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What a cell gave before, if it was asked the same; else it is measured and kept."""
+    path, asked = folder / f"{method}-{seed}.json", _asked(sets, method)
+    found = comm.broadcast_json(_read_cell(path, asked) if comm.is_main else None)
+    if found is None:
+        found = list(_measured(sets, method, seed, comm))
+        text = json.dumps({"asked": asked, "found": found}, indent=1)
+        agreed(comm, (lambda: _write_cell(path, text)) if comm.is_main else lambda: None)
+    figures, spectrum = found
+    return figures, spectrum
+
+
+def _asked(sets: Sets, method: str) -> str:
+    """SHA-256 of the features, the classes and the settings."""
+    stores = [(TRAIN, sets.train), *sets.tests.items()]
+    digest = hashlib.sha256()
+    for name, data in stores:
+        digest.update(f"{name}\n{data.store.header.model_dump_json()}\n".encode())
+        digest.update(data.labels.numpy().tobytes())
+    settings = PRESETS[method].model_dump_json() if method in PRESETS else method
+    digest.update(f"{sets.train.names}\n{settings}".encode())
+    return digest.hexdigest()
+
+
+def _read_cell(path: Path, asked: str) -> Any:
+    if not path.exists():
+        return None
+    cell = json.loads(path.read_text())
+    return cell["found"] if cell["asked"] == asked else None
+
+
+def _write_cell(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
 
 
 def _measured(
