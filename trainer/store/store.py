@@ -24,6 +24,7 @@ from trainer.store.header import (
     refuse_changed,
     refuse_others,
 )
+from trainer.store.lookup import Lookup, open_lookup, sorted_lookup
 from trainer.store.shard_file import (
     SUFFIX,
     Block,
@@ -152,7 +153,7 @@ class EmbeddingStore:
         return self._mapped[file]
 
     def _find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        order, ordered = self._lookup
+        ordered, order = self._lookup
         if not len(ordered):
             places = np.zeros(len(ids), np.int64)
             unknown = np.ones(len(ids), bool)
@@ -167,9 +168,8 @@ class EmbeddingStore:
         return order[places] if len(ordered) else places
 
     @cached_property
-    def _lookup(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order = np.argsort(self.ids, kind="stable")
-        return order, self.ids[order]
+    def _lookup(self) -> Lookup:
+        return open_lookup(self.folder, self.header) or sorted_lookup(self.ids)
 
 
 def _absence(folder: Path) -> str:

@@ -22,7 +22,8 @@ from trainer.store.header import (
     refuse_others,
     write_whole,
 )
-from trainer.store.shard_file import SUFFIX, read_shard_header, write_shard
+from trainer.store.lookup import write_lookup
+from trainer.store.shard_file import SUFFIX, map_shard, read_shard_header, write_shard
 
 _HALF_INFINITY = 65520.0  # what is below it rounds to a finite float16
 
@@ -107,6 +108,8 @@ class StoreWriter:
         }
         count = sum(entry.rows or 0 for entry in shards.values())
         header = StoreHeader(identity=self.header.identity, count=count, shards=shards)
+        ids = (map_shard(self.path(name), sequential=True).ids for name in shards)
+        write_lookup(self.folder, header, ids)
         write_whole(self.folder / HEADER, header.model_dump_json(indent=1).encode())
         for left_over in [self.folder / BUILDING, *self.folder.glob("*.partial")]:
             left_over.unlink(missing_ok=True)
