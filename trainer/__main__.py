@@ -31,8 +31,19 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", help="dotted key=value, such as steps=100 or evals.0.limit=50"
     )
+    parser.add_argument(
+        "--plan",
+        nargs="*",
+        metavar="key=value",
+        help="train nothing: say what it would cost, as --plan world_size=64 card=h100",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     arguments = parser.parse_args()
+    if arguments.plan is not None:
+        from trainer.plan.told import plan_text
+
+        print(plan_text(load_run(arguments.run, arguments.overrides), arguments.plan))
+        return
     is_main = os.environ.get("RANK", "").strip() in {"", "0"}
     config = prepared_together(partial(_prepared, arguments.run, arguments.overrides))
     from trainer.loop import train

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -38,6 +39,21 @@ class Comm:
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Comm:
         return cls(rank=0, world_size=1, device=torch.device(device))
+
+    @classmethod
+    @contextmanager
+    def imagined(cls, world_size: int) -> Iterator[Comm]:
+        """Rank 0 of a group whose others are not there: collectives return at once, with nothing
+        in them. For counting what is sent."""
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        if dist.is_initialized():
+            raise RuntimeError("this process is already one of a group")
+        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+        try:
+            yield cls(0, world_size, torch.device("cpu"), dist.group.WORLD)
+        finally:
+            dist.destroy_process_group()
 
     @classmethod
     def from_environment(cls, *, timeout_seconds: float = 1800.0) -> Comm:

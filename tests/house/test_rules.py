@@ -20,8 +20,8 @@ ROOMS = (
     *("prompt_templates", "config", "command"),
     *("watch", "stop", "periods", "losses", "data", "models", "store", "concepts"),
     *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),
-    *("curation", "pictures", "scaling", "parts", "run", "recipes", "running", "loop", "doctor"),
-    *("programs", "bench", "__main__"),
+    *("curation", "pictures", "parts", "run", "recipes", "plan", "scaling", "running", "loop"),
+    *("doctor", "programs", "bench", "__main__"),
 )
 KEPT_TO = {
     "deepspeed": {"trainer/engine/"},

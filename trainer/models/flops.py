@@ -21,7 +21,7 @@ class TrainingFlops:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._forward_and_backward = 0
+        self._forward = self._forward_and_backward = 0
         self._trained: set[str] = set()
         self._handles: list[RemovableHandle] = [model.register_forward_hook(self._end)]
         for name, module in model.named_modules():
@@ -35,13 +35,20 @@ class TrainingFlops:
         """FLOPs of one micro-batch on one rank; None before the first pass has ended."""
         return None if self._handles else self._forward_and_backward
 
+    @property
+    def forward(self) -> int:
+        """Those of them that the forward pass alone takes."""
+        return self._forward
+
     def _hook(self, count: Callable[..., int] | None, tower: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             below = tower in self._trained
             trained = any(weight.requires_grad for weight in module.parameters(recurse=False))
             times = 1 + below + (below if _is_attention(module) else trained)
             if count is not None:
-                self._forward_and_backward += times * count(module, inputs, named, output)
+                products = count(module, inputs, named, output)
+                self._forward += products
+                self._forward_and_backward += times * products
             if trained:
                 self._trained.add(tower)
 

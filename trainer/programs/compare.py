@@ -135,12 +135,20 @@ def format_comparison(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str
 
 
 def _run(cell: Cell) -> str:
-    cell.workdir.mkdir(parents=True, exist_ok=True)
-    with (cell.workdir / "output.log").open("a") as log:
-        result = subprocess.run(cell.command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    return run_logged(cell.command, cell.workdir, f"{cell.variant}, seed {cell.seed}")
+
+
+def run_logged(command: Sequence[str], workdir: Path, name: str) -> str:
+    """Run a training whose output goes to `output.log` in its workdir; why it failed, or nothing.
+
+    What was begun goes on from its newest checkpoint, and what is finished ends at once.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "output.log").open("a") as log:
+        result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if result.returncode == 0:
         return ""
-    return f"{cell.variant}, seed {cell.seed} (exit {result.returncode}): {cell.workdir}/output.log"
+    return f"{name} (exit {result.returncode}): {workdir}/output.log"
 
 
 def _figures(results: Mapping[str, Mapping[str, float]], wanted: Iterable[str]) -> dict[str, float]:
