@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.comm import Comm
 from trainer.config import RunConfig
+from trainer.kernels.way import Way
 from trainer.losses.constant_prototypes import PrototypeTable, prototype_cross_entropy
 from trainer.losses.contrastive import info_nce
-from trainer.losses.learned_prototypes import ActiveRows, prototype_statistics
+from trainer.losses.learned_prototypes import ActiveRows, LogitOptions, prototype_statistics
 from trainer.losses.multi_positive import multi_positive_nce, multi_positive_sigmoid
-from trainer.losses.multilabel import multilabel_loss
+from trainer.losses.multilabel import MultilabelOptions, multilabel_loss
 from trainer.losses.sigmoid import sigmoid_loss
 from trainer.plan.watching import Alive, Sent
 
@@ -143,14 +144,13 @@ def _learned(name: str, section: Any, rows: int, labels: int, sizes: Sizes) -> T
 
     def loss(features: Tensor, scale: Tensor, comm: Comm) -> Tensor:
         active = ActiveRows(leaf, ids, negatives)
-        half = torch.float16 if sizes.halves else None
-        statistics = prototype_statistics(
-            *(features, targets, active, comm),
+        logits = LogitOptions(
             scale=section.scale,
-            gather_dtype=half,
-            tile=_TILE,
+            gather_dtype=torch.float16 if sizes.halves else None,
+            way=Way(tile=_TILE),
         )
-        return multilabel_loss(statistics).loss
+        statistics = prototype_statistics(features, targets, active, comm, logits)
+        return multilabel_loss(statistics, MultilabelOptions(logits=logits)).loss
 
     term = measured(name, sizes, 1, loss, width=dim)
     state = 4.0 * owned * (sizes.projected or sizes.dim) * (3 if head.optimizer == "adamw" else 2)
