@@ -182,3 +182,45 @@ def test_a_class_without_samples_stays_and_momentum_zero_follows_the_features_al
         assert torch.equal(moved[1], table[1])
         assert not torch.isclose(moved[[0, 2]], table[[0, 2]]).all(dim=2).any()
         assert torch.allclose(moved.norm(dim=2), torch.ones(()).double(), atol=1e-12)
+
+
+def unlabelled(comm: Comm) -> tuple[float, Tensor, Tensor]:
+    """Twelve views of six images against nine prototypes of no class."""
+    draw = torch.Generator().manual_seed(5)
+    features = normalize(torch.randn(12, 6, generator=draw, dtype=torch.float64), dim=1)
+    table = normalize(torch.randn(1, 9, 6, generator=draw, dtype=torch.float64), dim=2)
+    options = PalmOptions(parity="code", momentum=0.9, kept=3, exchanged_views=2)
+    labels = torch.zeros(12, dtype=torch.int64)
+    result, gradient, _, moved = terms_of(features, labels, table, comm, options)
+    return float(result.likelihood.detach()), gradient, moved
+
+
+def test_without_labels_a_view_is_compared_with_what_the_other_was_assigned():
+    likelihood, gradient, moved = unlabelled(Comm.solo())
+    draw = torch.Generator().manual_seed(5)
+    features = normalize(torch.randn(12, 6, generator=draw, dtype=torch.float64), dim=1)
+    before = normalize(torch.randn(1, 9, 6, generator=draw, dtype=torch.float64), dim=2)[0]
+
+    def assigned(table: Tensor) -> Tensor:
+        shares = torch.exp(features @ table.T / 0.05)
+        for _ in range(3):
+            shares = shares / shares.sum(0) / 9
+            shares = shares / shares.sum(1, keepdim=True)
+        return shares
+
+    first = assigned(before)
+    kept = torch.zeros_like(first).scatter_(1, first.topk(3).indices, 1.0)
+    weights = assigned(moved[0]) * kept
+    weights = weights / weights.sum(1, keepdim=True)
+    features.requires_grad_()
+    logits = features @ moved[0].T / 0.1
+    terms = [
+        logits[i].logsumexp(0) - (weights[i + 1 - 2 * (i % 2)] * logits[i]).sum() for i in range(12)
+    ]
+    torch.stack(terms).mean().backward()
+    assert likelihood == pytest.approx(float(torch.stack(terms).mean().detach()), rel=1e-12)
+    torch.testing.assert_close(gradient, features.grad, rtol=1e-10, atol=1e-12)
+    for found in run_ranks(unlabelled, 2):
+        assert found[0] == pytest.approx(likelihood, rel=1e-12)
+        torch.testing.assert_close(found[1], gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found[2], moved, rtol=1e-10, atol=1e-12)

@@ -48,6 +48,10 @@ keep_checkpoints: 3
 """
 SOLO = Comm.solo()
 FORMS = ("paper", "code")
+UNLABELLED = (
+    *("recipe.classes=null", "recipe.unlabelled=5", "recipe.prototypes_per_class=6"),
+    *("recipe.parity=code", "recipe.contrast_weight=0"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +114,11 @@ def test_mistakes_are_named_before_anything_is_trained(base, tmp_path):
         (["recipe.labels=somewhere"], "either `labels`"),
         (["recipe.prototypes_per_class=1"], "contrast_weight=0"),
         (["recipe.temperature=0"], "temperature"),
+        (["recipe.unlabelled=5", "recipe.prototypes_per_class=6"], "either `labels`"),
+        (["recipe.classes=null", "recipe.unlabelled=5"], "prototypes_per_class is not read"),
+        ([*UNLABELLED, "recipe.parity=paper"], "parity: code"),
+        ([*UNLABELLED, "recipe.contrast_weight=1"], "contrast_weight: 0"),
+        ([*UNLABELLED, "recipe.views=1"], "views: 2 or more"),
     ]:
         with pytest.raises(ConfigError, match=message):
             changed(base, *overrides)
@@ -122,6 +131,20 @@ def test_mistakes_are_named_before_anything_is_trained(base, tmp_path):
     state = dict(built(base).prototypes.state_share())
     with pytest.raises(CheckpointError, match="of 3 prototypes of 8"):
         built(changed(base, "recipe.prototypes_per_class=2")).prototypes.load_state_dict(state)
+
+
+def test_without_labels_every_sample_counts_and_prototypes_follow(base):
+    recipe = built(changed(base, *UNLABELLED))
+    views = torch.nn.functional.normalize(torch.randn(4, 2, 8), dim=2).requires_grad_()
+    batch = Batch(torch.zeros(4, 3, 32, 32), None, None, torch.arange(4))
+    before = recipe.prototypes.rows.clone()
+    losses = recipe.losses(Features(image=None, more={"views": views}), batch, 0)
+    assert float(losses["labelled"]) == 1
+    losses.total.backward()
+    assert float(views.grad.abs().sum()) > 0
+    recipe.prototypes.after_step(0, applied=True, learning_rate_factor=1.0)
+    assert before.shape == (1, 5, 8)
+    assert not torch.equal(recipe.prototypes.rows, before)
 
 
 def test_one_view_without_a_head_is_a_sample_too(base):

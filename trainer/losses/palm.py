@@ -57,6 +57,9 @@ class PalmOptions:
     """Cosines are divided by it in the assignment."""
     iterations: int = 3
     """Of Sinkhorn's alternation."""
+    exchanged_views: int = 1
+    """So many rows in a row are views of one image; with more than one, a view is compared with
+    what the next one of them was assigned."""
 
 
 class PalmResult(NamedTuple):
@@ -90,7 +93,7 @@ def palm_terms(
     moved = moved_rows(everyones, old, own, assigned * kept, options)
     constant = moved.detach()
     again = assignment(seen, constant, own, labels >= 0, comm, options, owned=len(prototypes.rows))
-    weights = _shares(again * kept, dim=1)
+    weights = exchanged(_shares(again * kept, dim=1), options.exchanged_views)
     valid = torch.arange(len(old), device=old.device) < len(prototypes.rows)
     terms = _log_likelihood(everyones, constant, own, weights, valid, comm, options)
     counted = labels >= 0
@@ -136,6 +139,13 @@ def largest(shares: Float[Tensor, "rows prototypes"], kept: int) -> Tensor:
     if kept == 0 or kept >= shares.shape[1]:
         return torch.ones_like(shares)
     return torch.zeros_like(shares).scatter(1, shares.topk(kept, dim=1).indices, 1.0)
+
+
+def exchanged(
+    weights: Float[Tensor, "rows prototypes"], views: int
+) -> Float[Tensor, "rows prototypes"]:
+    """Each view's row is the next view's, the last one's the first's."""
+    return weights.view(-1, views, weights.shape[1]).roll(-1, dims=1).flatten(0, 1)
 
 
 def moved_rows(

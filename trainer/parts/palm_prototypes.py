@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.comm import Comm
-from trainer.config import Frozen, LocalPath, PositiveInt
+from trainer.config import Frozen, LocalPath, OnlyWhere, PositiveInt
 from trainer.data.labels import ClusterLabels
 from trainer.errors import CheckpointError, ConfigError
 from trainer.losses.palm import ClassPrototypes, PalmOptions, PalmResult, Parity, palm_terms
@@ -38,7 +38,10 @@ class PalmPrototypesConfig(Frozen):
     """Folder of cluster labels by sample id; a sample is of its nearest cluster."""
     classes: str | None = None
     """Instead of `labels`: a json key of the shards, whose every value is a class."""
-    prototypes_per_class: PositiveInt = 6
+    unlabelled: PositiveInt | None = None
+    """Instead of `labels` and `classes`: so many prototypes of no class. A view is compared with
+    what another view of its image was assigned."""
+    prototypes_per_class: Annotated[PositiveInt, OnlyWhere("unlabelled", None)] = 6
     """Of each class."""
     kept: PositiveInt = 5
     """Prototypes of its class, at most, that a sample is assigned to."""
@@ -57,8 +60,17 @@ class PalmPrototypesConfig(Frozen):
 
     @model_validator(mode="after")
     def _one_source_of_labels(self) -> PalmPrototypesConfig:
-        if (self.labels is None) == (self.classes is None):
-            raise ValueError("give either `labels`, a folder, or `classes`, a json key")
+        given = [self.labels, self.classes, self.unlabelled]
+        if sum(source is not None for source in given) != 1:
+            raise ValueError(
+                "give either `labels`, a folder, or `classes`, a json key, or `unlabelled`, a "
+                "number of prototypes"
+            )
+        if self.unlabelled is not None and (self.contrast_weight or self.parity == "paper"):
+            raise ValueError(
+                "without classes there is none to be apart from, and the paper's likelihood of the "
+                "only one is 1: give contrast_weight: 0 and parity: code"
+            )
         if self.prototypes_per_class == 1 and self.contrast_weight:
             raise ValueError(
                 "one prototype a class has no other to be near to; give contrast_weight=0, or "
@@ -66,7 +78,12 @@ class PalmPrototypesConfig(Frozen):
             )
         return self
 
-    def options(self) -> PalmOptions:
+    @property
+    def count(self) -> int:
+        """Prototypes of a class, or of all images."""
+        return self.unlabelled or self.prototypes_per_class
+
+    def options(self, *, views: int = 1) -> PalmOptions:
         """As the losses want it."""
         usual = 0.5 if self.parity == "code" else self.temperature
         return PalmOptions(
@@ -77,6 +94,7 @@ class PalmPrototypesConfig(Frozen):
             contrast_temperature=self.contrast_temperature or usual,
             epsilon=self.epsilon,
             iterations=self.iterations,
+            exchanged_views=1 if self.unlabelled is None else views,
         )
 
 
@@ -84,16 +102,24 @@ class PalmPrototypes:
     """This rank's classes of a table of `num_classes`; a Part."""
 
     def __init__(
-        self, config: PalmPrototypesConfig, *, num_classes: int, dim: int, comm: Comm, seed: int
+        self,
+        config: PalmPrototypesConfig,
+        *,
+        num_classes: int,
+        dim: int,
+        comm: Comm,
+        seed: int,
+        views: int = 1,
     ) -> None:
-        if num_classes < 2:
+        if num_classes < 2 and config.unlabelled is None:
             raise ConfigError(
                 f"{num_classes} class gives images nothing to be told apart from; give labels or "
                 "classes with at least two values"
             )
-        self.num_classes, self.comm, self.options = num_classes, comm, config.options()
+        self.num_classes, self.comm = num_classes, comm
+        self.options = config.options(views=views)
         self._first, last = comm.row_range(num_classes)
-        self._count = config.prototypes_per_class
+        self._count = config.count
         ends = self._first * self._count, last * self._count
         rows = normalize(normal_rows(*ends, dim, deviation=1.0, seed=seed), dim=1)
         self.rows = rows.view(-1, self._count, dim).to(comm.device)
@@ -138,8 +164,11 @@ class PalmPrototypes:
         return torch.tensor([self.num_classes, *self.rows.shape[1:]])
 
 
-def palm_labels(config: PalmPrototypesConfig, context: Context) -> ClusterLabels:
-    """One class for every sample that has one. DataError where the folder is of other samples."""
+def palm_labels(config: PalmPrototypesConfig, context: Context) -> ClusterLabels | None:
+    """One class for every sample that has one; None where no class is asked for. DataError where
+    the folder is of other samples."""
+    if config.unlabelled is not None:
+        return None
     if config.labels is None:
         assert config.classes is not None
         return class_columns((config.classes,), context)

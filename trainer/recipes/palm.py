@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
@@ -34,6 +35,12 @@ class Config(RecipeConfig, PalmPrototypesConfig):
     views: PositiveInt = 2
     """Random views of an image, each drawn as `data.augment` says."""
     reads = frozenset({"head"})
+
+    @model_validator(mode="after")
+    def _two_views_without_labels(self) -> Config:
+        if self.unlabelled is not None and self.views < 2:
+            raise ValueError("`unlabelled` compares views of an image; give views: 2 or more")
+        return self
 
     def wanted_views(self) -> ViewsConfig:
         return ViewsConfig(count=self.views)
@@ -74,17 +81,20 @@ class Recipe(WithoutPhases):
         self.labels = palm_labels(config, context)
         self.prototypes = PalmPrototypes(
             config,
-            num_classes=self.labels.num_clusters,
+            num_classes=1 if self.labels is None else self.labels.num_clusters,
             dim=config.model.compared_dim,
             comm=context.comm,
             seed=context.seed,
+            views=config.views,
         )
         self.parts: dict[str, Part] = {"prototypes": self.prototypes}
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """Every view is a sample; the terms are over the batch of all ranks."""
         views = self._compared(features)
-        labels = self.labels.of(batch.sample_id)
+        labels = torch.zeros_like(batch.sample_id)
+        if self.labels is not None:
+            labels = self.labels.of(batch.sample_id)
         every = labels[:, None].expand(views.shape[:2]).flatten()
         result = self.prototypes.terms(views.flatten(0, 1), every)
         losses = Losses.of(likelihood=result.likelihood)
