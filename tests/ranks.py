@@ -28,7 +28,7 @@ def run_ranks(
     `function` must be importable (defined at the top of a module). A rank that fails or runs past
     the limit fails the test with that rank's traceback; no process is left behind.
     """
-    port = _free_port()
+    port = free_port()
     ends = [_context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         _context.Process(
@@ -91,7 +91,7 @@ def _rank_main(
     pipe.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -35,6 +35,8 @@ class Comm:
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    host: dist.ProcessGroup | None = None
+    """The same ranks over their hosts' memory, where `group` is one of devices."""
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Comm:
@@ -83,7 +85,8 @@ class Comm:
                 world_size=place.world_size,
                 timeout=timeout,
             )
-        return cls(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+        host = None if device.type == "cpu" else dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host)
 
     @property
     def ranks_here(self) -> int:
@@ -119,9 +122,10 @@ class Comm:
     def _within(self, groups: Sequence[range]) -> Comm:
         """Every rank takes part in making every group, in the same order."""
         made = [dist.new_group(list(ranks)) for ranks in groups]
+        hosts = [self.host and dist.new_group(list(ranks), backend="gloo") for ranks in groups]
         index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
         own = groups[index]
-        return Comm(own.index(self.rank), len(own), self.device, made[index])
+        return Comm(own.index(self.rank), len(own), self.device, made[index], hosts[index])
 
     # -- differentiable -------------------------------------------------------------------------
 
@@ -146,8 +150,24 @@ class Comm:
         return self._reduced(value, dist.ReduceOp.MIN)
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on one of them. Waits for the device."""
-        return bool(self.max(torch.tensor(int(flag), device=self.device)).item())
+        """True on every rank if `flag` is true on one of them. Waits for ranks, not for devices."""
+        return self.any_later(flag)()
+
+    def any_later(self, flag: bool) -> Callable[[], bool]:
+        """`any`, to be asked for its answer when that has long been there. Every rank asks."""
+        value = torch.tensor(int(flag))
+        if self.world_size == 1:
+            return lambda: flag
+        if self.host is None:
+            value = self.max(value.to(self.device))
+            return lambda: bool(value.item())
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self.host, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(value.item())
+
+        return answer
 
     def broadcast(self, value: Tensor, source: int = 0) -> Tensor:
         """The value that rank `source` holds; shapes and dtypes are equal on all ranks."""

@@ -8,10 +8,8 @@ two ranks differ: there `due` is one rank's opinion, and `Clock` makes rank 0's 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from fractions import Fraction
-
-import torch
-from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import Period
@@ -53,13 +51,13 @@ class Clock:
         self._epoch_size = epoch_size
         self._started = time.monotonic()
         self._last: dict[str, float] = {}
-        self._asked: dict[str, Tensor] = {}
+        self._asked: dict[str, Callable[[], bool]] = {}
 
     def due(self, purpose: str, period: Period, before: Progress, after: Progress) -> bool:
         """As `due` above, equal on all ranks, which all call this once a step for each purpose.
 
         Minutes cost one tiny collective. Its result is read by the next call, a step later, so
-        the host never waits for the device.
+        nobody waits.
         """
         if period.unit == "min" and self._answer(purpose):
             self._last[purpose] = time.monotonic()
@@ -68,10 +66,9 @@ class Clock:
         is_due = due(period, before, after, epoch_size=self._epoch_size, seconds_since_last=seconds)
         if period.unit != "min":
             return is_due
-        flag = torch.full((), int(is_due), device=self._comm.device)
-        self._asked[purpose] = self._comm.broadcast(flag)
+        self._asked[purpose] = self._comm.any_later(is_due and self._comm.is_main)
         return False
 
     def _answer(self, purpose: str) -> bool:
         asked = self._asked.pop(purpose, None)
-        return asked is not None and bool(asked.item())
+        return asked is not None and asked()

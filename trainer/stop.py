@@ -18,9 +18,6 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trainer.comm import Comm
 from trainer.launchers import Launchers
 from trainer.pulse import PULSE
@@ -49,7 +46,7 @@ class StopRequest:
     def __init__(self, *, same_request_seconds: float = 2.0) -> None:
         self._same_request_seconds = same_request_seconds
         self._received_at: float | None = None
-        self._pending: Tensor | None = None
+        self._pending: Callable[[], bool] | None = None
         self._launchers = Launchers()
         self.signal_name: str | None = None
         """The first signal that this rank got."""
@@ -79,11 +76,10 @@ class StopRequest:
         """True on every rank, at the same call, once one of them had got a signal a call earlier.
 
         One tiny collective; every rank calls this equally often. It answers with the result of the
-        call before, which the device has long finished, so the host never waits for this step.
+        call before, which has long arrived, so nobody waits.
         """
-        flag = torch.full((), int(self.requested), device=comm.device)
-        answer, self._pending = self._pending, comm.max(flag)
-        return answer is not None and bool(answer.item())
+        answer, self._pending = self._pending, comm.any_later(self.requested)
+        return answer is not None and answer()
 
     def check(self, comm: Comm) -> None:
         """`Stopped` on every rank where `agreed` is true. A mark of the pulse."""

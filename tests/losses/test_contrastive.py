@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.kernels.memory import largest_intermediate, saved_elements
 from tests.losses.dense import dense_info_nce, dense_sigmoid, gradients, random_rows
 from tests.losses.rank_cases import global_pairs, results
 from trainer.comm import Comm
+from trainer.losses import sigmoid
 from trainer.losses.contrastive import info_nce
 from trainer.losses.sigmoid import sigmoid_loss
 
@@ -82,7 +84,28 @@ def test_losses_hold_no_more_than_own_rows_by_all_columns() -> None:
     image, text = pairs(24, 3)
     scale, bias = torch.tensor(5.0).double(), torch.tensor(-2.0).double()
     contrast = largest_intermediate(lambda: info_nce(image, text, scale, comm).backward())
-    sigmoid = largest_intermediate(lambda: sigmoid_loss(image, text, scale, bias, comm).backward())
     assert contrast == 24 * 96
-    assert sigmoid == 24 * 24
-    assert saved_elements(lambda: sigmoid_loss(image, text, scale, bias, comm)) < 24 * 24 * 4
+    with patch.object(sigmoid, "BLOCK_PAIRS", 24 * 24):
+        largest = largest_intermediate(
+            lambda: sigmoid_loss(image, text, scale, bias, comm).backward()
+        )
+        saved = saved_elements(lambda: sigmoid_loss(image, text, scale, bias, comm))
+    assert largest == 24 * 24
+    assert saved < 24 * 24 * 4
+
+
+@pytest.mark.parametrize("pairs_at_once", [1, 24 * 7, 24 * 25, 1 << 20])
+def test_blocks_of_pairs_do_not_change_the_sigmoid_loss(pairs_at_once: int) -> None:
+    """Blocks that end in the middle of a rank's texts, of which this rank's are the third."""
+    comm = OneOf(rank=2, world_size=4, device=torch.device("cpu"))
+    image, text = pairs(24, 3)
+    scale, bias = torch.tensor(5.0).double(), torch.tensor(-2.0).double()
+
+    def found() -> list[torch.Tensor]:
+        leaf = image.detach().requires_grad_()
+        loss = sigmoid_loss(leaf, text, scale, bias, comm)
+        return [loss, *torch.autograd.grad(loss, leaf)]
+
+    whole = found()
+    with patch.object(sigmoid, "BLOCK_PAIRS", pairs_at_once):
+        torch.testing.assert_close(found(), whole, rtol=1e-12, atol=1e-14)

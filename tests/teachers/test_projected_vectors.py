@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.fixtures.emoji import write_shards
-from tests.ranks import _free_port, run_ranks
+from tests.ranks import free_port, run_ranks
 from tests.store.test_store import HashTeacher, build, contents, identity
 from trainer.comm import Comm
 from trainer.data.shards import ShardSet
@@ -165,7 +165,7 @@ def build_until_killed(
 
 def run_until_one_dies(world_size: int, *arguments: object) -> None:
     """As a launcher does: the death of one rank is the death of all."""
-    port = _free_port()
+    port = free_port()
     ranks = [
         _ranks.Process(target=build_until_killed, args=(rank, world_size, port, *arguments))
         for rank in range(world_size)

@@ -119,7 +119,8 @@ def place() -> str:
     frames = traceback.extract_stack()
     ours = [frame for frame in frames if f"{ROOT}/trainer/" in frame.filename]
     if not ours:
-        ours = [frame for frame in frames if f"{ROOT}/" in frame.filename]
+        tests = [frame for frame in frames if f"{ROOT}/tests/" in frame.filename]
+        ours = [frame for frame in tests if frame.filename != __file__]
     return f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"
 
 

@@ -55,7 +55,7 @@ RECIPES = {
 }
 RUN = """
 workdir: {folder}/{case}
-steps: 3
+steps: 4
 global_batch: {batch}
 micro_batch: 4
 deepspeed: {folder}/zero0.json
@@ -63,8 +63,8 @@ recipe:
   name: {name}
   {recipe}
 data: {{train: "{spec}", workers: 0}}
-log_every: 1 steps
-save_every: 2 steps
+log_every: 100 steps
+save_every: never
 """
 
 
@@ -95,6 +95,8 @@ def prepare(folder: Path) -> str:
 @contextmanager
 def on_virtual_gpu(comm: Comm) -> Iterator[VirtualGpu]:
     with virtual_gpu(KERNELS) as gpu, ExitStack() as stack:
+        assert comm.host is not None
+        gpu.host_groups.add(comm.host.group_name)
 
         def initialize(*, model: Any, optimizer: Any, **_: Any) -> tuple[PlainEngine]:
             return (PlainEngine(gpu, model, optimizer),)
@@ -105,9 +107,9 @@ def on_virtual_gpu(comm: Comm) -> Iterator[VirtualGpu]:
 
 
 def budget_of(waits: list[Wait]) -> dict[str, Any]:
-    """Of the last whole step: waits before its first forward pass, and all, by place."""
+    """Of the last step but one: waits before its first forward pass, and all, by place."""
     ends = [place for place, wait in enumerate(waits) if wait == STEP]
-    step = waits[ends[-2] + 1 : ends[-1]]
+    step = waits[ends[-3] + 1 : ends[-2]]
     first = step.index(FORWARD)
 
     def listed(some: list[Wait]) -> dict[str, int]:
@@ -120,14 +122,14 @@ def main(folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
     root = Path(folder)
     alone = Comm.from_environment(timeout_seconds=60.0)
-    comm = Comm(alone.rank, alone.world_size, CUDA, alone.group)
-    spec = prepare(root) if alone.is_main else ""
-    spec = alone.broadcast_json(spec)
-    for case in cases:
-        with on_virtual_gpu(comm) as gpu:
+    comm = Comm(alone.rank, alone.world_size, CUDA, alone.group, dist.new_group(backend="gloo"))
+    spec = alone.broadcast_json(prepare(root) if alone.is_main else "")
+    with on_virtual_gpu(comm) as gpu:
+        for case in cases:
+            gpu.waits.clear()
             outcome = loop.train(config_of(case, root, spec, comm.world_size))
-        row = {"case": case, "finished": outcome.finished, **budget_of(gpu.waits)}
-        print(json.dumps(row), flush=True)
+            row = {"case": case, "finished": outcome.finished, **budget_of(gpu.waits)}
+            print(json.dumps(row), flush=True)
     dist.destroy_process_group()
 
 

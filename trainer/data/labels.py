@@ -95,6 +95,12 @@ class ClusterLabels:
         moved._ids, moved._table = self._ids.to(device), self._table.to(device)
         return moved
 
+    def beside(self, device: torch.device, *, at_most: int = 1 << 30) -> ClusterLabels:
+        """On a device where it takes so many bytes at most, and nothing waits to look it up; else
+        as it is."""
+        size = sum(values.numel() * values.element_size() for values in (self._ids, self._table))
+        return self.to(device) if size <= at_most else self
+
     def save(self, folder: Path | str) -> None:
         """Write `ids.npy` and `labels.npy` into a folder (made if needed)."""
         folder = Path(folder)

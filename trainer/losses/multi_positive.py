@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from trainer.comm import Comm
+from trainer.losses.sigmoid import columns_at_once
 
 
 def multi_positive_sigmoid(
@@ -29,22 +30,19 @@ def multi_positive_sigmoid(
 
     Equals `softplus(-z * (s * image @ texts.T + bias)).sum() / num_texts`, with z = 1 where the
     text is one of the image's own and -1 elsewhere. Rows are unit vectors, equally many on every
-    rank. Sends 2 * W * batch * dim numbers a rank, forward and backward together; one rank's
-    images are scored at a time, and again in the backward pass. With one text an image it is
-    SigLIP's loss.
+    rank. Sends 2 * W * batch * dim numbers a rank, forward and backward together; `BLOCK_PAIRS`
+    are scored at a time, and again in the backward pass. With one text an image it is SigLIP's
+    loss.
     """
     total = torch.zeros_like(logit_bias)
-    for rank, images in enumerate(comm.all_gather(image).split(image.shape[0])):
+    first = comm.rank * text.shape[0]
+    for images in comm.all_gather(image).split(_images_at_once(text)):
         total = total + checkpoint(
-            _pair_sum,
-            images,
-            text,
-            logit_scale,
-            logit_bias,
-            rank == comm.rank,
+            *(_pair_sum, images, text, logit_scale, logit_bias, first),
             use_reentrant=False,
             preserve_rng_state=False,
         )
+        first -= images.shape[0]
     return total / (text.shape[0] * text.shape[1])
 
 
@@ -74,7 +72,7 @@ def multi_positive_nce(
                 preserve_rng_state=False,
             )
         )
-        for images in comm.all_gather(image).split(batch)
+        for images in comm.all_gather(image).split(_images_at_once(text))
     ]
     over_images = torch.logsumexp(torch.stack([part.over_images for part in parts]), dim=0)
     over_texts = _over_all_texts(torch.cat([part.over_texts for part in parts]), batch, comm)
@@ -82,8 +80,12 @@ def multi_positive_nce(
     return ((over_texts - own).mean() + (over_images - own).mean()) / 2
 
 
+def _images_at_once(text: Tensor) -> int:
+    return columns_at_once(text.shape[0] * text.shape[1])
+
+
 class _Partial(NamedTuple):
-    """What one rank's images and this rank's texts say of each other."""
+    """What some images and this rank's texts say of each other."""
 
     over_images: Float[Tensor, "batch positives"]
     """Of each text, the log of the sum over these images."""
@@ -103,10 +105,11 @@ def _over_all_texts(partial: Tensor, batch: int, comm: Comm) -> Tensor:
     return mass.log() + peak[comm.rank * batch : (comm.rank + 1) * batch]
 
 
-def _pair_sum(images: Tensor, text: Tensor, scale: Tensor, bias: Tensor, own: bool) -> Tensor:
-    """The sum over one rank's images and the texts here; in the own block image i has texts i."""
+def _pair_sum(images: Tensor, text: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
+    """The sum over some images and the texts here; those of row i are of image `first` + i."""
     logits = scale * torch.einsum("id,bkd->ibk", images, text) + bias
-    if own:
-        matching = torch.eye(images.shape[0], dtype=torch.bool, device=images.device)
+    if -text.shape[0] < first < images.shape[0]:
+        row = torch.arange(text.shape[0], device=text.device) + first
+        matching = torch.arange(images.shape[0], device=text.device)[:, None] == row
         logits = torch.where(matching[:, :, None], -logits, logits)
     return -logsigmoid(-logits).sum()

@@ -50,7 +50,7 @@ class GlobalBatchNorm(nn.Module):
 
     def _batch_statistics(self, values: Tensor) -> tuple[Tensor, Tensor]:
         # Two passes over the rows: a sum of squares minus a squared sum cancels in float32.
-        size = self.comm.sum(values.new_tensor([float(values.shape[0])]))
+        size = self.comm.sum(values.new_full((1,), float(values.shape[0])))
         mean = self.comm.sum(values.sum(dim=0)) / size
         variance = self.comm.sum((values - mean).square().sum(dim=0)) / size
         if torch.is_grad_enabled():

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from trainer.losses.learned_prototypes import ActiveRows
 from trainer.parts.initial_rows import normal_rows, stored_rows
 from trainer.parts.row_optimizer import Places, RowOptimizer, RowOptimizerConfig
 from trainer.parts.row_ranges import fill_rows, row_pieces
-from trainer.parts.sampling import Sampling, sampled_ids
+from trainer.parts.sampling import Sampling, places, sampled_rows
 
 
 class PrototypeHeadConfig(RowOptimizerConfig):
@@ -106,6 +106,7 @@ class PrototypeHead:
         self._touched: Touched | None = None
         self._gradient: Tensor | None = None
         self._counts = (0, 0)
+        self._seen: Tensor | None = None
         self._norm = torch.zeros((), device=comm.device)
 
     @property
@@ -123,7 +124,7 @@ class PrototypeHead:
 
         -1 stands for no label. Equally many labels on all ranks. Where gradients are recorded the
         rows are a leaf, whose gradient `after_step` uses. DataError on all ranks if one has a
-        label that is no row of the table.
+        label that is no row of the table; on a GPU from `gradients_finite`, before anything moves.
         """
         active = self._negatives_and_positives(labels, step)
         places = None if active.num_negatives == len(self.rows) else active.ids - self._first
@@ -172,7 +173,14 @@ class PrototypeHead:
         if self._replicas.world_size > 1:
             gradient = self._replicas.sum(gradient)
         self._gradient = gradient = gradient.div_(self.world.world_size)
-        return bool(torch.isfinite(torch.linalg.vector_norm(gradient)))
+        finite = torch.isfinite(torch.linalg.vector_norm(gradient))
+        if self._seen is None or self._seen.device.type == "cpu":
+            return bool(finite)
+        wrong = (self._seen >= self.num_prototypes).any()
+        is_finite, is_wrong = torch.stack([finite, wrong]).tolist()  # the host waits once
+        if is_wrong:
+            self._refuse_wrong()
+        return bool(is_finite)
 
     def after_step(self, step: int, *, applied: bool, learning_rate_factor: float) -> None:
         """Update the touched rows by the gradient that `gradients_finite` looked at."""
@@ -230,24 +238,34 @@ class PrototypeHead:
             return rows.to(self.comm.device)
         return rows.pin_memory() if self.comm.device.type == "cuda" else rows
 
-    def _own_positives(self, labels: Tensor) -> Tensor:
-        """This rank's rows that are a positive of some sample of any rank, ascending."""
-        everyones = self.world.all_gather(labels)
-        wrong = everyones >= self.num_prototypes
+    def _own_positives(self, labels: Tensor) -> Bool[Tensor, " local"]:
+        """Which of this rank's rows are a positive of some sample of any rank."""
+        everyones = self.world.all_gather(labels).flatten()
+        self._seen = everyones
+        if everyones.device.type == "cpu":
+            self._refuse_wrong()
+        own, count = everyones - self._first, len(self.rows)
+        beside = torch.where((own >= 0) & (own < count), own, count)
+        is_positive = torch.zeros(count + 1, dtype=torch.bool, device=own.device)
+        return is_positive.index_fill_(0, beside, True)[:-1].to(self.rows.device)
+
+    def _refuse_wrong(self) -> None:
+        """DataError for labels that are no row. All ranks have seen the same."""
+        assert self._seen is not None
+        wrong = self._seen >= self.num_prototypes
         if bool(wrong.any()):
             raise DataError(
                 f"{int(wrong.sum())} labels are not below the number of prototypes, "
-                f"{self.num_prototypes}; the largest is {int(everyones.max())}"
+                f"{self.num_prototypes}; the largest is {int(self._seen.max())}"
             )
-        mine = (everyones >= self._first) & (everyones < self._last)
-        positives: Tensor = everyones[mine].unique()
-        return positives.to(self.rows.device)
 
     def _active_ids(
-        self, positives: Tensor, step: int, slot: int | None = None
+        self, is_positive: Tensor, step: int, slot: int | None = None
     ) -> tuple[Tensor, int]:
         """Negatives, then what else is a positive; and how many negatives there are."""
-        sampled = sampled_ids(
+        if self.config.sample_rate >= 1:  # how many these are is known
+            return torch.arange(self._first, self._last, device=self.rows.device), len(self.rows)
+        sampled = sampled_rows(
             self._first,
             self._last,
             rate=self.config.sample_rate,
@@ -258,18 +276,20 @@ class PrototypeHead:
             device=self.rows.device,
         )
         if self.config.union_positives:
-            sampled = torch.cat([sampled, positives]).unique()
-        others = positives[~torch.isin(positives, sampled)]
-        return torch.cat([sampled, others]), len(sampled)
+            negatives = places(sampled | is_positive, self._first)
+            return negatives, len(negatives)
+        negatives = places(sampled, self._first)
+        others = places(is_positive & ~sampled, self._first)
+        return torch.cat([negatives, others]), len(negatives)
 
-    def _bias(self, negatives: Tensor, positives: Tensor) -> Tensor | None:
+    def _bias(self, negatives: Tensor, is_positive: Tensor) -> Tensor | None:
         """-ln(probability of being a negative), which is one for a row that had to be."""
         rate = self.config.sample_rate
         if not self.config.logq or rate in {0, 1}:
             return None
         bias = self.rows.new_full((len(negatives),), -math.log(rate))
         if self.config.union_positives:
-            bias[torch.isin(negatives, positives)] = 0.0
+            bias = bias.masked_fill(is_positive[negatives - self._first], 0.0)
         return bias.to(self.comm.device)
 
     def _clipped(self, gradient: Tensor) -> Tensor:

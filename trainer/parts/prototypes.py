@@ -133,6 +133,7 @@ class PrototypesTerm:
         self.config, self.context, self.dim = config, context, dim
         self.weight = config.weight if isinstance(config, WeightedPrototypesConfig) else 1.0
         self.labels = _labels(config, context)
+        self._looked_up = self.labels.beside(context.comm.device)
         self.head = _head(config, config.num_prototypes or self.labels.num_clusters, context, dim)
         rows_per_rank = -(-self.head.num_prototypes // self.head.comm.world_size)
         self._usual_negatives = round(rows_per_rank * self.head.config.sample_rate)
@@ -183,7 +184,7 @@ class PrototypesTerm:
 
     def _chosen(self, sample_id: Tensor, step: int) -> Tensor:
         """[batch, labels]: the nearest clusters of each sample, or drawn ones of all it has."""
-        table = self.labels.top(sample_id)
+        table = self._looked_up.top(sample_id)
         if self.config.label_choice == "random":
             columns = torch.arange(table.shape[1], device=table.device)
             key = key_of(self.context.seed, "labels", step)

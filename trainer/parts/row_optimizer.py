@@ -18,6 +18,8 @@ Places = Int64[Tensor, " touched"] | None
 
 CHUNK_NUMBERS = 1 << 18
 """Numbers updated at a time: their moments and temporaries stay in the cache."""
+DEVICE_NUMBERS = 1 << 28
+"""The same on a GPU, which wants few launches: 1 GiB."""
 
 
 class RowOptimizerConfig(Frozen):
@@ -84,22 +86,25 @@ class RowOptimizer:
         if places is not None and self.config.dense:
             self._update_all(places, gradient, rate)
             return
-        for chosen, some in self._pieces(places):
-            self._update_some(chosen, gradient[some], rate)
+        if self._by_kernel:
+            self._update_by_kernel(places, gradient, rate)
+        else:
+            for chosen, some in self._pieces(places):
+                self._update_some(chosen, gradient[some], rate)
         if not self.config.dense:
             self.log_decay += math.log1p(-rate * self.config.weight_decay)
             self.paid[slice(None) if places is None else places] = self.log_decay
 
     def _pieces(self, places: Places) -> Iterator[tuple[Tensor | slice, slice]]:
         """Some rows of the table, and where they stand among those at the places."""
-        count, dim = len(self.rows) if places is None else len(places), self.rows.shape[1]
-        for some in _chunks(count, dim):
+        count = len(self.rows) if places is None else len(places)
+        for some in _chunks(count, self.rows):
             yield (some if places is None else places[some]), some
 
     def _update_all(self, places: Tensor, gradient: Tensor, rate: float) -> None:
         """As if the gradient were zero elsewhere; a dense one exists a chunk at a time."""
         ordered, order = places.sort()
-        for some in _chunks(*self.rows.shape):
+        for some in _chunks(len(self.rows), self.rows):
             ends = torch.tensor([some.start, some.stop], device=ordered.device)
             begin, end = torch.searchsorted(ordered, ends).tolist()
             dense = torch.zeros_like(self.rows[some])
@@ -119,6 +124,33 @@ class RowOptimizer:
             _write(self.moments[name], chosen, values)
         self.steps[chosen] = steps
 
+    @property
+    def _by_kernel(self) -> bool:
+        on_gpu = self.rows.device.type == "cuda" and self.rows.dtype == torch.float32
+        return on_gpu and self.config.optimizer == "adamw"
+
+    def _update_by_kernel(self, places: Places, gradient: Tensor, rate: float) -> None:
+        from trainer.kernels.triton_rows import update_rows  # Triton is where GPUs are
+
+        chosen = slice(None) if places is None else places
+        steps = self.steps[chosen] + 1
+        self.steps[chosen] = steps
+        sizes, corrections = self._of_counts(steps, rate)
+        update_rows(
+            *(self.rows, self.moments, gradient, places),
+            sizes=sizes,
+            corrections=corrections,
+            kept=1 - rate * self.config.weight_decay,
+            betas=self.config.betas,
+            epsilon=self.config.epsilon,
+        )
+
+    def _of_counts(self, steps: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """The size of each row's step, and what the root of its mean square is divided by."""
+        (beta, beta_square), counts = self.config.betas, steps.to(torch.float64)
+        correction = (1 - beta_square**counts).sqrt().to(self.rows.dtype)
+        return (rate / (1 - beta**counts)).to(self.rows.dtype), correction
+
     def _adamw(
         self,
         rows: Tensor,
@@ -132,9 +164,7 @@ class RowOptimizer:
         rows.mul_(1 - rate * config.weight_decay)
         moments["exp_avg"].lerp_(gradient, 1 - beta)
         moments["exp_avg_sq"].mul_(beta_square).addcmul_(gradient, gradient, value=1 - beta_square)
-        counts = steps.to(torch.float64)[:, None]
-        correction = (1 - beta_square**counts).sqrt().to(rows.dtype)
-        size = (rate / (1 - beta**counts)).to(rows.dtype)
+        size, correction = (each[:, None] for each in self._of_counts(steps, rate))
         denominator = torch.sqrt(moments["exp_avg_sq"], out=gradient)
         denominator.div_(correction).add_(config.epsilon)
         rows.sub_(torch.div(moments["exp_avg"], denominator, out=gradient).mul_(size))
@@ -145,8 +175,9 @@ class RowOptimizer:
         rows.sub_(momentum, alpha=rate)
 
 
-def _chunks(count: int, dim: int) -> Iterator[slice]:
-    size = max(1, CHUNK_NUMBERS // max(1, dim))
+def _chunks(count: int, rows: Tensor) -> Iterator[slice]:
+    numbers = CHUNK_NUMBERS if rows.device.type == "cpu" else DEVICE_NUMBERS
+    size = max(1, numbers // max(1, rows.shape[1]))
     return (slice(at, min(at + size, count)) for at in range(0, count, size))
 
 

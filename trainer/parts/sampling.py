@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from trainer.hashing import key_of, uniform
@@ -47,21 +47,53 @@ def sampled_ids(
     every division of a table into ranges draws the same sample, and each step another; where a
     step has several, each `slot` another.
     """
+    return places(
+        sampled_rows(
+            *(first, last),
+            rate=rate,
+            sampling=sampling,
+            seed=seed,
+            step=step,
+            slot=slot,
+            device=device,
+        ),
+        first,
+    )
+
+
+def sampled_rows(
+    first: int,
+    last: int,
+    *,
+    rate: float,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    slot: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Bool[Tensor, " rows"]:
+    """Which of the rows [first, last) are `sampled_ids`. Nothing waits for the device."""
     if rate >= 1:
-        return torch.arange(first, last, device=device)
+        return torch.ones(last - first, dtype=torch.bool, device=device)
     key = key_of("negatives", seed, step, *(() if slot is None else (slot,)))
     if sampling == "rows":
         return _below(first, last, rate, key, device)
-    blocks = _below(first // BLOCK, -(-last // BLOCK), rate, key, device)
-    ids = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten()
-    return ids[(ids >= first) & (ids < last)]
+    begin = first // BLOCK
+    blocks = _below(begin, -(-last // BLOCK), rate, key, device)
+    rows = blocks[:, None].expand(-1, BLOCK).flatten()
+    return rows[first - begin * BLOCK : last - begin * BLOCK]
+
+
+def places(chosen: Bool[Tensor, " rows"], first: int) -> Int64[Tensor, " chosen"]:
+    """Ids of the chosen rows, ascending, of which the first has the id `first`. Waits once."""
+    return chosen.nonzero().flatten() + first
 
 
 def _below(first: int, last: int, rate: float, key: int, device: torch.device | str) -> Tensor:
     # A host hashes what fits its cache; a device wants all of it at once.
     size = CHUNK if torch.device(device).type == "cpu" else max(1, last - first)
-    found = [torch.arange(0, device=device)]
+    found = torch.empty(max(0, last - first), dtype=torch.bool, device=device)
     for at in range(first, last, size):
         ids = torch.arange(at, min(at + size, last), device=device)
-        found.append(ids[uniform(ids, key) < rate])
-    return torch.cat(found)
+        torch.lt(uniform(ids, key), rate, out=found[at - first : at - first + len(ids)])
+    return found

@@ -1,0 +1,74 @@
+"""The kernel that moves rows, by Triton's interpreter, and how few launches a step of it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import PropertyMock, patch
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.launches import launches_of
+from trainer.parts import row_optimizer
+from trainer.parts.row_optimizer import RowOptimizer, RowOptimizerConfig
+
+pytest.importorskip("triton", reason="Triton's wheel is for Linux")
+ROOT = Path(__file__).parents[2]
+
+
+def test_rows_move_as_one_operation_after_another_moves_them_to_the_last_bit() -> None:
+    """Drawn rows that owe decay, and all; widths that are no power of two, or of several tiles."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted_rows"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    rows: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["moved"], row
+        assert row["bits"] == [], row
+        assert row["difference"] < 1e-6, row
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_launches_of_a_step_do_not_grow_with_the_rows(optimizer: str) -> None:
+    """Settling and moving; at most 24, and no reading of a result by the host."""
+    counts = [launches(count, dim, optimizer) for count, dim in SIZES]
+    assert len(set(counts)) == 1, counts
+    assert counts[0] <= 24
+
+
+SIZES = ((100, 64), (20_500, 512), (125_000, 512), (156_250, 768))
+
+
+def launches(count: int, dim: int, optimizer: str) -> int:
+    """Of a step on half of the rows as a GPU takes it, on tensors without numbers."""
+    with (
+        FakeTensorMode(),
+        patch("trainer.kernels.triton_rows.adamw_of_rows", {(count,): lambda *_, **__: None}),
+        patch.object(row_optimizer, "CHUNK_NUMBERS", row_optimizer.DEVICE_NUMBERS),
+        patch.object(RowOptimizer, "_by_kernel", PropertyMock(return_value=optimizer == "adamw")),
+    ):
+        table = torch.empty(2 * count, dim)
+        held = RowOptimizer(table, RowOptimizerConfig(optimizer=optimizer))
+        places = torch.empty(count, dtype=torch.int64)
+        gradient = torch.empty(count, dim)
+
+        def step() -> None:
+            held.log_decay = -0.1
+            held.settle(places)
+            held.update(places, gradient, factor=1.0)
+
+        return launches_of(step)
