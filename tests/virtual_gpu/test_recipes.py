@@ -22,14 +22,9 @@ HEAD = {
     "trainer/parts/sampling.py nonzero": 2,  # how many rows are drawn, and how many are positives
     "trainer/parts/prototype_head.py tolist": 1,  # whether its gradient is finite
 }
-BUDGET = {
-    "mlcd": HEAD | FINITE,
-    "mlcd/2": HEAD | FINITE,
-    "protoclip": FINITE,
-    "protoclip/2": FINITE,
-    "clip": FINITE,
-    "siglip": FINITE,
-}
+OF_GLOO = "trainer/comm.py copy to the device"
+"""Gloo's sum that is dealt out copies in C++, from where no tag is seen; NCCL's does not."""
+BUDGET = {"mlcd/2": HEAD | FINITE, "protoclip/2": FINITE, "clip": FINITE, "siglip": FINITE}
 """Waits of a whole step by file, whatever its number of micro-batches (`/2`: two)."""
 
 
@@ -42,9 +37,13 @@ def rows_of(folder: Path, cases: list[str], world_size: int) -> list[list[dict[s
             cwd=ROOT,
             env={
                 **os.environ,
-                "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "TRITON_INTERPRET": "1",
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -83,4 +82,5 @@ def by_file(waits: dict[str, int]) -> dict[str, int]:
         place, _, kind = wait.partition(" ")
         name = f"{place.partition(':')[0]} {kind}"
         found[name] = found.get(name, 0) + count
+    found.pop(OF_GLOO, None)
     return found
