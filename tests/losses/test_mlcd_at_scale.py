@@ -74,7 +74,8 @@ def test_a_step_needs_little_memory(comm: Comm, num_rows: int, backend: Backend)
             *(features, labels, active.rows, active.ids),
         )
     print(f"{backend}, {num_rows} rows: {peak / GIB:.2f} GiB")
-    assert 0.3 * GIB < peak <= 1.3 * GIB, f"{peak / GIB:.2f} GiB"
+    most = 2.0 if backend == "triton" else 1.3  # a GiB of a block's probabilities
+    assert 0.3 * GIB < peak <= most * GIB, f"{peak / GIB:.2f} GiB"
 
 
 def test_a_whole_matrix_of_logits_is_counted() -> None:

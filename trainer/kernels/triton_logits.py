@@ -4,13 +4,13 @@ Forward, the kernel multiplies a tile of queries with the rows, takes exponentia
 adds them up: 2 B K D operations, and no logit leaves the chip. Backward, it recomputes the tiles of
 a block of queries and writes the probabilities, times the gradient, in half precision; two stock
 products make the gradients of them: 6 B K D operations, and a scratch of
-[512 to 2048 queries, rows], whatever the batch.
+[512 to 8192 queries, rows], whatever the batch.
 
 A form that keeps the gradient of a query tile on the chip was compared by its compiled code. At
 D = 512 that gradient is 128 KiB of accumulators: it spills, or takes each exponential twice, and
 it adds to the rows' gradient under locks, in no fixed order. Here every order is fixed. The price
-are 6 bytes of probabilities a logit and 3 of the rows' gradient. At D = 512 that is 2.6 ps of an
-H100's memory time, beside 3.1 ps of its products at their peak, so the products still decide.
+are 6 bytes of probabilities a logit and one of the rows' gradient. At D = 512 that is 2.1 ps of an
+H100's memory time, beside 3.1 ps of its products at their peak, so the products decide.
 
 Positives are excluded in the tile: a list sorted by tile, empty for most tiles, costs the others
 one load. Cosines have bounded logits, so that sums are taken relative to a constant.
@@ -30,9 +30,9 @@ from torch.nn.functional import pad
 from trainer.kernels.autotune import KernelSizes, chosen, size_class
 from trainer.kernels.tiled import LOG2_E, Pairs
 
-SCRATCH_BYTES = 384 << 20
+SCRATCH_BYTES = 1 << 30
 """What a block's probabilities may take in the backward pass..."""
-BLOCK_QUERIES = (512, 2048)
+BLOCK_QUERIES = (512, 8192)
 """...with at least and at most so many queries: the rows' gradient, read and written for each
 block, costs 8 * dim / queries bytes a logit, and must not dwarf the 6 of the probabilities."""
 PROGRAMS = 1024
@@ -250,7 +250,7 @@ def write_gradients(
     largest = gradient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     unit = largest / HALF_RANGE if queries.dtype == torch.float16 else torch.ones_like(largest)
     stride = -(-rows.shape[0] // 16) * 16
-    count = min(_block_queries(stride * queries.element_size()), queries.shape[0])
+    count = min(block_queries(stride * queries.element_size()), queries.shape[0])
     scratch = queries.new_empty((count, stride))
     # A sum of nothing has no probabilities: 2^(logit - a large number) is zero.
     shift = torch.where(log_total == -torch.inf, 3e38, log_total * LOG2_E).float()
@@ -292,7 +292,8 @@ def _problem(work: str, queries: Tensor, rows: Tensor, pairs: Pairs) -> Hashable
     return work, architecture_of(queries.device), queries.dtype, shape, ways
 
 
-def _block_queries(bytes_per_query: int) -> int:
+def block_queries(bytes_per_query: int) -> int:
+    """Queries whose probabilities exist at once in the backward pass."""
     fewest, most = BLOCK_QUERIES
     return max(fewest, min(most, SCRATCH_BYTES // bytes_per_query // 128 * 128))
 
