@@ -127,6 +127,13 @@ class Comm:
         own = groups[index]
         return Comm(own.index(self.rank), len(own), self.device, made[index], hosts[index])
 
+    def beside(self) -> Comm:
+        """The same ranks in a group of their own, on their hosts, for another thread."""
+        if self.world_size == 1:
+            return Comm.solo()
+        group = dist.new_group(backend="gloo")
+        return Comm(self.rank, self.world_size, torch.device("cpu"), group)
+
     # -- differentiable -------------------------------------------------------------------------
 
     def all_gather(self, rows: Tensor) -> Tensor:

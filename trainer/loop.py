@@ -81,6 +81,7 @@ def _train(run: Run, here: Place, owed: Sequence[EvalConfig], saved: Place | Non
             run.check()
             if here.progress.step == last:
                 saved = save(run, here, owed)
+                run.checkpoints.finish()
             elif save_due:
                 saved = save_if_possible(run, here, owed) or saved
             failed = look(run, here.progress, owed)

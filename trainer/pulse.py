@@ -6,6 +6,7 @@ life: a process that waits for others for ever beats no more.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class Pulse:
         self._longest: dict[str, float] = {}
 
     def beat(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # nobody waits for what is done beside
         now, phase = time.monotonic(), self._phases[-1]
         self._longest[phase] = max(self._longest.get(phase, 0.0), now - self._at)
         self._at = now
@@ -45,6 +48,9 @@ class Pulse:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Inside, this is what goes on; entering and leaving are marks."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         self.mark()
         self._phases.append(name)
         try:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.checkpoint import manifest
+from trainer.checkpoint.beside import SavesBeside
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
 from trainer.comm import Comm
@@ -42,7 +45,7 @@ def share(step: int, rank: int, world_size: int) -> dict[str, dict[str, Tensor]]
     }
 
 
-def save(checkpoints: Checkpointer, comm: Comm, step: int) -> Path:
+def save(checkpoints: Checkpointer | SavesBeside, comm: Comm, step: int) -> Any:
     tensors = share(step, comm.rank, comm.world_size)
     return checkpoints.save(step, tensors, {"step": step}, {"run.yaml": f"steps: {step}\n"})
 
@@ -107,6 +110,45 @@ def limit_file_size(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
 
+def saves_beside(comm: Comm, folder: Path) -> dict[str, Any]:
+    """The disk answers when it is told to; tensors change as soon as `save` has returned."""
+    gate, write = threading.Event(), manifest.write_durably
+    manifest.write_durably = lambda path, data: (gate.wait(60), write(path, data))
+    checkpoints = SavesBeside(Checkpointer(folder, comm), waits=False)
+    found: dict[str, Any] = {}
+    kept = {"live": torch.full((3,), 1.0)} if comm.rank else {}
+    checkpoints.save(1, {"weights": list(kept.items())}, {}, {})
+    for value in kept.values():
+        value.fill_(2.0)
+    found["waited for the disk"] = bool(list(folder.glob("step-*")))
+    comm.barrier()
+    gate.set()
+    checkpoints.save(2, {"weights": kept}, {}, {})
+    found["before the second"] = sorted(path.name for path in folder.glob("step-*"))[:1]
+    checkpoints.finish()
+    restored = Checkpointer(folder, comm).latest()
+    assert restored is not None
+    found["values"] = [restored.step, restored.tensor("weights", "live").tolist()]
+    found["emptied"] = kept == {}
+    if comm.rank:
+        limit_file_size(100)
+    for step in (3, 4):
+        big = {"weights": {f"big-{comm.rank}": torch.zeros(1000)}}
+        try:
+            checkpoints.save(step, big, {}, {})
+        except CheckpointError as error:
+            found["told"] = str(error)
+            limit_file_size(-1)
+    try:
+        checkpoints.finish()
+    except CheckpointError as error:
+        found["at the end"] = str(error)
+    limit_file_size(-1)
+    manifest.write_durably = write
+    found["left"] = sorted(os.listdir(folder))
+    return found
+
+
 def failing_saves(comm: Comm, folder: Path) -> dict[str, Any]:
     """Files can't grow on rank 1, then on rank 0 (whose manifest is what fails)."""
     checkpoints, errors = Checkpointer(folder, comm, file_bytes=5000), []
@@ -168,24 +210,25 @@ def forked(work: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def kill_at_random(folder: Path, kills: int, seed: int) -> dict[str, int]:
+def kill_at_random(folder: Path, kills: int, seed: int, beside: bool) -> dict[str, int]:
     """Two ranks save in a loop; one of them is killed at a random moment; again and again."""
     draw, torn, steps = random.Random(seed), 0, 0
     for _ in range(kills):
-        reported = saved_and_killed(folder, draw)
+        reported = saved_and_killed(folder, draw, beside)
         torn += bool(list(folder.glob(".saving-*")))
         found = latest_step(folder)
-        assert found in (reported, reported + 1), f"{found} after {reported} had been committed"
+        assert found - reported in range(2 + beside), f"{found} after {reported} had been committed"
         steps = found
     return {"torn": torn, "steps": steps}
 
 
-def saved_and_killed(folder: Path, draw: random.Random) -> int:
+def saved_and_killed(folder: Path, draw: random.Random, beside: bool) -> int:
     """The last step that rank 0 was told is safe."""
     start, port = latest_step(folder), free_port()
     reader, writer = os.pipe()
     ranks = [
-        forked(lambda rank=rank: save_on(rank, port, folder, start, writer)) for rank in (0, 1)
+        forked(lambda rank=rank: save_on(rank, port, folder, start, writer, beside))
+        for rank in (0, 1)
     ]
     os.close(writer)
     reports = os.read(reader, 1)
@@ -203,14 +246,19 @@ def saved_and_killed(folder: Path, draw: random.Random) -> int:
     return start + len(reports) - 1
 
 
-def save_on(rank: int, port: int, folder: Path, start: int, reports: int) -> None:
-    """One report when the ranks have met, then one for each save."""
+def save_on(rank: int, port: int, folder: Path, start: int, reports: int, beside: bool) -> None:
+    """One report when the ranks have met, then one for each save, or each that a next one beside
+    training has waited for."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # gloo tells of the dead neighbour at length
     comm = Comm.from_environment(timeout_seconds=20.0)
     checkpoints, step = Checkpointer(folder, comm), start
+    if beside:
+        checkpoints = SavesBeside(checkpoints, waits=False)
+        step += 1
+        save(checkpoints, comm, step)
     while True:
         if rank == 0:
             os.write(reports, b".")

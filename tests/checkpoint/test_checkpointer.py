@@ -72,10 +72,26 @@ def test_killed_before_any_file_operation_of_saving(tmp_path: Path) -> None:
     assert before + between + after == len(result["outcomes"])
 
 
-def test_a_rank_killed_at_random_moments(tmp_path: Path) -> None:
-    result = launched(cases.kill_at_random, tmp_path / "checkpoints", 100, 0)
-    assert result["torn"] >= 25
-    assert result["steps"] >= 50
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_rank_killed_at_random_moments(tmp_path: Path, beside: bool) -> None:
+    """Whether training waits for the disk or not."""
+    kills = 50 if beside else 100
+    result = launched(cases.kill_at_random, tmp_path / "checkpoints", kills, 0, beside)
+    assert result["torn"] >= kills // 4
+    assert result["steps"] >= kills // 2
+
+
+def test_a_save_beside_training_copies_first_and_the_next_waits_for_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for found in run_ranks(cases.saves_beside, 2, folder):
+        assert not found["waited for the disk"]
+        assert found["before the second"] == ["step-00000001"]
+        assert found["values"] == [2, [2.0] * 3]
+        assert found["emptied"]
+        assert "can't save step 3: rank 1: File too large" in found["told"]
+        assert "can't save step 4" in found.get("at the end", "can't save step 4")
+        assert "step-00000002" in found["left"]
+        assert "step-00000003" not in found["left"]
 
 
 # -- damage -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ The folder must be one that all ranks see.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -62,6 +63,12 @@ class Checkpointer:
         self._keep = keep
         self._file_bytes = file_bytes
         self._refused: set[str] = set()
+
+    def beside(self) -> Checkpointer:
+        """This one for another thread: its collectives are of a group of their own."""
+        other = copy.copy(self)
+        other._comm = self._comm.beside()
+        return other
 
     # -- saving ---------------------------------------------------------------------------------
 

@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
 from trainer.config import RunConfig, dump_run, parse_run
 from trainer.engine.zero import Engine, persistent_buffers
@@ -32,6 +31,7 @@ FREE_TO_CHANGE = frozenset(
         "log_every",
         "save_every",
         "keep_checkpoints",
+        "save_beside",
         "max_skipped_steps",
         "comm_timeout_seconds",
         "hang_seconds",
@@ -39,6 +39,18 @@ FREE_TO_CHANGE = frozenset(
 )
 SHARDS = "shards.txt"
 FREE_DATA = frozenset({"workers", "cache_mib", "bad_sample_budget"})
+
+
+class Saver(Protocol):
+    """What writes a checkpoint, at once or beside training."""
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, NamedTensors],
+        state: Mapping[str, Any],
+        texts: Mapping[str, str],
+    ) -> object: ...
 
 
 class Place(NamedTuple):
@@ -54,7 +66,7 @@ def place_of(restored: Restored) -> Place:
 
 
 def save_state(
-    checkpoints: Checkpointer,
+    checkpoints: Saver,
     engine: Engine,
     recipe: Recipe,
     here: Place,

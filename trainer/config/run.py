@@ -62,6 +62,9 @@ class RunConfig(Frozen):
     """Between two checkpoints. The end of a run is always saved."""
     keep_checkpoints: int = Field(default=2, ge=2)
     """Two at least: the one before is the way back if the newest is damaged."""
+    save_beside: bool = True
+    """Training goes on while a checkpoint is written from a copy in the host's memory; else a step
+    waits for the disk. The last save, and the one of a stop, always waits."""
     max_skipped_steps: int = Field(default=20, ge=0)
     """The run stops when this many steps in a row had a gradient that is not finite."""
     comm_timeout_seconds: float = Field(default=1800.0, gt=0)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from trainer.checkpoint.beside import SavesBeside
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
 from trainer.checkpoint.room import bytes_needed, check_room
@@ -62,7 +63,7 @@ class Run(NamedTuple):
     frozen: str
     engine: Engine
     average: AveragedWeights | None
-    checkpoints: Checkpointer
+    checkpoints: SavesBeside
     log: MetricLog
     meter: Meter
     clock: Clock
@@ -130,7 +131,7 @@ def built(
         log.say(f"going on from step {restored.step} in {restored.folder}")
     return Run(
         *(config, comm, check, tokenizer, stream, recipe, frozen, engine, average),
-        checkpoints=checkpoints,
+        checkpoints=SavesBeside(checkpoints, waits=not config.save_beside),
         log=log,
         meter=meter,
         clock=Clock(comm, epoch_size=stream.epoch_size),

@@ -32,5 +32,11 @@ def save_if_possible(run: Run, here: Place, due: Sequence[EvalConfig]) -> Place 
 
 
 def save_what_is_not(run: Run, here: Place, due: Sequence[EvalConfig], saved: Place | None) -> None:
+    """And wait until it is on disk, beside training or not."""
+    try:
+        run.checkpoints.finish()
+    except CheckpointError:
+        saved = None  # what was begun came to nothing
     if here != saved:
         save(run, here, due)
+        run.checkpoints.finish()
