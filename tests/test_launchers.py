@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.data.streams import write_shards
 from tests.fixtures.emoji import write_shards as write_emoji
@@ -251,3 +252,41 @@ def test_a_hostfile_that_is_missing_or_empty_is_refused(tmp_path):
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 2, said
         assert f"hostfile {tmp_path / name}" in said
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "starts"),
+    [([3, 1, 0], 0, 3), ([3, 2, 0], 2, 2), ([3, 3, 3, 3], 3, 3)],
+)
+def test_a_run_is_started_again_until_it_is_done_or_wrong(tmp_path, codes, code, starts):
+    """Not more often than asked for, and not where a start anew would meet the same mistake."""
+    (tmp_path / "codes").write_text("".join(f"{each}\n" for each in codes))
+    take = f"echo >>{tmp_path}/starts; c=$(head -1 {tmp_path}/codes)"
+    script = f"{take}; sed -i 1d {tmp_path}/codes; exit $c"
+    process = started(
+        *("bash", "launch/until_done.sh", "2", "bash", "-c", script), env={"PAUSE_SECONDS": "0"}
+    )
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
+
+
+def test_the_pods_of_the_manifest_can_save_and_have_shared_memory():
+    """Its fields are those that docs/distributed.md asks for; every pod is like the first."""
+    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"}
+    for pods in replicas.values():
+        assert pods["restartPolicy"] == "OnFailure"
+        pod = pods["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"  # the operator looks for it
+        words = container["command"][2].split()
+        patience = int(words[words.index("--shutdown-timeout") + 1])
+        assert patience < pod["terminationGracePeriodSeconds"]
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes.keys() == mounted.keys()
+        assert mounted["memory"] == "/dev/shm"
+        assert volumes["memory"]["emptyDir"]["medium"] == "Memory"

@@ -8,6 +8,7 @@ Nothing else in the project calls `torch.distributed`, except the engine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -239,6 +241,17 @@ def agreed(comm: Comm, action: Callable[[], T]) -> T:
         failure = str(error)
     stop_together(comm, failure)
     return results[0]
+
+
+def refuse_differing(comm: Comm, lines: Sequence[str], *, what: str) -> None:
+    """DataError on all ranks where they do not hold the same lines, with the first that differ."""
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if len(set(comm.gather_json(digest))) == 1:
+        return
+    theirs = comm.broadcast_json(list(lines))
+    odd = [pair for pair in zip_longest(lines, theirs, fillvalue="nothing") if pair[0] != pair[1]]
+    here = f"{what} here and on rank 0 differ: {odd[0][0]} and {odd[0][1]}" if odd else None
+    stop_together(comm, here)
 
 
 def stop_together(comm: Comm, failure: str | None) -> None:

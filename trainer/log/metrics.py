@@ -25,6 +25,7 @@ from trainer.config import Period
 from trainer.errors import ConfigError, TrainerError
 from trainer.log.meter import Meter
 from trainer.log.printed import Printed
+from trainer.log.rank_times import RankTimes, Spread
 from trainer.log.records import JsonLines, TensorBoard, plain, read_lines
 from trainer.log.terminal import (
     Display,
@@ -52,6 +53,7 @@ class _Pending(NamedTuple):
     means: Float64[Tensor, " values"]
     peak_gib: Float64[Tensor, ""]
     speed: Speed
+    ranks: Float64[Tensor, "ranks 2"]
 
 
 class MetricLog:
@@ -86,6 +88,7 @@ class MetricLog:
         self._display: Display | None = None
         self._meter = meter or Meter(comm)
         self._tracker = tracker
+        self._rank_times = RankTimes(comm)
         self._printed = Printed(workdir) if comm.is_main else None
         self._speaking = ExitStack()
         if comm.is_main:
@@ -119,6 +122,7 @@ class MetricLog:
         self._saved_at = progress.samples
         self._started = time.monotonic()
         self._speedometer = Speedometer(progress, self._started)
+        self._rank_times.begin(progress.step)
         if self._comm.is_main:
             self._files = _Files(
                 self._workdir, progress, phase_begun=phase_begun, tracker=self._tracker
@@ -148,7 +152,8 @@ class MetricLog:
             self._display.step(progress, speed)
         is_due = self._clock.due("log", self._log_every, last, progress)
         if is_due or last.step < progress.step == self._total_steps:
-            self._pending = self._reduced(progress, {**values, **more()}, speed)
+            ranks = self._rank_times.look(progress.step, wait_seconds)
+            self._pending = self._reduced(progress, {**values, **more()}, speed, ranks)
         self._last = progress
 
     def event(self, progress: Progress, name: str, /, **figures: Any) -> None:
@@ -216,14 +221,18 @@ class MetricLog:
         return self._last or Progress()
 
     def _reduced(
-        self, progress: Progress, values: Mapping[str, float | int | Tensor], speed: Speed
+        self,
+        progress: Progress,
+        values: Mapping[str, float | int | Tensor],
+        speed: Speed,
+        ranks: Tensor,
     ) -> _Pending:
         """One collective for all values and one for the memory; nothing waits for the device."""
         numbers = [*values.values(), speed.data_wait]
         stacked = torch.stack([_scalar(number, self._comm.device) for number in numbers])
         means = self._comm.sum(stacked) / self._comm.world_size
         peak = self._comm.max(_scalar(self._meter.peak_gib(), self._comm.device))
-        return _Pending(progress, tuple(values), means, peak, speed)
+        return _Pending(progress, tuple(values), means, peak, speed, ranks)
 
     def _write_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -240,11 +249,14 @@ class MetricLog:
             "peak_gib": pending.peak_gib.item(),
             **self._meter.arithmetic(speed),
         }
-        self._files.step(pending.progress, values, timing, time.monotonic() - self._started)
+        ranks = Spread(*pending.ranks.T.tolist())
+        self._files.step(pending.progress, values, timing, time.monotonic() - self._started, ranks)
         loss = values.get("loss", next(iter(values.values()), None))
         shown = self._display.figures(pending.progress, loss, speed)
         if self._printed is not None:
             self._printed.line(shown)
+        if slow := ranks.slow(self._rank_times.hosts):
+            self.say(f"step {pending.progress.step}  {slow}")
 
 
 def evaluated(workdir: Path, progress: Progress) -> set[str]:
@@ -290,11 +302,13 @@ class _Files:
         values: Mapping[str, float],
         timing: Mapping[str, float],
         seconds: float,
+        ranks: Spread,
     ) -> None:
-        clock = {**timing, "seconds": seconds, "time": time.time()}
+        clock = {**timing, "seconds": seconds, "time": time.time(), "ranks": ranks._asdict()}
         self._metrics.append({**_place(progress), "values": values, "timing": clock})
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"speed/{name}": value for name, value in timing.items()}
+        scalars |= ranks.scalars() if len(ranks.data_seconds) > 1 else {}
         self._scalars(progress.step, scalars)
 
     def image(

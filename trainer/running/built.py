@@ -21,7 +21,7 @@ from trainer.checkpoint.run_state import (
     place_of,
     shards_of,
 )
-from trainer.comm import Comm, agreed
+from trainer.comm import Comm, agreed, refuse_differing
 from trainer.config import RunConfig, Weights, micro_batches
 from trainer.data.stream import Stream
 from trainer.engine.zero import Engine, persistent_buffers
@@ -159,6 +159,7 @@ def _opened(
     stream = agreed(
         comm, lambda: stream_of(config, comm, tokenizer, micro_batch=size, before=before)
     )
+    refuse_differing(comm, stream.shard_lines, what="the shards of data.train")
     agreed(comm, lambda: refuse_other_data(config, stream.shard_lines))
     return tokenizer, stream
 
