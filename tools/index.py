@@ -3,6 +3,7 @@
 Examples:
   python tools/index.py 'shards/{000..127}.tar'
   python tools/index.py pairs.csv --image-column path --caption-column title
+  python tools/index.py 'hub/train-*.parquet' --image-column img --caption-column text
   python tools/index.py 's3://bucket/{00000..41407}.tar' --missing --catalogue laion.catalogue
 """
 

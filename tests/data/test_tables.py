@@ -206,8 +206,6 @@ def test_other_files_say_the_way(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", image_samples(2))
     with pytest.raises(ConfigError, match=r"a.tar is no table"):
         write_index(tar, columns=Columns(image="path"))
-    with pytest.raises(DataError, match=r"make shards of it: python tools/make_shards.py parquet"):
-        write_index(str(tmp_path / "a.parquet"))
     _, table = both(tmp_path, told(2))
     with pytest.raises(ConfigError, match=r"only data.reader: indexed reads"):
         open_stream(table, reader="webdataset", epoch_samples=8)

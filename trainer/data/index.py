@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.data.columnar import COLUMNAR, is_columnar, scan_columnar
 from trainer.data.remote import file_size, open_for_scan, read_file, write_file
 from trainer.data.tables import ENDINGS, USUAL, Columns, is_table, scan_table
 from trainer.data.tar import Member, scan_tar
@@ -40,7 +41,7 @@ _MEMBER_COLUMNS = (
 def shard_stem(shard: str) -> str:
     """The file's name without folders, URL query and ending: `s3://b/00012.tar` -> `00012`."""
     name = PurePosixPath(shard.split("?")[0]).name
-    ending = next((ending for ending in (".tar", *ENDINGS) if name.endswith(ending)), "")
+    ending = next((ending for ending in (".tar", *ENDINGS, *COLUMNAR) if name.endswith(ending)), "")
     return name.removesuffix(ending)
 
 
@@ -112,17 +113,19 @@ def write_index(
     the samples: damaged or truncated archives, keys that are interleaved or double; and where no
     file at all is named so. `columns` say what a table's columns hold.
     """
-    if shard.split("?")[0].endswith(".parquet"):
-        raise DataError(
-            f"{shard} is Parquet, which is not read by rows; make shards of it: python "
-            f"tools/make_shards.py parquet '{shard}' --out shards"
+    if is_table(shard) or is_columnar(shard):
+        scanned_rows = (
+            scan_columnar(shard, asked=columns)
+            if is_columnar(shard)
+            else scan_table(read_file(shard), path=shard, asked=columns)
         )
-    if is_table(shard):
-        rows, keys, layout = scan_table(read_file(shard), path=shard, asked=columns)
+        rows, keys, layout = scanned_rows
         _write(shard, rows, keys, [layout] * len(rows), list(range(len(rows) + 1)))
         return len(keys)
     if columns != USUAL:
-        raise ConfigError(f"{shard} is no table (.csv, .tsv); only those have columns")
+        raise ConfigError(
+            f"{shard} is no table (.csv, .tsv, .parquet, .arrow); only those have columns"
+        )
     skipped = [] if skipped is None else skipped
     with open_for_scan(shard) as file:
         scanned = scan_tar(file, shard=shard, max_member_bytes=max_member_bytes, skipped=skipped)

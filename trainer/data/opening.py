@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
+from trainer.data.columnar import COLUMNAR
 from trainer.data.index import HEADER_BYTES, IndexSummary, index_path, read_summary
 from trainer.data.remote import file_size, is_remote, read_file
+from trainer.data.tables import ENDINGS
 from trainer.errors import DataError
 
 T = TypeVar("T")
@@ -55,7 +57,8 @@ def _inspect(shard: str) -> Inspected | None:
     """
     path = index_path(shard)
     if not is_remote(shard) and os.path.isdir(shard):
-        raise DataError(f"{shard} is a folder; name its shards, as {os.path.join(shard, '*.tar')}")
+        pattern = os.path.join(shard, f"*{_ending(os.listdir(shard))}")
+        raise DataError(f"{shard} is a folder; name its shards, as {pattern}")
     try:
         found = file_size(shard)
     except FileNotFoundError:
@@ -82,3 +85,9 @@ def wrong_size(shard: str, expected: int, found: int, samples: int | None = None
         f"{shard} is {verdict}: its index expects {expected} bytes{counted}, found {found}; get "
         f"the shard again, or if it is right: python tools/index.py '{shard}'"
     )
+
+
+def _ending(names: Sequence[str]) -> str:
+    """Of what a folder seems to hold, the kind that others lie beside last."""
+    found = {os.path.splitext(name)[1] for name in names}
+    return next((each for each in (".tar", *COLUMNAR, *ENDINGS) if each in found), ".tar")

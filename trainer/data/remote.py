@@ -29,7 +29,7 @@ FIRST_DELAY_SECONDS = 0.05
 REQUEST_TIMEOUT_SECONDS = 60.0
 _FINAL = (PermissionError, IsADirectoryError, NotImplementedError)
 _BUSY = (408, 425, 429)
-_BESIDE = (".index", ".json", ".parquet", ".catalogue")
+_BESIDE = (".index", ".json", ".catalogue")
 
 
 def is_remote(path: str) -> bool:

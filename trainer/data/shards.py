@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.catalogue import Catalogue, is_catalogue, open_catalogue
+from trainer.data.columnar import ColumnarFiles, is_columnar
 from trainer.data.index import ShardIndex, ids_in_set, index_path, read_index, sample_id
 from trainer.data.opening import inspect_shards, wrong_size
 from trainer.data.remote import expand_sets, is_remote, read_range
@@ -196,12 +197,14 @@ class ShardSet:
 
     def read_json(self, index: int) -> RawSample:
         """Read no other member than the one that ends in `.json`, if there is one; the whole row
-        of a table. The same errors."""
+        of a table, Parquet or Arrow file. The same errors."""
         return self._read(index, only="json")
 
     def _read(self, index: int, *, only: str | None) -> RawSample:
         shard, row = self.locate(index)
         columns, name = self._index(shard), self.shards[shard]
+        if is_columnar(name):
+            return self._columnar_sample(shard, row)
         members = list(range(int(columns.first[row]), int(columns.first[row + 1])))
         if only is not None and not is_table(name):
             members = [m for m in members if columns.suffixes[columns.suffix[m]] == only]
@@ -219,6 +222,18 @@ class ShardSet:
         if is_table(name):
             fields = _row_fields(fields, name, place)
         return RawSample(int(columns.ids[row]), name, columns.keys[row], fields)
+
+    def _columnar_sample(self, shard: int, row: int) -> RawSample:
+        """One row of a Parquet or Arrow file; its one member is named by the layout."""
+        columns, name = self._index(shard), self.shards[shard]
+        key, layout = columns.keys[row], columns.suffixes[columns.suffix[row]]
+        try:
+            fields = self._columnar.read(
+                name, int(columns.offset[row]), crc=int(columns.crc[row]), layout=layout
+            )
+        except BadRow as error:
+            raise DamagedSample(f"{name}: {key}: {error}") from None
+        return RawSample(int(columns.ids[row]), name, key, fields)
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""
@@ -247,6 +262,7 @@ class ShardSet:
 
     def _forget(self) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._columnar = ColumnarFiles()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def _index(self, shard: int) -> ShardIndex:

@@ -98,7 +98,7 @@ def read_row(row: bytes, layout: str, *, table: str) -> dict[str, bytes]:
     name, caption = cells[columns.image], cells.get(columns.caption or "")
     used = (columns.image, columns.caption, columns.key)
     others = {key: value for key, value in cells.items() if value and key not in used}
-    fields = {PurePosixPath(name).suffix[1:].lower() or "image": _picture(name, table)}
+    fields = {PurePosixPath(name).suffix[1:].lower() or "image": picture_bytes(name, table)}
     if caption:
         fields["txt"] = caption.encode()
     if others:
@@ -116,12 +116,12 @@ def _layout(lines: Sequence[bytes], path: str, asked: Columns) -> tuple[Layout, 
         raise DataError(f"{path} does not begin with a line of column names: {error}") from None
     if len(set(names)) < len(names):
         raise DataError(f"{path} has two columns of one name: {', '.join(names)}")
-    found = {role: _column(names, name, role, path) for role, name in asked._asdict().items()}
+    found = {role: column_of(names, name, role, path) for role, name in asked._asdict().items()}
     return Layout(names, found["image"] or "", found["caption"], found["key"], delimiter), count
 
 
-def _column(names: Sequence[str], asked: str | None, role: str, path: str) -> str | None:
-    """The column of a role; only the picture has to have one."""
+def column_of(names: Sequence[str], asked: str | None, role: str, path: str) -> str | None:
+    """The column of a role, by its asked or usual name; only the picture has to have one."""
     name = asked or role
     if name in names:
         return name
@@ -159,7 +159,7 @@ def _key(values: list[str] | None, number: int, layout: Layout) -> str:
     return key if key and "\0" not in key else f"row-{number:09d}"
 
 
-def _picture(name: str, table: str) -> bytes:
+def picture_bytes(name: str, table: str) -> bytes:
     """A file's bytes, by its path from the table's folder."""
     folder = table.split("?")[0].rpartition("/")[0]
     place = name if is_remote(name) or not folder else os.path.join(folder, name)

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from trainer.config import DataConfig
 from trainer.data import feed
+from trainer.data.columnar import is_columnar
 from trainer.data.decode import BadSample
 from trainer.data.feed import (
     MAX_REJECTS,
@@ -275,7 +276,9 @@ def _expand(config: DataConfig) -> list[Shard]:
     command = next((path for _, path in shards if path.startswith("pipe:")), None)
     if command is not None and not config.allow_pipe:
         raise ConfigError(f"{command!r} runs a command; allow it by data.allow_pipe: true")
-    if (table := next((path for _, path in shards if is_table(path)), None)) is not None:
+    if (
+        table := next((path for _, path in shards if is_table(path) or is_columnar(path)), None)
+    ) is not None:
         raise ConfigError(f"{table} is a table, which only data.reader: indexed reads")
     return shards
 

@@ -11,13 +11,13 @@ let-it-wag the folder of Let it Wag!: 290 classes, CLASS_bird/picture.jpg
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.data.columnar import needed
 from trainer.errors import ConfigError, DataError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -102,7 +102,7 @@ def table(path: Path, columns: Columns) -> Iterator[Item]:
 
 
 def parquet(path: Path, columns: Columns) -> Iterator[Item]:
-    module = _needed("pyarrow.parquet", "pyarrow")
+    module = needed("pyarrow.parquet", "pyarrow")
     files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} holds no .parquet file")
@@ -139,7 +139,7 @@ def coco(path: Path, images: Path) -> Iterator[Item]:
 
 def saved_dataset(path: Path, columns: Columns) -> Iterator[Item]:
     """One split. Pictures stay as they were encoded."""
-    module = _needed("datasets", "datasets")
+    module = needed("datasets", "datasets")
     data = module.load_from_disk(str(path))
     if hasattr(data, "keys"):
         raise ConfigError(f"{path} holds the splits {', '.join(data.keys())}; give one of them")
@@ -184,10 +184,3 @@ def _refuse_missing(columns: Columns, found: Sequence[str], path: Path) -> None:
             f"{path} has no column {columns.image!r}, only {', '.join(found)}; name it by "
             "--image-column"
         )
-
-
-def _needed(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"this needs a package: pip install {package} ({error})") from error
