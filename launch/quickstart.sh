@@ -18,6 +18,7 @@ fi
 echo "1/4 corpus"
 python tools/make_corpus.py --out data/open --cache cache/wheels
 echo "2/4 training: $processes processes, $OMP_NUM_THREADS threads each, $zero"
+[ "$gpus" -gt 0 ] || python -m trainer "$run" "deepspeed=$zero" "$@" --plan short "world_size=$processes" card=cpu
 launch "$run" "deepspeed=$zero" "$@"
 echo "3/4 export and pictures"
 python tools/export.py "$workdir"

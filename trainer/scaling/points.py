@@ -103,7 +103,10 @@ def read_points(path: Path) -> list[Point]:
         raise DataError(f"{path}: {error}") from error
     found = []
     for number, row in enumerate(rows, 2):
-        values = {"run": f"row {number}", **{key: value for key, value in row.items() if value}}
+        values = {
+            "run": f"row {number}",
+            **{key: value for key, value in row.items() if value not in ("", "nan")},
+        }
         try:
             found.append(Point.model_validate(values))
         except ValidationError as error:
