@@ -39,6 +39,7 @@ WEB = {"reader": "webdataset", "epoch_samples": 20}
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reader": ({}, WEB),
     "window_shards": ({"window_shards": 1}, {"window_shards": 3}),
+    "window_groups": ({"window_shards": 1}, {"window_shards": 1, "window_groups": 2}),
     "weights": ({}, {"weights": {"a": 2.5}}),
     "background": ({}, {"background": (9, 99, 200)}),
     "images": ({}, {"images": ("mask.png",)}),
@@ -136,7 +137,7 @@ def test_a_key_changes_the_batches(spec: str, key: str) -> None:
     differs = [not torch.equal(a, b) for a, b in zip(first, second, strict=True)]
     expected = (
         [True, True, True]
-        if key in ("reader", "window_shards", "weights")
+        if key in ("reader", "window_shards", "window_groups", "weights")
         else [not key.startswith(TEXTS), key.startswith(TEXTS), False]
     )
     assert differs == expected
@@ -145,7 +146,7 @@ def test_a_key_changes_the_batches(spec: str, key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        *("train", "allow_pipe", "epoch_samples", "workers", "cache_mib"),
+        *("train", "allow_pipe", "epoch_samples", "workers", "cache_mib", "shard_cache"),
         *("max_pixels", "bad_sample_budget", "select", "captions.generated"),
     ],
 )
@@ -243,12 +244,23 @@ def generated(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         opened(spec, captions={"generated": tmp_path})
 
 
+def shard_cache(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/data/test_shard_cache.py` has what it promises."""
+    folder = tmp_path / "cache"
+    far = f"{spec.split('::')[0].replace('a=', 'file://')}"
+    cached = opened(far, shard_cache={"folder": folder, "gib": 1})
+    (batch,) = cached.take()
+    assert torch.equal(batch.images, opened(far).take()[0].images)
+    assert len(list(folder.glob("*.tar"))) == 3
+
+
 PROOFS: dict[str, Callable[[str, Path, pytest.MonkeyPatch], None]] = {
     "train": train,
     "allow_pipe": allow_pipe,
     "epoch_samples": epoch_samples,
     "workers": workers,
     "cache_mib": cache_mib,
+    "shard_cache": shard_cache,
     "max_pixels": max_pixels,
     "bad_sample_budget": bad_sample_budget,
     "select": select,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.order import Order, Share
+from trainer.errors import DataError
 
 sizes_of_shards = st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(sum)
 
@@ -43,6 +45,44 @@ def test_a_window_of_shards_is_finished_before_the_next_begins(sizes, window, se
     rank_of_shard = {shard: n for n, shard in enumerate(order._epoch(0)[0].tolist())}
     windows = [rank_of_shard[shard] // window for shard in visited]
     assert windows == sorted(windows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=sizes_of_shards,
+    window=st.integers(1, 6),
+    groups=st.integers(1, 4),
+    per_group=st.integers(1, 5),
+)
+def test_groups_of_ranks_read_windows_of_their_own(sizes, window, groups, per_group):
+    """Every sample once an epoch; a group reads another's window only when its own is used up."""
+    batch = groups * per_group
+    order = Order(sizes, seed=3, window_shards=window, groups=groups, global_batch=batch)
+    for epoch in range(2):
+        begin = epoch * order.epoch_size
+        found = [order.at(begin + p)[1] for p in range(order.epoch_size)]
+        assert sorted(found) == list(range(sum(sizes)))
+        shard_of = np.repeat(np.arange(len(sizes)), sizes)[found]
+        place = np.argsort(order._epoch(epoch)[0])[shard_of]  # of the shard in the epoch
+        together = place // (window * groups)
+        assert (np.diff(together) >= 0).all()
+        for number in np.unique(together):
+            rows = np.flatnonzero(together == number)
+            wanted = (begin + rows) % batch // per_group
+            own = place[rows] // window % groups
+            for group in range(groups):
+                strangers = np.flatnonzero((wanted == group) & (own != group))
+                mine = np.flatnonzero((wanted == group) & (own == group))
+                assert not len(strangers) or not len(mine) or strangers[0] > mine[-1]
+
+
+def test_one_group_is_the_order_without_groups_and_a_batch_has_to_divide():
+    sizes = [5, 9, 2, 7, 30]
+    plain = Order(sizes, seed=1, window_shards=2)
+    one = Order(sizes, seed=1, window_shards=2, groups=1, global_batch=12)
+    assert [plain.at(p) for p in range(120)] == [one.at(p) for p in range(120)]
+    with pytest.raises(DataError, match="window_groups is 5, which does not divide"):
+        Order(sizes, seed=1, window_shards=2, groups=5, global_batch=12)
 
 
 def test_positions_can_be_asked_in_any_order():

@@ -124,6 +124,20 @@ class NoiseConfig(Frozen):
     """Of the choice; a larger share with the same seed holds the smaller one."""
 
 
+class ShardCacheConfig(Frozen):
+    """Where remote shards are kept while they are read."""
+
+    folder: LocalPath
+    """On a disk of each machine; its processes share it."""
+    gib: float = Field(gt=0)
+    """What it may hold, in GiB; the shards that were not opened for longest make room. At least the
+    shards of two windows."""
+
+    @property
+    def bytes(self) -> int:
+        return int(self.gib * 2**30)
+
+
 class DataConfig(Frozen):
     """Where samples come from and how they are read."""
 
@@ -148,6 +162,12 @@ class DataConfig(Frozen):
     epoch. The batches do not depend on it."""
     window_shards: Annotated[PositiveInt, OnlyWhere("reader", "indexed")] = 8
     """Samples are shuffled within this many (permuted) shards, so reads stay sequential."""
+    window_groups: Annotated[PositiveInt, OnlyWhere("reader", "indexed")] = 1
+    """Windows that are read side by side, each by its part of the ranks: the number of hosts, so
+    that not all of them fetch the same few shards. It decides the order of the samples, whatever
+    the number of ranks later is."""
+    shard_cache: Annotated[ShardCacheConfig | None, OnlyWhere("reader", "indexed")] = None
+    """Shards of servers are fetched whole to a disk of the machine; sample by sample where None."""
     max_pixels: PositiveInt = 25_000_000
     """Larger images are refused before they are decoded."""
     bad_sample_budget: Fraction = 0.01

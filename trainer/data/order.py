@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.errors import DataError
 from trainer.hashing import key_of, permutation
 
 K = TypeVar("K")
@@ -41,7 +42,8 @@ class Order:
     epoch: a fixed order of them is gone through in turns. Every time is a visit of its own.
     Of `chosen` samples alone, where they are given; then each of those counts as said.
 
-    Memory: one permutation of the shards and one of a window's samples, whatever the total.
+    Memory: one permutation of the shards and one of a window's samples (of each group), whatever
+    the total.
     """
 
     def __init__(
@@ -52,7 +54,20 @@ class Order:
         window_shards: int,
         weights: Sequence[float] | None = None,
         chosen: Chosen | None = None,
+        groups: int = 1,
+        global_batch: int = 1,
     ) -> None:
+        """`groups` windows are gone through side by side: the g-th part of every global batch comes
+        from the g-th of them, as long as that one has samples. A rank, whose samples of a batch
+        follow each other, then reads from one window where the ranks are at least as many.
+        DataError where the batch can't be divided so.
+        """
+        if global_batch % groups:
+            raise DataError(
+                f"data.window_groups is {groups}, which does not divide the global batch of "
+                f"{global_batch}; take a divisor, as the number of hosts"
+            )
+        self.groups, self.global_batch = groups, global_batch
         whole = np.asarray(sizes, dtype=np.int64)
         self.chosen, self.kept = chosen, whole
         if chosen is not None:
@@ -97,19 +112,48 @@ class Order:
         if epoch not in self._epochs:
             shards = permutation(len(self.sizes), key_of(self.seed, "shards", epoch)).numpy()
             ends = np.cumsum(self.sizes[shards])
-            window_ends = ends[self.window_shards - 1 :: self.window_shards]
+            together = self.window_shards * self.groups
+            window_ends = ends[together - 1 :: together]
             _remember(self._epochs, epoch, (shards, np.concatenate([[0], window_ends])))
         return self._epochs[epoch]
 
     def _window(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """The sample indices of one window, in the order in which they come."""
+        """The sample indices of one window of each group, in the order in which they come."""
         if (epoch, window) not in self._windows:
-            first = window * self.window_shards
-            shards = self._epoch(epoch)[0][first : first + self.window_shards]
-            samples = np.concatenate([self._samples(piece, epoch) for piece in shards])
-            shuffle = permutation(len(samples), key_of(self.seed, "samples", epoch, window))
-            _remember(self._windows, (epoch, window), samples[shuffle.numpy()])
+            first = window * self.groups
+            each = [self._shuffled(epoch, number) for number in range(first, first + self.groups)]
+            position = epoch * self.epoch_size + int(self._epoch(epoch)[1][window])
+            _remember(self._windows, (epoch, window), self._side_by_side(each, position))
         return self._windows[epoch, window]
+
+    def _shuffled(self, epoch: int, number: int) -> NDArray[np.int64]:
+        first = number * self.window_shards
+        shards = self._epoch(epoch)[0][first : first + self.window_shards]
+        samples = [np.empty(0, np.int64), *(self._samples(piece, epoch) for piece in shards)]
+        found: NDArray[np.int64] = np.concatenate(samples)
+        shuffle = permutation(len(found), key_of(self.seed, "samples", epoch, number))
+        shuffled: NDArray[np.int64] = found[shuffle.numpy()]
+        return shuffled
+
+    def _side_by_side(self, each: list[NDArray[np.int64]], position: int) -> NDArray[np.int64]:
+        """The samples of every group in the places of its part of the batches from `position` on.
+
+        What a group has more than places fills, in the groups' order, the places of those that have
+        less.
+        """
+        count = sum(map(len, each))
+        place = (position + np.arange(count)) % self.global_batch
+        group = place * self.groups // self.global_batch
+        result: NDArray[np.int64] = np.empty(count, np.int64)
+        left_places, left_samples = [], []
+        for number, samples in enumerate(each):
+            places = np.flatnonzero(group == number)
+            both = min(len(places), len(samples))
+            result[places[:both]] = samples[:both]
+            left_places.append(places[both:])
+            left_samples.append(samples[both:])
+        result[np.concatenate(left_places)] = np.concatenate(left_samples)
+        return result
 
     def _samples(self, piece: int, epoch: int) -> NDArray[np.int64]:
         """The samples of a piece in an epoch, `copy` times the number of all samples further on."""

@@ -22,6 +22,7 @@ from trainer.data.index import ShardIndex, ids_in_set, index_path, read_index, s
 from trainer.data.opening import inspect_shards, wrong_size
 from trainer.data.remote import expand_sets, is_remote, read_range
 from trainer.data.sets import named_shard, names_by_folder, refuse_other_shards
+from trainer.data.shard_cache import ShardCache
 from trainer.data.tables import BadRow, is_table, read_row
 from trainer.errors import DataError
 
@@ -59,10 +60,13 @@ class ShardSet:
         digests: Sequence[str],
         catalogue: Catalogue | None = None,
         rows: Sequence[int] | None = None,
+        cache: ShardCache | None = None,
     ) -> None:
         """`rows` says which shards of the catalogue these are; all, in its order, where None."""
         self._catalogue, self._rows = catalogue, rows
+        self._cache = cache
         self.shards, self.sizes = tuple(shards), tuple(sizes)
+        self._any_remote = any(map(is_remote, self.shards))
         self.sets, self.digests = tuple(sets), tuple(digests)
         self._remote_indexes = remote
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
@@ -169,10 +173,10 @@ class ShardSet:
             found += [(start + int(row), int(here[row])) for row in rows]
         return found
 
-    @cached_property
+    @property
     def has_remote(self) -> bool:
-        """Whether any shard lies on a server."""
-        return any(map(is_remote, self.shards))
+        """Whether samples are read from servers, one by one."""
+        return self._cache is None and self._any_remote
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard, sample within it) of sample `index`."""
@@ -186,6 +190,11 @@ class ShardSet:
         shard, row = self.locate(index)
         columns = self._index(shard)
         return self.shards[shard], columns.keys[row], int(columns.ids[row])
+
+    def keep_in(self, cache: ShardCache) -> None:
+        """Fetch remote shards whole into a cache from now on, and read them from there."""
+        self.close()
+        self._cache = cache
 
     def read(self, index: int) -> RawSample:
         """Read one sample: all its members in one request, each checked by its CRC-32.
@@ -251,6 +260,7 @@ class ShardSet:
             "digests": self.digests,
             "catalogue": self._catalogue,
             "rows": self._rows,
+            "cache": self._cache,
         }
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -288,7 +298,7 @@ class ShardSet:
 
     def _bytes(self, shard: int, start: int, end: int) -> bytes:
         name = self.shards[shard]
-        if is_remote(name):
+        if is_remote(name) and self._cache is None:
             return read_range(name, start, end)
         try:
             handle = _kept(self._files, shard, self._open_file)
@@ -303,8 +313,11 @@ class ShardSet:
     def _open_file(self, shard: int) -> int:
         if len(self._files) >= _OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
+        expected = self._index(shard).shard_bytes
+        if self._cache is not None and is_remote(self.shards[shard]):
+            return self._cache.open(self.shards[shard], expected)
         handle = os.open(self.shards[shard], os.O_RDONLY)
-        found, expected = os.fstat(handle).st_size, self._index(shard).shard_bytes
+        found = os.fstat(handle).st_size
         if found != expected:
             os.close(handle)
             raise wrong_size(self.shards[shard], expected, found, self.sizes[shard])

@@ -33,6 +33,7 @@ from trainer.data.noise import NoisyShards
 from trainer.data.order import Order, Share
 from trainer.data.pixels import Pixels
 from trainer.data.selection import Selection
+from trainer.data.shard_cache import ShardCache
 from trainer.data.shards import ShardSet
 from trainer.data.views import augment, flipped
 from trainer.data.workers import refuse_small_shared_memory
@@ -105,7 +106,7 @@ class Stream:
             ranks_here=comm.ranks_here,
         )
         self.epoch_size, self._source, self.shard_lines, self.folder_lines = _open_source(
-            config, comm, prepare, before
+            config, comm, prepare, before, global_batch
         )
         self.wait_seconds = 0.0
         self.seek(0)
@@ -226,7 +227,11 @@ def _filled(rows: Tensor, missing: int) -> Tensor:
 
 
 def _open_source(
-    config: DataConfig, comm: Comm, prepare: Prepare, before: Sequence[str] | None
+    config: DataConfig,
+    comm: Comm,
+    prepare: Prepare,
+    before: Sequence[str] | None,
+    global_batch: int,
 ) -> tuple[int, Source, list[str], list[str]]:
     """(samples per epoch, source, what tells the shards from others, and the folders)."""
     pin_memory = comm.device.type == "cuda"
@@ -242,6 +247,8 @@ def _open_source(
     if config.select is not None:
         chosen = Selection.open(config.select, shards, seed=prepare.seed)
     told = _told(shards.lines, prepare, chosen, before)
+    if config.shard_cache is not None:
+        shards.keep_in(ShardCache(config.shard_cache.folder, config.shard_cache.bytes))
     if config.noise.share:
         shards = NoisyShards.over(shards, config.noise, config.images)
     if unknown := sorted((config.weights or {}).keys() - set(shards.sets)):
@@ -256,6 +263,8 @@ def _open_source(
         window_shards=config.window_shards,
         weights=weights,
         chosen=chosen,
+        groups=config.window_groups,
+        global_batch=global_batch,
     )
     if not order.epoch_size:
         raise DataError(f"data.weights {config.weights} leave no sample in an epoch; raise them")
