@@ -107,6 +107,7 @@ def _plan(arguments: argparse.Namespace, comm: Comm) -> Plan:
         point_bytes=0,
         peak_flops=peak,
         share_of_peak=arguments.share_of_peak,
+        device=comm.device,
     )
 
 

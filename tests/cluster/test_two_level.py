@@ -9,10 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cluster.test_kmeans import distances, mixture, shares
+from tests.launches import launches_of
 from tests.ranks import run_ranks
 from trainer.cluster.kmeans import KMeansConfig, kmeans
 from trainer.cluster.search.assign import assign
-from trainer.cluster.search.two_level import Cells, assign_two_level, group_into_cells, probed
+from trainer.cluster.search.two_level import (
+    Cells,
+    assign_two_level,
+    group_into_cells,
+    probed,
+    rows_at_once,
+)
 from trainer.comm import Comm
 
 
@@ -75,6 +82,18 @@ def test_labels_do_not_depend_on_the_batch() -> None:
     assert torch.equal(assign_two_level(points[order], cells), whole[order])
     pieces = torch.cat([assign_two_level(part, cells) for part in points.split(37)])
     assert torch.equal(pieces, whole)
+
+
+def test_launches_are_of_cells_and_blocks_not_of_points() -> None:
+    """So a GPU takes as many points at once as fit: some thirty times a processor's."""
+    cells = grouped(mixture(90, 20, components=30, spread=0.4, seed=3), 12, probes=3)
+    points = mixture(800, 20, components=30, spread=0.5, seed=2)
+    at_once = launches_of(lambda: assign_two_level(points, cells))
+    half = launches_of(lambda: assign_two_level(points[:400], cells))
+    assert at_once <= 1.2 * half
+    for dim in (128, 768):
+        assert rows_at_once(dim, "cuda") >= 4 * rows_at_once(dim)
+    assert rows_at_once(768, "cuda") == 32 * (1 << 22) // 768
 
 
 @pytest.mark.parametrize("clusters", [255, 256, 700, 1300])

@@ -47,7 +47,7 @@ TEXT = """    text_length: 8
 RECIPES = {
     "clip": "model:" + TOWERS + TEXT,
     "siglip": "model:" + TOWERS + TEXT,
-    "protoclip": "episode_samples: 24\n  clusters: 5\n  model:"
+    "protoclip": "episode_samples: 40\n  clusters: 5\n  model:"
     + TOWERS
     + TEXT
     + "    head: {hidden: 24, dim: 8, norm: batch}\n",

@@ -245,7 +245,7 @@ def _assigner(problem: Problem, centroids: Tensor) -> tuple[int, Callable[[Tenso
             assign_block, table=table, column_block=config.column_block
         )
     cells = coarse_cells(centroids, config, problem.comm)
-    rows = max(config.row_block, two_level.rows_at_once(centroids.shape[1]))
+    rows = max(config.row_block, two_level.rows_at_once(centroids.shape[1], centroids.device))
     return rows, partial(two_level.assign_two_level, cells=cells)
 
 

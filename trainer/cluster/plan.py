@@ -80,6 +80,7 @@ def plan(
     point_bytes: int = 4,
     peak_flops: float,
     share_of_peak: float = 0.4,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """Cost of `kmeans` for `points` rows of `dim` numbers over all ranks.
 
@@ -96,7 +97,7 @@ def plan(
     scores = cells + config.probes * clusters / cells if two_level else float(clusters)
     coarse = 2.0 * _COARSE_UPDATES * clusters * cells * dim
     flop = 2.0 * points * min(scores, cells + clusters) * dim + coarse
-    rows = config.row_block if not two_level else max(config.row_block, rows_at_once(dim))
+    rows = max(config.row_block, rows_at_once(dim, device) if two_level else 0)
     size = ranks_per_row(config, dim=dim, ranks=ranks)
     groups, held = ranks // size, -(-clusters // size)
     owned = -(-held // groups)

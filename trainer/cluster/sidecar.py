@@ -73,7 +73,7 @@ def lookup(
     rest = (count, grid.whole(torch.cat(lengths)), grid.scorers)
     if config.assignment == "two_level":
         cells = coarse_cells(centroids, config, comm)
-        rows = max(config.row_block, rows_at_once(points.dim))
+        rows = max(config.row_block, rows_at_once(points.dim, centroids.device))
         return Lookup(rows, lambda block: nearest_two_level(block, cells, count=count), *rest)
     precision = scan_precision(points, config, comm, grid)
     table = prepare(centroids, precision=precision, scorers=grid.scorers)
