@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.engine.zero import Engine
 from trainer.errors import NonFiniteLoss
 from trainer.types import Batch, Losses
+
+if TYPE_CHECKING:  # deepspeed is imported where it is wanted
+    from trainer.engine.zero import Engine
 
 MOST_IDS = 5
 

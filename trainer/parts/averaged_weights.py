@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainer.config import AverageConfig
 from trainer.engine.masters import write_piece
-from trainer.engine.zero import Engine
 from trainer.errors import CheckpointError
+
+if TYPE_CHECKING:  # deepspeed is imported where it is wanted
+    from trainer.engine.zero import Engine
 
 
 class AveragedWeights:

@@ -9,7 +9,7 @@ A-CLIP, arXiv 2212.08653.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
@@ -23,7 +23,6 @@ from trainer.config import (
     ViewsConfig,
 )
 from trainer.data.crops import cover_size
-from trainer.engine.zero import Engine
 from trainer.errors import ConfigError
 from trainer.models.image_tower import ImageTower
 from trainer.models.patches import (
@@ -48,6 +47,9 @@ from trainer.models.two_tower import TwoTower
 from trainer.parts.averaged_weights import AveragedWeights
 from trainer.recipe import Context, Part
 from trainer.types import Batch
+
+if TYPE_CHECKING:  # deepspeed is imported where it is wanted
+    from trainer.engine.zero import Engine
 
 Select = Literal["attentive", "inverse", "random", "none"]
 _CHOOSES = OnlyWhere("select", "attentive", "inverse", "random")

@@ -9,7 +9,7 @@ all of them, of which gates learn what can go, stage by stage (`gates`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from trainer.comm import Comm
 from trainer.config import RecipeConfig
 from trainer.engine.kept import Kept
-from trainer.engine.zero import Engine
 from trainer.losses.contrastive import info_nce
 from trainer.losses.sparse_gates import Gates, prunable_weights
 from trainer.models.gated import GatedTower
@@ -36,6 +35,9 @@ from trainer.parts.gates import GatesConfig, LearnedGates
 from trainer.parts.inheritance import InheritConfig, Units, inherit_from, kept_places
 from trainer.recipe import Context, Encode, Part, Samples, WithoutPhases
 from trainer.types import Batch, Features, Losses, Progress
+
+if TYPE_CHECKING:  # deepspeed is imported where it is wanted
+    from trainer.engine.zero import Engine
 
 TOWERS: tuple[Literal["image", "text"], ...] = ("image", "text")
 
