@@ -108,7 +108,10 @@ def _reaches(function: types.FunctionType, seen: set[types.FunctionType]) -> boo
     """Whether a function names a starter, itself or through others of tests, tools or benches."""
     seen.add(function)
     for value in _named(function):
-        if value in STARTERS or getattr(value, "__module__", None) in ("subprocess", "tests.ranks"):
+        # Compared by identity: a global may be an array, which is equal to nothing by itself.
+        if any(value is starter for starter in STARTERS):
+            return True
+        if getattr(value, "__module__", None) in ("subprocess", "tests.ranks"):
             return True
         ours = isinstance(value, types.FunctionType) and value.__module__.startswith(LOOKED_INTO)
         if ours and value not in seen and _reaches(value, seen):

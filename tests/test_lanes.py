@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests import ranks
@@ -31,8 +32,11 @@ def within_a_function() -> object:
     return inner
 
 
+TABLE = np.arange(3)
+
+
 def harmless() -> str:
-    return str(Path("run"))
+    return str(Path("run") / str(TABLE))
 
 
 @pytest.mark.parametrize("function", [by_name, by_module, through_another, within_a_function])
