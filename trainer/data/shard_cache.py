@@ -94,7 +94,7 @@ def _opened(path: Path, size: int) -> int | None:
     """A descriptor, and the file counts as used now; None where it is not there whole."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if os.fstat(descriptor).st_size != size:
         os.close(descriptor)
