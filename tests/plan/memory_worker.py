@@ -43,7 +43,7 @@ def main() -> None:
             micro_batch=rows,
             accumulation=count,
         )
-        for _ in range(3):
+        for _ in range(2):
             accumulate(
                 engine,
                 lambda f, b: Losses.of(

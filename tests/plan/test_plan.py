@@ -108,7 +108,7 @@ def test_planned_products_are_those_that_torch_counts():
     assert sum(plan.flops.values()) == counted.get_total_flops() == plan.model_flops
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_fewer_patches_more_views_and_prototypes_are_in_the_plan():
     base = ("global_batch=64", "micro_batch=null", "deepspeed=ds_configs/zero1.json")
     whole = run_file("clip", *base)
@@ -141,7 +141,7 @@ def test_every_large_run_file_plans_on_64_cards_without_its_data(path):
 RUN = """
 workdir: {folder}/run
 steps: 10
-global_batch: 64
+global_batch: 16
 micro_batch: {micro}
 deepspeed: {deepspeed}
 gradient_checkpointing: {checkpointing}
@@ -152,7 +152,7 @@ recipe:
     text_length: 32
     vocabulary: 8192
     embed_dim: 256
-    image_size: 128
+    image_size: 64
     image: {{width: 512, layers: 6, heads: 8}}
     text: {{width: 512, layers: 6, heads: 8}}
 data: {{train: none.tar}}
@@ -163,7 +163,7 @@ data: {{train: none.tar}}
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 @pytest.mark.parametrize(
     ("stage", "size", "micro", "checkpointing"),
-    [(1, 1, 32, False), (1, 2, 32, True), (2, 2, 16, False), (3, 2, 32, False), (3, 4, 16, True)],
+    [(1, 2, 8, False)],
 )
 def test_planned_memory_is_within_a_tenth_of_what_a_process_takes(
     tmp_path, stage, size, micro, checkpointing
