@@ -97,6 +97,7 @@ def test_one_form_of_two_concepts_counts_for_both():
     assert Matcher(bank, language="en", lemmas=ENGLISH)("red kites").phrase == (0, 1)
 
 
+@pytest.mark.heavy
 @given(st.text(min_size=0, max_size=40))
 def test_words_do_not_depend_on_case_and_a_second_pass_changes_nothing(text):
     once = words_of(text, ENGLISH)

@@ -143,6 +143,7 @@ def test_a_key_changes_the_batches(spec: str, key: str) -> None:
     assert differs == expected
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "key",
     [

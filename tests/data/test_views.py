@@ -308,6 +308,7 @@ def test_areas_and_places_are_uniform_where_every_pair_fits():
     assert np.abs(np.corrcoef([area, across, down]) - np.eye(3)).max() < 0.08
 
 
+@pytest.mark.heavy
 def test_crops_follow_the_usual_rejection_scheme():
     """Another way: the scheme with numpy's generator; areas and ratios have equal distributions."""
     boxes = crops(AugmentConfig(), 100, 60)
@@ -374,6 +375,7 @@ def uncovered(geometry: str, count: int) -> tuple[float, float]:
     return tuple(sum(part > least for part in missed) / count for least in (1e-6, 0.1))
 
 
+@pytest.mark.heavy
 def test_a_cover_holds_every_view_and_the_published_one_mostly_does_not():
     assert uncovered("covering", 4000) == (0.0, 0.0)
     some, much = uncovered("as_published", 4000)

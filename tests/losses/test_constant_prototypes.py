@@ -70,6 +70,7 @@ def test_equals_the_dense_soft_cross_entropy(
     close(gradients(ours, *leaves), gradients(dense, *leaves), tolerance=1e-11)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("num_prototypes", NUM_PROTOTYPES)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -275,6 +276,7 @@ def test_hard_targets_have_their_whole_mass_on_their_own_cluster() -> None:
     assert [value.item() for value in figures] == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_no_known_label_gives_zero_and_no_nan(world_size: int) -> None:
     for cases in results(world_size):
@@ -334,6 +336,7 @@ def test_rotating_a_space_changes_nothing() -> None:
     close(teacher.table.targets, case.table.targets)
 
 
+@pytest.mark.heavy
 def test_a_million_prototypes_at_scale_100_are_finite() -> None:
     """Float32, and no tensor of samples x prototypes in either pass."""
     angles = torch.linspace(0, torch.pi, 1_000_000)

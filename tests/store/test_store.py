@@ -393,6 +393,7 @@ def test_three_ranks_write_what_one_writes_and_fail_together(spec, whole, tmp_pa
     assert contents(tmp_path / "poisoned") == contents(whole)
 
 
+@pytest.mark.heavy
 def test_a_build_that_is_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
     """A process of its own, killed within milliseconds after it has written something more."""
     spec = write_shards(tmp_path / "shards", count=60, per_shard=5)

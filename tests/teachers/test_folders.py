@@ -52,6 +52,7 @@ def own_text(kind: str, model: Any, ids: torch.Tensor) -> torch.Tensor:
     return encoder(input_ids=ids).last_hidden_state[0].mean(dim=0)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [*TEXTS, *PAIRS])
 def test_text_vectors_are_the_models_own(kind: str, tmp_path: Path) -> None:
@@ -64,6 +65,7 @@ def test_text_vectors_are_the_models_own(kind: str, tmp_path: Path) -> None:
     teacher.encode_texts([" ".join(SAID * 40)])  # cut to what the model reads
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [*IMAGES, *PAIRS])
 def test_image_vectors_are_the_models_own(kind: str, tmp_path: Path) -> None:
@@ -99,6 +101,7 @@ def sentence_folder(folder: Path, **pooling: bool) -> Any:
     return path, model, weights
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_a_sentence_folder_is_followed_in_all_it_says(tmp_path: Path) -> None:
     path, model, weights = sentence_folder(tmp_path, cls_token=True, mean_tokens=False)

@@ -76,6 +76,7 @@ def naive(folder: Path, text: str, *, layer: int = -1, pooling: str = "mean") ->
     return vector / vector.norm()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
 @pytest.mark.parametrize(
     ("layer", "pooling"), [(-1, "mean"), (-1, "last"), (1, "mean"), (2, "last"), (2, "cls")]
@@ -112,6 +113,7 @@ def test_a_vector_does_not_depend_on_what_it_is_batched_with(folders, kind):
     assert teacher.encode_texts([]).shape == (0, 1, DIM)
 
 
+@pytest.mark.heavy
 def test_facets_in_one_pass_are_what_separate_passes_give(folders, tmp_path):
     teacher = faceted(folders["llama"], tmp_path)
     assert teacher.packs
