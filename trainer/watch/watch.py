@@ -91,6 +91,8 @@ class Watch:
         told = type(error) if isinstance(error, TrainerError) else LostRank
         ending = told(sentence)
         ending.is_said = True
+        if self._verdict is not None:
+            ending.exit_code = self._verdict.code  # that of whose mistake it was
         return ending
 
     def _parted(self, error: BaseException | None) -> str | None:
