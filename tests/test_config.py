@@ -14,7 +14,8 @@ from trainer.config import RunConfig, dump_run, load_run, parse_run
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-RUNS = [path for path in (ROOT / "launch/runs").glob("*.yaml") if "compare" not in path.name]
+STUDIES = ("compare", "scaling")  # files of several runs
+RUNS = [path for path in (ROOT / "launch/runs").glob("*.yaml") if not path.name.startswith(STUDIES)]
 RUN = """
 workdir: run
 steps: 10

@@ -2,7 +2,7 @@
 
 A fault-free run comes first. Then the same run is started again and again, and something happens to
 it at a random moment: a rank is killed, stands still, or is asked to stop; the newest checkpoint is
-damaged; the disk is full for a while. At the end the weights must be the fault-free run's bytes.
+damaged. At the end the weights must be the fault-free run's bytes.
 """
 
 import argparse

@@ -69,7 +69,7 @@ class RunConfig(Frozen):
     """The run stops when this many steps in a row had a gradient that is not finite."""
     comm_timeout_seconds: float = Field(default=1800.0, gt=0)
     """Seconds that a rank waits for the others before it gives up."""
-    hang_seconds: float = Field(default=600.0, gt=0)
+    hang_seconds: float = Field(default=1800.0, gt=0)
     """Seconds without progress on some rank, whatever it does, after which all write the stacks of
     their threads to WORKDIR/stacks, the one that is behind is named, and the run ends."""
 
