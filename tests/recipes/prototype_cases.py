@@ -117,13 +117,13 @@ def drawn(arrays: Arrays, comm: Comm) -> Iterator[None]:
 
     def sampled(first: int, last: int, *, slot: int | None = None, **_: Any) -> Tensor:
         ids = active_ids(arrays, slot)
-        return ids[(ids >= first) & (ids < last)]
+        return torch.isin(torch.arange(first, last), ids)
 
     def kept(dim: int, count: int, key: int) -> Tensor:
         return torch.from_numpy(arrays["feature_ids"][comm.rank]).long()
 
     with (
-        patch.object(prototype_head, "sampled_ids", sampled),
+        patch.object(prototype_head, "sampled_rows", sampled),
         patch.object(prototypes, "coordinate_subset", kept),
     ):
         yield
