@@ -7,11 +7,10 @@ member with its CRC-32. A damaged shard is named, with what was expected and wha
 from __future__ import annotations
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 from trainer.data.catalogue import Catalogue, is_catalogue, open_catalogue
 from trainer.data.columnar import ColumnarFiles, is_columnar
 from trainer.data.index import ShardIndex, ids_in_set, index_path, read_index, sample_id
+from trainer.data.members import DamagedSample, RawSample, checked_member, row_fields
 from trainer.data.opening import inspect_shards, wrong_size
 from trainer.data.remote import expand_sets, is_remote, read_range
 from trainer.data.sets import named_shard, names_by_folder, refuse_other_shards
 from trainer.data.shard_cache import ShardCache
-from trainer.data.tables import BadRow, is_table, read_row
+from trainer.data.tables import BadRow, is_table
 from trainer.errors import DataError
 
 __all__ = ["DamagedSample", "RawSample", "ShardSet", "sample_id"]
@@ -31,20 +31,6 @@ __all__ = ["DamagedSample", "RawSample", "ShardSet", "sample_id"]
 T = TypeVar("T")
 
 _OPEN_SHARDS = 64  # files and parsed indexes kept; a window of shards must fit
-
-
-class DamagedSample(DataError):
-    """The bytes of one sample are not those that were indexed; the rest of the shard may be."""
-
-
-class RawSample(NamedTuple):
-    """One sample as it is stored."""
-
-    sample_id: int
-    shard: str
-    key: str
-    fields: dict[str, bytes]
-    """Member contents by suffix, without the dot: `png`, `txt`, `json`."""
 
 
 class ShardSet:
@@ -227,9 +213,9 @@ class ShardSet:
             suffix = columns.suffixes[columns.suffix[member]]
             place = f"{name}: {columns.keys[row]}"
             place += "" if is_table(name) else f".{suffix}"
-            fields[suffix] = _checked_member(data, start, columns, member, place)
+            fields[suffix] = checked_member(data, start, columns, member, place)
         if is_table(name):
-            fields = _row_fields(fields, name, place)
+            fields = row_fields(fields, name, place)
         return RawSample(int(columns.ids[row]), name, columns.keys[row], fields)
 
     def _columnar_sample(self, shard: int, row: int) -> RawSample:
@@ -377,34 +363,8 @@ class ShardSet:
         )
 
 
-def _row_fields(stored: dict[str, bytes], table: str, place: str) -> dict[str, bytes]:
-    """What a table's row holds. Its one member is the row, and is named by the layout."""
-    ((layout, row),) = stored.items()
-    try:
-        return read_row(row, layout, table=table)
-    except BadRow as error:
-        raise DamagedSample(f"{place}: {error}") from None
-
-
 def _kept(cache: OrderedDict[int, T], key: int, load: Callable[[int], T]) -> T:
     if key not in cache:
         cache[key] = load(key)
     cache.move_to_end(key)
     return cache[key]
-
-
-def _checked_member(data: bytes, start: int, columns: ShardIndex, member: int, place: str) -> bytes:
-    """The member's bytes out of `data`, which begins at byte `start` of the shard."""
-    offset = int(columns.offset[member]) - start
-    header = data[offset - int(columns.header_bytes[member]) : offset]
-    content = data[offset : offset + int(columns.size[member])]
-    for what, found, expected in (
-        ("tar header", zlib.crc32(header), int(columns.header_crc[member])),
-        ("content", zlib.crc32(content), int(columns.crc[member])),
-    ):
-        if found != expected:
-            raise DamagedSample(
-                f"{place}: {what} at byte {start + offset} is damaged, crc32 expected "
-                f"{expected:08x}, found {found:08x}"
-            )
-    return content

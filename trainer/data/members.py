@@ -1,0 +1,50 @@
+"""A sample's members out of the bytes of its shard, each compared with its checksum."""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+from trainer.data.index import ShardIndex
+from trainer.data.tables import BadRow, read_row
+from trainer.errors import DataError
+
+
+class DamagedSample(DataError):
+    """The bytes of one sample are not those that were indexed; the rest of the shard may be."""
+
+
+class RawSample(NamedTuple):
+    """One sample as it is stored."""
+
+    sample_id: int
+    shard: str
+    key: str
+    fields: dict[str, bytes]
+    """Member contents by suffix, without the dot: `png`, `txt`, `json`."""
+
+
+def row_fields(stored: dict[str, bytes], table: str, place: str) -> dict[str, bytes]:
+    """What a table's row holds. Its one member is the row, and is named by the layout."""
+    ((layout, row),) = stored.items()
+    try:
+        return read_row(row, layout, table=table)
+    except BadRow as error:
+        raise DamagedSample(f"{place}: {error}") from None
+
+
+def checked_member(data: bytes, start: int, columns: ShardIndex, member: int, place: str) -> bytes:
+    """The member's bytes out of `data`, which begins at byte `start` of the shard."""
+    offset = int(columns.offset[member]) - start
+    header = data[offset - int(columns.header_bytes[member]) : offset]
+    content = data[offset : offset + int(columns.size[member])]
+    for what, found, expected in (
+        ("tar header", zlib.crc32(header), int(columns.header_crc[member])),
+        ("content", zlib.crc32(content), int(columns.crc[member])),
+    ):
+        if found != expected:
+            raise DamagedSample(
+                f"{place}: {what} at byte {start + offset} is damaged, crc32 expected "
+                f"{expected:08x}, found {found:08x}"
+            )
+    return content
