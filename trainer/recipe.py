@@ -114,6 +114,13 @@ class ChangesShape(Protocol):
 
 
 @runtime_checkable
+class NamesPhases(Protocol):
+    """A recipe whose phases have another name than `episode`, in events and curves."""
+
+    phase_name: str
+
+
+@runtime_checkable
 class PreparesBatches(Protocol):
     """A part that adds something to the batches of a step before any of them is run."""
 

@@ -134,7 +134,7 @@ def stages_of(folder: Path) -> list[dict[str, Any]]:
     return [
         {key: line[key] for key in ("stage", "gates", "cut") if key in line}
         for line in lines
-        if line["event"] == "episode"
+        if line["event"] == "stage"
     ]
 
 

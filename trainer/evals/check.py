@@ -24,7 +24,9 @@ from trainer.evals.samples import Record, select, values_of
 from trainer.hashing import key_of, permutation
 from trainer.store import EmbeddingStore
 
-EVENTS_OF_A_RUN = frozenset({"episode", "skipped", "not saved", "not evaluated", "not drawn"})
+EVENTS_OF_A_RUN = frozenset(
+    {"episode", "stage", "skipped", "not saved", "not evaluated", "not drawn"}
+)
 MOST_LOOKED_AT = 10_000
 """Samples, in the order of a hash, that are read in search of a key before it counts as missing."""
 

@@ -94,6 +94,8 @@ def build_model(
 
 
 class Recipe(WithoutPhases):
+    phase_name = "stage"
+
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context, self.comm = config, context, context.comm
         said = context.shape or {"phase": 0, "sizes": {}, "whole": 0}

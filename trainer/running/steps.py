@@ -15,16 +15,17 @@ from trainer.engine.zero import Engine
 from trainer.errors import ConfigError, DataError
 from trainer.log.skipped_step import explain_skip, one_line
 from trainer.pulse import PULSE
-from trainer.recipe import Recipe, prepared
+from trainer.recipe import NamesPhases, Recipe, prepared
 from trainer.running.built import Run
 from trainer.stop import Check, go_on
 from trainer.types import Batch, Features, Losses, Progress
 
 
 def with_phase(run: Run, progress: Progress) -> Place:
-    with PULSE.phase("episode"), undone_unless_done(run.buffers):
+    name = run.recipe.phase_name if isinstance(run.recipe, NamesPhases) else "episode"
+    with PULSE.phase(name), undone_unless_done(run.buffers):
         figures = run.recipe.begin_phase(progress, run.encode, run.stream)
-    run.log.event(progress, "episode", **figures)
+    run.log.event(progress, name, **figures)
     return Place(progress, phase_begun=True)
 
 
