@@ -170,7 +170,7 @@ def test_the_home_folder_is_spelt_out_in_every_path(monkeypatch, tmp_path):
 
 def test_every_path_of_the_configuration_is_spelt_out():
     """A field whose type is a bare Path or that names a model would keep `~` as it is."""
-    from trainer.config.recipe_files import recipe_module, recipe_names
+    from trainer.settings.recipe_files import recipe_module, recipe_names
 
     bare = [
         f"{section.__name__}.{name}"
@@ -193,7 +193,7 @@ def marks(field):
 
 
 def sections_below(section):
-    from trainer.config.errors import _sections_in
+    from trainer.settings.errors import _sections_in
 
     yield section
     for field in section.model_fields.values():
@@ -291,8 +291,8 @@ def test_the_resolved_text_says_which_model_a_recipe_makes():
 
 
 def test_every_mark_names_a_key_of_its_section_and_holds_for_some_value_of_it():
-    from trainer.config.recipe_files import recipe_module, recipe_names
-    from trainer.config.section import OnlyWhere, OnlyWith
+    from trainer.settings.recipe_files import recipe_module, recipe_names
+    from trainer.settings.section import OnlyWhere, OnlyWith
 
     roots = [recipe_module(name).Config for name in recipe_names()]
     found = 0

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import DataConfig
-from trainer.config.recipe_files import recipe_module
 from trainer.data.labels import ClusterLabels
 from trainer.errors import ConfigError
 from trainer.models.model import Model
+from trainer.settings.recipe_files import recipe_module
 from trainer.stop import Check, go_on
 from trainer.types import Batch, Features, Losses, NamedTensors, Progress, TowerName
 

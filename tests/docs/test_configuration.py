@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from trainer.config import RunConfig, load_run
-from trainer.config.recipe_files import recipe_module, recipe_names
 from trainer.programs.configuration_page import configuration_page, sections_below, sentence_of
 from trainer.programs.run_schema import run_schema
+from trainer.settings.recipe_files import recipe_module, recipe_names
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(

@@ -17,7 +17,7 @@ SOURCES = sorted([*ROOT.glob("trainer/**/*.py"), *ROOT.glob("tools/*.py")])
 ROOMS = (
     *("errors", "types", "hashing", "pulse", "long_work", "kernels", "launchers", "meeting"),
     *("together", "comm"),
-    *("prompt_templates", "config", "command"),
+    *("prompt_templates", "settings", "config", "command"),
     *("watch", "stop", "periods", "losses", "data", "models", "store", "concepts"),
     *("teachers", "engine", "recipe", "export", "log", "checkpoint", "evals", "tuning", "cluster"),
     *("curation", "pictures", "parts", "run", "recipes", "plan", "scaling", "running", "loop"),

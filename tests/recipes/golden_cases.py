@@ -20,12 +20,12 @@ from tests.cluster.stores import identity
 from trainer.cluster.problem import KMeansResult
 from trainer.comm import Comm
 from trainer.config import DataConfig
-from trainer.config.recipe_files import recipe_config
 from trainer.data.labels import ClusterLabels
 from trainer.data.tokenize import train_tokenizer
 from trainer.parts.episodes import Extracted
 from trainer.parts.teacher import TeacherConfig, TeacherGroups
 from trainer.recipe import Context, load_recipe
+from trainer.settings.recipe_files import recipe_config
 from trainer.store import StoreWriter
 from trainer.types import Batch, Features
 

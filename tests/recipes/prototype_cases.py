@@ -18,11 +18,11 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import DataConfig
-from trainer.config.recipe_files import recipe_config
 from trainer.data.labels import ClusterLabels
 from trainer.parts import prototype_head, prototypes
 from trainer.parts.row_optimizer import RowOptimizer
 from trainer.recipe import Context, load_recipe
+from trainer.settings.recipe_files import recipe_config
 from trainer.types import Batch, Features
 
 Arrays = Mapping[str, np.ndarray]

@@ -17,13 +17,13 @@ from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.config import DataConfig, RunConfig, parse_run
-from trainer.config.recipe_files import recipe_config
 from trainer.data.tokenize import tokenize, train_tokenizer
 from trainer.errors import CheckpointError, ConfigError
 from trainer.losses.token_classes import each_token_once
 from trainer.parts.caption_tokens import TokenFrequencies
 from trainer.recipe import Context, load_recipe
 from trainer.run import refuse_text_evals
+from trainer.settings.recipe_files import recipe_config
 from trainer.types import Batch, Features
 
 TEXTS = ["a red cat", "a cat", "red red sea", "the sea", "a boat", "the red boat", "", "a sea cat"]

@@ -26,12 +26,12 @@ from trainer.bench.step_worker import (
 from trainer.bench.tokens import TokensCase
 from trainer.comm import Comm
 from trainer.config import DataConfig, RunConfig, ViewsConfig
-from trainer.config.recipe_files import recipe_config
 from trainer.data.crops import cover_size
 from trainer.engine.zero import Engine
 from trainer.recipe import attach_parts, load_recipe
 from trainer.run import context_of
 from trainer.running.steps import train_step
+from trainer.settings.recipe_files import recipe_config
 from trainer.types import Batch, Progress
 
 

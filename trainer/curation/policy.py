@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float64, Int64
 from pydantic import Field, ValidationError, model_validator
 
-from trainer.config.errors import explain
-from trainer.config.section import Frozen, OnlyWhere, OnlyWith, PositiveInt
-from trainer.config.text import parsed_override
 from trainer.errors import ConfigError
 from trainer.hashing import key_of, uniform
+from trainer.settings.errors import explain
+from trainer.settings.section import Frozen, OnlyWhere, OnlyWith, PositiveInt
+from trainer.settings.text import parsed_override
 
 Rule = Literal["uniform", "topscore", "near", "far", "score_weighted", "balance"]
 _LEAST_WEIGHT = 1e-4

@@ -21,9 +21,9 @@ from typing import IO, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.section import split_set
 from trainer.data.remote import is_remote
 from trainer.errors import DataError
+from trainer.settings.section import split_set
 
 SUFFIX = ".catalogue"
 _MAGIC = b"SHARDCAT"

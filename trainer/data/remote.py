@@ -17,10 +17,10 @@ from typing import Any, TypeVar, cast
 import fsspec
 from braceexpand import braceexpand
 
-from trainer.config.section import split_set
 from trainer.data.tar import Bytes
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of
+from trainer.settings.section import split_set
 
 T = TypeVar("T")
 

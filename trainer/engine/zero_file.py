@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from trainer.comm import Comm
 from trainer.config import OptimConfig
-from trainer.config.errors import explain
 from trainer.engine.zero_sections import FROM_THE_RUN, refuse_unusable, refuse_unusable_zero
 from trainer.errors import ConfigError
+from trainer.settings.errors import explain
 
 AUTO: Mapping[str, int] = {
     "reduce_bucket_size": 50_000_000,

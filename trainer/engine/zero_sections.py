@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.errors import did_you_mean
 from trainer.errors import ConfigError
+from trainer.settings.errors import did_you_mean
 
 HONOURED: Mapping[str, tuple[type, ...]] = {
     "zero_optimization": (dict,),

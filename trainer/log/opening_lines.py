@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from trainer.config import RunConfig
-from trainer.config.section import split_set
 from trainer.data.stream import Stream
+from trainer.settings.section import split_set
 
 
 def describe(

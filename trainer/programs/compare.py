@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import Frozen, LocalPath, PositiveInt, parse_run
-from trainer.config.errors import explain
-from trainer.config.text import read_mapping
 from trainer.errors import ConfigError, TrainerError
 from trainer.programs.compare_plot import plot_comparison
 from trainer.programs.workdir import logged_results
+from trainer.settings.errors import explain
+from trainer.settings.text import read_mapping
 
 FLOORS = {
     "chance": {"top1": "chance"},

@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from trainer.config import OnlyWhere, Period, RunConfig
-from trainer.config.recipe_files import recipe_module, recipe_names
-from trainer.config.section import shown
+from trainer.settings.recipe_files import recipe_module, recipe_names
+from trainer.settings.section import shown
 
 Section = type[BaseModel]
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from trainer.config import RunConfig
-from trainer.config.recipe_files import recipe_module, recipe_names
+from trainer.settings.recipe_files import recipe_module, recipe_names
 
 PERIOD = {"type": "string", "pattern": r"^\s*(never|[\d.e+]+\s*(steps?|samples?|epochs?|min))\s*$"}
 _REFERENCE = "#/$defs/{model}"

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from trainer.config import Frozen
-from trainer.config.errors import explain
 from trainer.errors import ConfigError, DataError
+from trainer.settings.errors import explain
 
 Array = NDArray[np.float64]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 
 from trainer.config import Frozen, LocalPath, PositiveInt, RunConfig, load_run
-from trainer.config.errors import explain
-from trainer.config.text import read_mapping
 from trainer.data.remote import expand_shards
 from trainer.errors import ConfigError
 from trainer.scaling.fit import DELTA, RESAMPLES
 from trainer.scaling.forms import FormName
 from trainer.scaling.frontier import Frontier
+from trainer.settings.errors import explain
+from trainer.settings.text import read_mapping
 
 
 class FitConfig(Frozen):

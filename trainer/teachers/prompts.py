@@ -10,10 +10,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from trainer.config import Frozen
-from trainer.config.errors import explain
 from trainer.data.captions import field_texts
 from trainer.data.decode import BadSample
 from trainer.errors import ConfigError
+from trainer.settings.errors import explain
 
 _SETS = Path(__file__).parent / "prompt_sets"
 _SLOT = "{}"

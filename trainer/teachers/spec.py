@@ -23,8 +23,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import IMAGE_FIELDS, Frozen, PositiveInt
-from trainer.config.errors import explain
-from trainer.config.text import parsed_override
 from trainer.data.corpus.wheels import sha256_of
 from trainer.data.pixels import Pixels, folder_pixels
 from trainer.data.tokenize import load_tokenizer, tokenizer_digest
@@ -44,6 +42,8 @@ from trainer.models.sentence_folder import (
     read_sentence_folder,
     width_of,
 )
+from trainer.settings.errors import explain
+from trainer.settings.text import parsed_override
 from trainer.teachers.efficientnet import FEATURES, SIZES, EfficientNetLite
 from trainer.teachers.fill import Teacher
 from trainer.teachers.frozen import TORCH_DTYPES, Precision, Shard, spread

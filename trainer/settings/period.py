@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from trainer.config.section import Frozen
+from trainer.settings.section import Frozen
 
 
 class Period(Frozen):

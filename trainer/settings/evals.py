@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from trainer.config.optim import Weights
-from trainer.config.period import NEVER, Every
-from trainer.config.section import (
+from trainer.prompt_templates import read_templates
+from trainer.settings.optim import Weights
+from trainer.settings.period import NEVER, Every
+from trainer.settings.section import (
     Frozen,
     LocalPath,
     OnlyWhere,
@@ -16,7 +17,6 @@ from trainer.config.section import (
     PositiveInt,
     ShardSpec,
 )
-from trainer.prompt_templates import read_templates
 
 _OF_CLASSES = OnlyWhere("name", "zero_shot", "knn", "linear_probe", "ood", "long_tail")
 _OF_PROMPTS = OnlyWhere("name", "zero_shot", "ood", "long_tail")

@@ -2,10 +2,18 @@
 
 `load_run(path, overrides)` reads YAML, applies dotted `key=value` overrides and validates.
 `dump_run(config)` writes the resolved YAML back: `load_run(dump_run(c)) == c`.
-A recipe's own keys are validated by the `Config` of its file (`trainer/recipes/<name>.py`).
+
+    the run       settings/run.py      RunConfig
+    data          settings/data.py     DataConfig, CaptionConfig, NoiseConfig, ViewsConfig
+    optim         settings/optim.py    OptimConfig, AverageConfig
+    evals         settings/evals.py    EvalConfig
+    recipe        settings/recipe.py   RecipeConfig; a recipe's own keys: `Config` of its file
+
+Which members of a sample are its picture and its caption (`image_fields`, `caption_fields` of
+other programs) is said by `data.images` and `data.captions.fields`.
 """
 
-from trainer.config.data import (
+from trainer.settings.data import (
     IMAGE_FIELDS,
     AugmentConfig,
     CaptionConfig,
@@ -15,12 +23,12 @@ from trainer.config.data import (
     ViewsConfig,
     Weight,
 )
-from trainer.config.evals import EvalConfig, EvalName, Frequency, OodScore
-from trainer.config.optim import AverageConfig, OptimConfig, Weights
-from trainer.config.period import NEVER, Every, Period
-from trainer.config.recipe import ModelSection, RecipeConfig, WordsConfig
-from trainer.config.run import RunConfig, dump_run, load_run, micro_batches, parse_run
-from trainer.config.section import (
+from trainer.settings.evals import EvalConfig, EvalName, Frequency, OodScore
+from trainer.settings.optim import AverageConfig, OptimConfig, Weights
+from trainer.settings.period import NEVER, Every, Period
+from trainer.settings.recipe import ModelSection, RecipeConfig, WordsConfig
+from trainer.settings.run import RunConfig, dump_run, load_run, micro_batches, parse_run
+from trainer.settings.section import (
     Fraction,
     Frozen,
     LocalPath,

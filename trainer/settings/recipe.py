@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from trainer.config.data import ViewsConfig
-from trainer.config.section import Frozen, ModelPath, PositiveInt
 from trainer.errors import ConfigError
+from trainer.settings.data import ViewsConfig
+from trainer.settings.section import Frozen, ModelPath, PositiveInt
 
 
 class ModelSection(Frozen):

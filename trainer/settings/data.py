@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config.section import (
+from trainer.settings.section import (
     Fraction,
     Frozen,
     LocalPath,

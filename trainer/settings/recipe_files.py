@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import did_you_mean
 from trainer.errors import ConfigError
+from trainer.settings.errors import did_you_mean
 
 
 def recipe_names() -> Sequence[str]:

@@ -9,17 +9,17 @@ from typing import Any
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from trainer.config.data import CaptionConfig, DataConfig
-from trainer.config.errors import explain
-from trainer.config.evals import EvalConfig
-from trainer.config.optim import AverageConfig, OptimConfig
-from trainer.config.past import brought_up_to_date
-from trainer.config.period import Every, Period
-from trainer.config.recipe import RecipeConfig
-from trainer.config.recipe_files import config_class, recipe_config
-from trainer.config.section import Frozen, LocalPath, PositiveInt
-from trainer.config.text import read_mapping
 from trainer.errors import ConfigError
+from trainer.settings.data import CaptionConfig, DataConfig
+from trainer.settings.errors import explain
+from trainer.settings.evals import EvalConfig
+from trainer.settings.optim import AverageConfig, OptimConfig
+from trainer.settings.past import brought_up_to_date
+from trainer.settings.period import Every, Period
+from trainer.settings.recipe import RecipeConfig
+from trainer.settings.recipe_files import config_class, recipe_config
+from trainer.settings.section import Frozen, LocalPath, PositiveInt
+from trainer.settings.text import read_mapping
 
 
 class RunConfig(Frozen):

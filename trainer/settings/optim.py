@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trainer.config.section import Frozen
+from trainer.settings.section import Frozen
 
 
 class OptimConfig(Frozen):
