@@ -48,7 +48,7 @@ _MENDS = {
     "checkpoint": "the folder is damaged or of another run; an older checkpoint is tried by "
     "itself, else give another `workdir`",
     "cluster": "change the options of `tools/cluster.py`, or the keys of the clustering",
-    "config": "change the key in the run file, or on the command line",
+    "settings": "change the key in the run file, or on the command line",
     "curation": "change the options or the list that the sentence names",
     "data": "look at the shard or the sample that is named; write its index anew if it has changed",
     "engine": "change the DeepSpeed file, or choose one of `ds_configs/`",
