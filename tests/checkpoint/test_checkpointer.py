@@ -372,3 +372,21 @@ def test_misuse_is_told_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
     assert "weights/a" in first[1]
     assert first[2] == ""
     assert "Not a directory" in first[3]
+
+
+def test_a_stretch_of_a_stored_tensor_is_that_of_the_whole_in_a_row(tmp_path):
+    stored = {
+        "matrix": torch.randn(7, 5),
+        "patches": torch.randn(4, 3, 2, 2),
+        "row": torch.randn(9),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+    }
+    checkpoints = solo(tmp_path)
+    checkpoints.save(1, {"weights": stored}, {}, {})
+    lazily = checkpoints.latest().lazily("weights")
+    for name, whole in stored.items():
+        flat = whole.reshape(-1)
+        for begin in range(len(flat) + 1):
+            for end in range(begin, len(flat) + 3):  # a share may be filled up beyond the end
+                assert lazily.stretch(name, begin, end).equal(flat[begin:end]), (name, begin, end)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,24 +48,34 @@ class Restored:
                 return next(self._read(entry, [name]))[1]
         raise CheckpointError(f"{self.folder} has no tensor {name} in its group {group}")
 
-    def lazily(self, group: str) -> Mapping[str, Tensor]:
+    def lazily(self, group: str) -> OnDisk:
         """A group's tensors by name, each read again whenever it is asked for."""
-        return _OnDisk({n: entry for entry in self._files(group) for n in entry.tensors}, self)
+        return OnDisk({n: entry for entry in self._files(group) for n in entry.tensors}, self)
+
+    def _stretch(self, entry: FileEntry, name: str, begin: int, end: int) -> Tensor:
+        """Values of a tensor in a row, of which no more than the rows they lie in are read."""
+        shape = entry.tensors[name].shape
+        if not shape:
+            return next(self._read(entry, [name]))[1].reshape(1)[begin:end]
+        width = max(math.prod(shape[1:]), 1)
+        first = begin // width
+        with _told(self.folder / entry.name) as path, safetensors.safe_open(path, "pt") as file:
+            rows: Tensor = file.get_slice(name)[first : -(-end // width)]
+            return rows.reshape(-1)[begin - first * width : end - first * width].clone()
 
     def _files(self, group: str) -> list[FileEntry]:
         return [entry for entry in self.manifest.files if entry.group == group]
 
     def _read(self, entry: FileEntry, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        try:
-            with safetensors.safe_open(self.folder / entry.name, framework="pt") as file:
-                for name in names:
-                    # A copy: a part may keep it for longer than the file exists.
-                    yield name, file.get_tensor(name).clone()
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / entry.name} can't be read: {error}") from error
+        with _told(self.folder / entry.name) as path, safetensors.safe_open(path, "pt") as file:
+            for name in names:
+                # A copy: a part may keep it for longer than the file exists.
+                yield name, file.get_tensor(name).clone()
 
 
-class _OnDisk(Mapping[str, Tensor]):
+class OnDisk(Mapping[str, Tensor]):
+    """Tensors by name, of which nothing is held."""
+
     def __init__(self, entries: Mapping[str, FileEntry], restored: Restored) -> None:
         self._entries = entries
         self._restored = restored
@@ -71,11 +83,24 @@ class _OnDisk(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return next(self._restored._read(self._entries[name], [name]))[1]
 
+    def stretch(self, name: str, begin: int, end: int) -> Tensor:
+        """The values begin to end - 1 of a tensor in a row; fewer where it ends before."""
+        return self._restored._stretch(self._entries[name], name, begin, end)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[Path]:
+    """Within it, what a file can't give is said as a CheckpointError."""
+    try:
+        yield path
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
 
 
 def open_checkpoint(folder: Path, manifest: Manifest) -> Restored:

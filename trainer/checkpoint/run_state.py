@@ -118,7 +118,7 @@ def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, fro
             "the frozen weights are not those of the checkpoint; restore the model they came from "
             "or start in another workdir"
         )
-    weights = dict(restored.tensors("weights"))
+    weights = restored.lazily("weights")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     expected = trained | set(persistent_buffers(model))
     if differing := sorted(expected ^ set(weights)):
@@ -126,14 +126,22 @@ def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, fro
             f"{len(differing)} tensors stand on one side only, as {differing[0]}; "
             "the checkpoint is of another model"
         )
-    model.load_state_dict(weights, strict=False)
+    places = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in expected:
+            if (found := weights[name]).shape != places[name].shape:
+                raise CheckpointError(
+                    f"{name} has the shape {list(found.shape)} in the checkpoint and "
+                    f"{list(places[name].shape)} here; the checkpoint is of another model"
+                )
+            places[name].copy_(found)
 
 
 def load_rest(restored: Restored, engine: Engine, recipe: Recipe, batch: Batch) -> None:
     """Moments, masters, parts and random state."""
-    moments = dict(restored.tensors("moments"))
+    moments = restored.lazily("moments")
     if moments:
-        engine.restore(dict(restored.tensors("weights")), moments, restored.step, batch)
+        engine.restore(restored.lazily("weights"), moments, restored.step, batch)
     _load_parts(restored, recipe)
     if restored.state["world_size"] == engine.comm.world_size:
         states = dict(restored.tensors("random"))

@@ -8,8 +8,8 @@ all four read alike: of a parameter's values in a row, this rank holds some from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,15 @@ class Piece(NamedTuple):
     """Place of the first of them in the flattened parameter."""
     values: Tensor
     """Flat, in the optimizer's own memory: what is written there is what the next step reads."""
+
+
+@runtime_checkable
+class Stretched(Protocol):
+    """Tensors by name of which a part can be read alone."""
+
+    def stretch(self, name: str, begin: int, end: int) -> Tensor:
+        """The values begin to end - 1 of a tensor in a row; fewer where it ends before."""
+        ...
 
 
 class Masters:
@@ -62,6 +71,17 @@ class Masters:
     def write(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         """Keep this rank's piece of a whole value. The model runs on it after `refresh`."""
         write_piece(self.piece(parameter, moment), value)
+
+    def read(
+        self,
+        parameter: nn.Parameter,
+        stretch: Callable[[int, int], Tensor],
+        moment: str | None = None,
+    ) -> None:
+        """As `write`, of a value of which only this rank's stretch is asked for."""
+        start, values = self.piece(parameter, moment)
+        if values.numel():
+            values.copy_(stretch(start, start + values.numel()))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -128,6 +148,13 @@ def write_piece(piece: Piece, value: Tensor) -> None:
     """Copy into a piece its values of a whole parameter; ValueError if they are too few."""
     end = piece.start + piece.values.numel()
     piece.values.copy_(value.reshape(-1)[piece.start : end])
+
+
+def stretches(values: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor]:
+    """How a part of a mapping's tensors is read: alone where it can be, else from the whole."""
+    if isinstance(values, Stretched):
+        return values.stretch
+    return lambda name, begin, end: values[name].reshape(-1)[begin:end]
 
 
 def shape_of(parameter: Any) -> torch.Size:

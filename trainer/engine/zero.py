@@ -7,8 +7,8 @@ The engine hides the ZeRO stage: `engine(batch)` runs the sharded model, `backwa
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -23,7 +23,7 @@ from trainer.engine.blocks import gather_whole_blocks
 from trainer.engine.copies import WeightCopy
 from trainer.engine.groups import set_learning_rate
 from trainer.engine.kept import Kept
-from trainer.engine.masters import MOMENTS, Masters, Piece, write_piece
+from trainer.engine.masters import MOMENTS, Masters, Piece, stretches, write_piece
 from trainer.engine.once import OncePerPass
 from trainer.engine.tower_norms import TowerNorms
 from trainer.engine.zero_file import Decided, completed
@@ -163,7 +163,7 @@ class Engine:
         return {
             f"{key}/{name}": value
             for key in MOMENTS
-            for name, value in self._shared(functools.partial(self._moment, key))
+            for name, value in self._shared(partial(self._moment, key))
         }
 
     def gathered_weights(self) -> dict[str, Tensor]:
@@ -184,14 +184,16 @@ class Engine:
 
         DeepSpeed makes the moments in its first step, so one is taken on `batch` with a gradient
         of zero and a learning rate of zero. The weights are set once more because the float32
-        masters of a bf16 model were made from rounded ones.
+        masters of a bf16 model were made from rounded ones. Of mappings that can read a stretch
+        of a tensor, a rank reads its own values alone.
         """
         self._step_on_nothing(batch)
         self._masters.link_moments()
+        weight, moment = stretches(weights), stretches(moments)
         for name, parameter in self._trained():
-            self._masters.write(parameter, weights[name])
+            self._masters.read(parameter, partial(weight, name))
             for key in MOMENTS:
-                self._masters.write(parameter, moments[f"{key}/{name}"], key)
+                self._masters.read(parameter, partial(moment, f"{key}/{name}"), key)
         self._masters.refresh()
         for name, buffer in persistent_buffers(self.module).items():
             buffer.copy_(weights[name])
