@@ -13,8 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests" / "golden" / "README.md"]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests" / "golden" / "README.md"]
 )
+HISTORY = ("NOTES.md", "CHANGELOG.md")
+"""They tell what was, under the names of its day."""
 TOOLS = sorted(ROOT.glob("tools/*.py"))
 
 
@@ -39,12 +41,25 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_programs_and_run_files_that_a_page_names_exist(page):
-    """NOTES.md tells what was, under the names of its day."""
-    if page.name in ("NOTES.md", "CHANGELOG.md"):
+    if page.name in HISTORY:
         return
     named = r"\b(?:tools/\w+\.py|launch/[\w/]+\.(?:sh|yaml)|ds_configs/\w+\.json)"
     for path in set(re.findall(named, page.read_text())) - {"launch/runs/slip.yaml"}:
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_first_page_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert [line for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_page_can_be_found_from_the_first_one(page):
+    if page.parent == ROOT / "docs":
+        assert f"](docs/{page.name}" in (ROOT / "README.md").read_text()
+    elif page.parent == ROOT / "docs" / "recipes" and page.name != "README.md":
+        assert f"]({page.name})" in (page.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.stem)
