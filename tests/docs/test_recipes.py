@@ -1,4 +1,4 @@
-"""Every recipe has its page: paper, equation with its file, run file, cost, needs, what was tried."""
+"""Every recipe has its page: paper, equation, code file, run file, cost, what was tried."""
 
 from __future__ import annotations
 
