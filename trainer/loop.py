@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.lock import sole_user
-from trainer.checkpoint.run_state import Place, place_of
+from trainer.checkpoint.run_state import Place, branched_from, place_of
 from trainer.comm import Comm
 from trainer.config import EvalConfig, RunConfig
 from trainer.errors import DataError, TrainerError
@@ -48,9 +48,10 @@ def train(config: RunConfig) -> Outcome:
         checkpoints = Checkpointer(
             config.workdir / "checkpoints", comm, keep=config.keep_checkpoints
         )
-        restored = checkpoints.latest()
+        own = checkpoints.latest()
+        restored = own or branched_from(config, comm)
         start = place_of(restored) if restored else Place(Progress())
-        owed = owed_looks(config, restored, comm) if restored else []
+        owed = owed_looks(config, own, comm) if own else []
         if restored and restored.step >= config.steps and not owed:
             return Outcome(start.progress, finished=True, steps_now=0)
         try:
@@ -59,7 +60,7 @@ def train(config: RunConfig) -> Outcome:
         except Stopped:
             return Outcome(start.progress, finished=False, steps_now=0)
         with closing(run.stream), run.log:
-            return _train(run, start, owed, saved=start if restored else None)
+            return _train(run, start, owed, saved=start if own else None)
 
 
 def _watch(config: RunConfig) -> Watch:

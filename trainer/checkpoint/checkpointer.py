@@ -235,6 +235,15 @@ class Checkpointer:
         with PULSE.phase("restore"):
             return self._latest(warn)
 
+    def named(self, name: str) -> Restored:
+        """The checkpoint in the folder of that name; CheckpointError on all ranks if it is damaged,
+        or none."""
+        with PULSE.phase("restore"):
+            restored, reason = self._verified(self._folder / name)
+        if restored is None:
+            raise CheckpointError(f"{self._folder / name} is no sound checkpoint: {reason}")
+        return restored
+
     def _latest(self, warn: Callable[[str], None]) -> Restored | None:
         names = self._comm.broadcast_json([path.name for *_, path in self._found()])
         reasons: list[str] = []

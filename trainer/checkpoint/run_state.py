@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
+from trainer.comm import Comm
 from trainer.config import RunConfig, dump_run, parse_run
 from trainer.engine.zero import Engine, persistent_buffers
 from trainer.errors import CheckpointError
@@ -24,6 +26,7 @@ FREE_TO_CHANGE = frozenset(
     {
         "workdir",
         "steps",
+        "begin_from",
         "micro_batch",
         "deepspeed",
         "gradient_checkpointing",
@@ -38,6 +41,8 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 SHARDS = "shards.txt"
+FREE_BEFORE_IT_BEGINS = ("cooldown", "cooldown_steps")
+"""Keys of `optim` that change nothing until the rate falls."""
 FREE_DATA = frozenset({"workers", "cache_mib", "bad_sample_budget"})
 
 
@@ -63,6 +68,23 @@ class Place(NamedTuple):
 def place_of(restored: Restored) -> Place:
     state = restored.state
     return Place(Progress(**state["progress"]), state.get("phase_begun", False))
+
+
+def branched_from(config: RunConfig, comm: Comm) -> Restored | None:
+    """The checkpoint of another workdir that the run begins from, if it does.
+
+    CheckpointError where it can't be read, or leaves the run no step to take.
+    """
+    if config.begin_from is None:
+        return None
+    folder = config.begin_from.absolute()
+    restored = Checkpointer(folder.parent, comm).named(folder.name)
+    if restored.step >= config.steps:
+        raise CheckpointError(
+            f"begin_from: {folder} is at step {restored.step}, and the run ends at step "
+            f"{config.steps}; give more steps or an earlier checkpoint"
+        )
+    return restored
 
 
 def save_state(
@@ -112,7 +134,7 @@ def shards_of(restored: Restored | None) -> list[str] | None:
 def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, frozen: str) -> None:
     """Put a checkpoint's weights into a model that no engine has sharded yet."""
     old = parse_run(restored.texts["run.yaml"], source="run.yaml")
-    refuse_another_run(old, config, same_shards=shards_of(restored) is not None)
+    refuse_another_run(old, config, restored, same_shards=shards_of(restored) is not None)
     if restored.state["frozen_weights"] != frozen:
         raise CheckpointError(
             "the frozen weights are not those of the checkpoint; restore the model they came from "
@@ -165,21 +187,32 @@ def undone_unless_done(buffers: Mapping[str, Tensor]) -> Iterator[None]:
         raise
 
 
-def refuse_another_run(old: RunConfig, new: RunConfig, *, same_shards: bool = False) -> None:
+def refuse_another_run(
+    old: RunConfig, new: RunConfig, restored: Restored | None = None, *, same_shards: bool = False
+) -> None:
     """A CheckpointError that lists what differs, if it would make another run of this one.
 
-    Where the training data are known to be the same shards, they may be listed in another way.
+    Where the training data are known to be the same shards, they may be listed in another way. A
+    cool-down may be another one at a step before both begin.
     """
     before, after = _comparable(old), _comparable(new)
-    for values in (before, after) if same_shards else ():
-        values.pop("data.train")
-    differing = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    differing = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    if same_shards:
+        differing.discard("data.train")
+    if restored is not None and restored.step <= min(map(_full_rate_ends, (old, new))):
+        differing -= {f"optim.{key}" for key in FREE_BEFORE_IT_BEGINS}
     if differing:
-        lines = ", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in differing)
+        lines = ", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in sorted(differing))
+        place = new.workdir if restored is None else restored.folder
         raise CheckpointError(
-            f"the checkpoint in {new.workdir} is of another run ({lines}); "
+            f"the checkpoint in {place} is of another run ({lines}); "
             "set these back or choose another workdir"
         )
+
+
+def _full_rate_ends(config: RunConfig) -> int:
+    """The step at which a cool-down begins; the last one where there is none."""
+    return config.steps - config.optim.cooldown_steps
 
 
 def frozen_digest(model: nn.Module) -> str:

@@ -168,7 +168,7 @@ def _usable(config: RunConfig, comm: Comm) -> str:
 
 def _same_run(restored: Restored, config: RunConfig) -> None:
     old = parse_run(restored.texts["run.yaml"], source="run.yaml")
-    refuse_another_run(old, config, same_shards=shards_of(restored) is not None)
+    refuse_another_run(old, config, restored, same_shards=shards_of(restored) is not None)
 
 
 def _clock(folder: Path) -> str:

@@ -109,6 +109,10 @@ class SelectsTokens(Frozen):
         scale = 1.0 if self.tokens is None else self.tokens.cover_scale
         return ViewsConfig(count=count, geometry="covering", cover_scale=scale)
 
+    def knows_the_end(self) -> str | None:
+        depends = self.needs_copy and self.momentum_copy.knows_the_end
+        return "recipe.momentum_copy.final_momentum" if depends else None
+
     @model_validator(mode="after")
     def _no_copy_that_nobody_asks(self) -> SelectsTokens:
         if self.momentum_copy != AverageConfig() and not self.needs_copy:

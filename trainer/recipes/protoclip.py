@@ -83,6 +83,11 @@ class Config(SelectsTokens, RecipeConfig):
     classes: str | None = None
     """json key of known classes, to log how well clusters agree with them."""
 
+    def knows_the_end(self) -> str | None:
+        return (
+            "recipe.locked_tail_episodes" if self.locked_tail_episodes else super().knows_the_end()
+        )
+
 
 def build_model(
     config: Config,

@@ -10,7 +10,7 @@ from trainer.checkpoint.run_state import Place, undone_unless_done
 from trainer.comm import stop_together
 from trainer.config import RunConfig
 from trainer.engine.accumulate import accumulate
-from trainer.engine.schedule import warmup_cosine
+from trainer.engine.schedule import learning_rate_factor
 from trainer.engine.zero import Engine
 from trainer.errors import ConfigError, DataError
 from trainer.log.skipped_step import explain_skip, one_line
@@ -109,9 +109,7 @@ def train_step(
         said=said,
         term_norms=config.log_term_gradients,
     )
-    factor = warmup_cosine(
-        progress.step, warmup_steps=config.optim.warmup_steps, total_steps=config.steps
-    )
+    factor = learning_rate_factor(progress.step, config.optim, total_steps=config.steps)
     applied = engine.step(factor, recipe.locked_towers(progress))
     for part in recipe.parts.values():
         part.after_step(progress.step, applied=applied, learning_rate_factor=factor)

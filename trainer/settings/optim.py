@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.settings.section import Frozen
+from trainer.settings.section import Frozen, OnlyWhere
 
 
 class OptimConfig(Frozen):
-    """AdamW with a cosine schedule."""
+    """AdamW and the course of its learning rate."""
 
     learning_rate: float = Field(default=5e-4, gt=0)
-    """At the end of the warm-up; from there it falls by half a cosine to zero at the last step."""
+    """At the end of the warm-up."""
     image_learning_rate: float | None = None
     """For the image tower, where it differs."""
     text_learning_rate: float | None = None
@@ -28,6 +28,16 @@ class OptimConfig(Frozen):
     """Share of a weight that a step takes away, times the learning rate; matrices only."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate grows from zero, in a line."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Behind the warm-up: half a cosine down to zero at the last step, or as it is until the
+    cool-down. A constant one's steps don't depend on the run's length: runs of several lengths can
+    go on from checkpoints of one (`begin_from`)."""
+    cooldown_steps: Annotated[int, Field(ge=0), OnlyWhere("schedule", "constant")] = 0
+    """Of a constant rate: the last so many steps, over which it falls to zero."""
+    cooldown: Annotated[Literal["linear", "one_minus_sqrt"], OnlyWhere("schedule", "constant")] = (
+        "one_minus_sqrt"
+    )
+    """How it falls there: in a line, or by the square root of the share that is over."""
     clip_norm: float = Field(default=10.0, gt=0)
     """Global gradient norm, in units of the true gradient of the global batch."""
 
@@ -39,6 +49,11 @@ class AverageConfig(Frozen):
     """Share of the average that stays, at the first step."""
     final_momentum: float = Field(default=1.0, ge=0, le=1)
     """The same at the last step; from one to the other by half a cosine."""
+
+    @property
+    def knows_the_end(self) -> bool:
+        """Whether a step's momentum depends on how many steps the run has."""
+        return self.momentum != self.final_momentum
 
 
 Weights = Literal["trained", "averaged"]

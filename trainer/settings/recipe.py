@@ -85,6 +85,10 @@ class RecipeConfig(Frozen):
         """How captions are cut for a method that reads them without a text tower, if it does."""
         return None
 
+    def knows_the_end(self) -> str | None:
+        """The key by which a step depends on how many steps the run has, if one does."""
+        return None
+
     def wanted_views(self) -> ViewsConfig:
         """The views of an image that the method reads; one where a recipe says nothing."""
         return ViewsConfig()

@@ -21,6 +21,14 @@ from trainer.settings.recipe_files import config_class, recipe_config
 from trainer.settings.section import Frozen, LocalPath, PositiveInt
 from trainer.settings.text import read_mapping
 
+_WITHOUT_AN_END = {
+    "optim.schedule": "optim.schedule: constant",
+    "average.final_momentum": "it to the momentum at the first step",
+    "recipe.locked_tail_episodes": "it to 0",
+    "recipe.momentum_copy.final_momentum": "it to the momentum at the first step",
+}
+"""What makes the steps of a run those of a longer one."""
+
 
 class RunConfig(Frozen):
     """A whole run."""
@@ -31,6 +39,10 @@ class RunConfig(Frozen):
     """Everything that is drawn (weights, order, views, captions) is a function of it."""
     steps: PositiveInt
     """Optimizer steps."""
+    begin_from: LocalPath | None = None
+    """A checkpoint's folder (`.../checkpoints/step-00001000`) of the same run in another workdir,
+    from which this one goes on where its own has none yet; `optim.schedule` must be `constant`.
+    What is free to change when a run goes on is so here, and the cool-down."""
     global_batch: PositiveInt
     """Samples per optimizer step over all ranks. It is the only batch size that matters."""
     micro_batch: PositiveInt | None = None
@@ -110,6 +122,29 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"evaluation {wanting[0]} is of averaged weights, and the run keeps no average; "
                 "add `average: {}`, or drop `weights: averaged`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_beginning_that_a_run_of_this_length_never_had(self) -> RunConfig:
+        optim = self.optim
+        falls = optim.warmup_steps + optim.cooldown_steps
+        if optim.cooldown_steps and falls > self.steps:
+            raise ValueError(
+                f"warmup_steps and cooldown_steps are {falls} together, and the run has "
+                f"{self.steps} steps; take fewer"
+            )
+        if self.begin_from is None:
+            return self
+        key = self.recipe.knows_the_end()
+        if optim.schedule != "constant":
+            key = "optim.schedule"
+        elif self.average is not None and self.average.knows_the_end:
+            key = "average.final_momentum"
+        if key:
+            raise ValueError(
+                f"begin_from needs steps that don't depend on the length of the run, and those of "
+                f"{key} do; set {_WITHOUT_AN_END[key]}"
             )
         return self
 
