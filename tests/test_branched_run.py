@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -126,15 +127,25 @@ def test_a_beginning_that_is_no_part_of_the_run_is_refused(tmp_path):
             config_in(tmp_path, "branch", begin, *overrides)
     with pytest.raises(ConfigError, match="cooldown_steps is not read where schedule is cosine"):
         config_in(tmp_path, "other", "optim.schedule=cosine", "optim.cooldown_steps=2")
-    for overrides, told in (
+    wrong = [
         (["steps=2"], "at step 2, and the run ends at step 2; give more steps"),
         ([f"begin_from={tmp_path}/none"], "none is no sound checkpoint"),
         (["optim.learning_rate=0.1"], "step-00000002 is of another run .*learning_rate"),
         (["steps=3", "optim.cooldown_steps=1", "optim.weight_decay=0.1"], "weight_decay"),
-    ):
-        branch = config_in(tmp_path, "branch", begin, *overrides)
-        with pytest.raises(AssertionError, match=told):
-            run_ranks(trained, 1, branch, timeout_seconds=200)
+    ]
+    configs = [config_in(tmp_path, "branch", begin, *overrides) for overrides, _ in wrong]
+    (found,) = run_ranks(refusals, 1, *configs, timeout_seconds=200)
+    for told, (_, expected) in zip(found, wrong, strict=True):
+        assert re.search(expected, told)
+
+
+def refusals(comm: Comm, *configs: RunConfig) -> list[str]:
+    found = []
+    for config in configs:
+        with pytest.raises(CheckpointError) as told:
+            trained(comm, config)
+        found.append(str(told.value))
+    return found
 
 
 def test_a_cooldown_changes_until_it_begins_and_not_behind_that(tmp_path):
