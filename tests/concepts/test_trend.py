@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 
 from trainer.concepts.binned import binned
 from trainer.concepts.trend import Table, binomial, by_frequency, interval, trend, within_slope
@@ -102,6 +101,8 @@ def test_the_binomial_model_is_scikit_learns_without_a_penalty():
     rows = np.concatenate([design, design])
     answers = np.repeat([1, 0], 80)
     weights = np.concatenate([table.right, table.samples - table.right])
+    from sklearn.linear_model import LogisticRegression
+
     fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=10_000)
     fit.fit(rows, answers, sample_weight=weights)
     found = binomial(table)

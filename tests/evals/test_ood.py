@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from tests.evals.rank_cases import setting
 from tests.export.test_transformers_folder import moved_model
@@ -41,6 +40,8 @@ def test_tied_scores_are_measured_as_by_the_published_code():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_areas_are_scikit_learns_whatever_the_ties(seed):
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     draw = np.random.default_rng(seed)
     inside, outside = (draw.normal(m, 1, n).round(1) for m, n in ((0.7, 53), (0.0, 37)))
     found = separation(torch.from_numpy(inside), torch.from_numpy(outside))

@@ -2,12 +2,12 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 
 from tests.evals.rank_cases import setting
 from tests.evals.test_sets import png_of, random_pictures, write_set
@@ -31,6 +31,13 @@ def clouds(count: int, *, dim: int, classes: int, seed: int, noise: float = 1.0)
     return F.normalize(rows, dim=1), labels
 
 
+def scikit_learns(weight: float, **options: float) -> Any:
+    """Its logistic regression, which takes a second to import."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=weight, **options)
+
+
 @pytest.mark.parametrize("penalty", [1e-1, 1e-3, 1e-4])
 def test_weights_are_those_of_scikit_learn(penalty: float) -> None:
     rows, labels = clouds(150, dim=6, classes=4, seed=0)
@@ -43,7 +50,7 @@ def test_weights_are_those_of_scikit_learn(penalty: float) -> None:
         max_iterations=1000,
         tolerance=1e-8,
     )
-    reference = LogisticRegression(C=1 / (len(rows) * penalty), tol=1e-10, max_iter=5000)
+    reference = scikit_learns(1 / (len(rows) * penalty), tol=1e-10, max_iter=5000)
     reference.fit(rows.numpy(), labels.numpy())
     ours, bias = weights[:, :-1].numpy(), weights[:, -1].numpy()
     np.testing.assert_allclose(ours, reference.coef_, atol=2e-5 * np.abs(ours).max())
@@ -78,7 +85,7 @@ def weak_directions(count: int, *, dim: int, classes: int) -> tuple[torch.Tensor
 def test_converges_where_few_directions_are_strong(penalty: float) -> None:
     """In a tenth of the iterations that scikit-learn takes, to its objective."""
     rows, labels = weak_directions(500, dim=96, classes=8)
-    reference = LogisticRegression(C=1 / (len(rows) * penalty), tol=1e-8, max_iter=20000)
+    reference = scikit_learns(1 / (len(rows) * penalty), tol=1e-8, max_iter=20000)
     reference.fit(rows.numpy(), labels.numpy())
     iterations = int(reference.n_iter_[0])
     found = fitted(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from scipy import stats
 
 NUM_BINS = 12
 
@@ -56,6 +55,8 @@ def binned(
 
 def pearson(x: Float64[np.ndarray, " n"], y: Float64[np.ndarray, " n"]) -> tuple[float, float]:
     """Pearson's r and its two-sided p over the pairs without NaN; NaN where r has no meaning."""
+    from scipy import stats  # takes two seconds to import
+
     known = ~(np.isnan(x) | np.isnan(y))
     x, y = x[known], y[known]
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:

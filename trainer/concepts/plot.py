@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from trainer.concepts.binned import binned
 from trainer.concepts.trend import Table
@@ -14,6 +13,8 @@ from trainer.concepts.trend import Table
 
 def plot_trend(table: Table, figures: dict[str, Any], path: Path, *, source: str) -> None:
     """Two panels: every concept with the spread that means hide, and means with their counts."""
+    from matplotlib.figure import Figure  # takes a second to import
+
     found = binned(table.frequency, table.accuracy)
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     single, means = figure.subplots(1, 2)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
-from scipy import stats
 
 from trainer.concepts.binned import NUM_BINS, binned, pearson
 from trainer.errors import DataError
@@ -87,6 +86,8 @@ def trend(table: Table, *, seed: int, resamples: int = RESAMPLES) -> dict[str, A
 
 
 def _per_concept(table: Table) -> dict[str, Any]:
+    from scipy import stats  # takes two seconds to import
+
     x, y = table.decades, table.accuracy
     r, p = pearson(x, y)
     constant = np.ptp(x) == 0 or np.ptp(y) == 0

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 PANELS_A_ROW = 4
 FLOOR_LINES = ("--", ":", "-.")
 
@@ -21,6 +19,8 @@ def plot_comparison(found: Runs, path: Path, floors: Mapping[str, Mapping[str, f
 
     A line across a panel is what costs no training, by the names in `floors`.
     """
+    from matplotlib.figure import Figure  # takes a second to import
+
     columns = list(dict.fromkeys(key for runs in found.values() for run in runs for key in run))
     if not columns:
         return

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -187,6 +186,8 @@ def _write(out: Path, policy: Policy, figures: dict[str, Any]) -> None:
 
 
 def _plot(figures: Mapping[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure  # takes a second to import
+
     kept, counts = np.array(figures["kept"]), np.array(figures["counts"])
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from trainer.comm import Comm, agreed
@@ -175,6 +174,8 @@ def _scores(out: Path, name: str) -> np.ndarray:
 
 
 def _plot(scores: np.ndarray, path: Path) -> None:
+    from matplotlib.figure import Figure  # takes a second to import
+
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.hist(scores, bins=60, color="#3465a4")

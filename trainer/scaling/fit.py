@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 from numpy.typing import NDArray
-from scipy import stats
 
 from trainer.errors import DataError
 from trainer.scaling.forms import Form, FormName, Inputs, inputs
@@ -60,6 +59,8 @@ class Law(NamedTuple):
         Percentiles, further out where few points were fitted: those of Student's t of as many
         degrees of freedom as are left, not of the normal (arXiv 1411.5279).
         """
+        from scipy import stats  # takes two seconds to import
+
         if len(drawn) <= self.num_lost or not len(drawn):
             return float("nan"), float("nan")
         count = max(float(self.weight.sum()), 2.0)

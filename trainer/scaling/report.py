@@ -8,14 +8,16 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from trainer.scaling.fit import HeldOut, Law
 from trainer.scaling.forms import MEANING
 from trainer.scaling.points import Point, Points, columns
+
+if TYPE_CHECKING:  # it takes a second to import
+    from matplotlib.figure import Figure
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -69,8 +71,15 @@ def write_page(
     return path
 
 
+def _figure(width: float, height: float) -> Figure:
+    """An empty one, so many inches across and down."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _against_compute(curves: Sequence[Curve]) -> Figure:
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = _figure(9, 5)
     panel: Any = figure.subplots()
     for number, curve in enumerate(curves):
         colour = f"C{number}"
@@ -92,7 +101,7 @@ def _against_compute(curves: Sequence[Curve]) -> Figure:
 
 
 def _residuals(curves: Sequence[Curve]) -> Figure:
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = _figure(9, 3)
     panel: Any = figure.subplots()
     for number, curve in enumerate(curves):
         for law in curve.laws[:1]:
@@ -111,7 +120,7 @@ def _residuals(curves: Sequence[Curve]) -> Figure:
 
 def _ladders(curves: Sequence[Curve]) -> Figure:
     """Error over size where several sizes had one budget, else over compute by model."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = _figure(9, 4)
     panels = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
     for panel, curve in zip(panels, curves, strict=True):
         for budget in sorted({row.samples for row in curve.points.rows}):
