@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             data, status = data[int(wanted[1]) : int(wanted[2]) + 1], 206
         body = data if with_body else b""
+        if fault in ("endless", "long", "whole", "slow"):
+            return self.lie(fault, path.read_bytes(), data, with_body=with_body)
         return self.reply(status, body[: len(body) // 2] if fault == "short" else body, len(data))
 
     def reply(self, status: int, body: bytes, length: int) -> None:
@@ -73,6 +76,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         self.close_connection = len(body) < length
+
+    def lie(self, fault: str, whole: bytes, part: bytes, *, with_body: bool) -> None:
+        """An answer whose length is not that of what was asked for, or that never ends."""
+        said = {"endless": 2**40, "long": 100 * len(whole), "whole": len(whole), "slow": len(part)}
+        self.reply(206, b"", said[fault])
+        try:
+            if with_body and fault == "endless":
+                while True:
+                    self.wfile.write(bytes(2**20))
+            elif with_body and fault == "slow":
+                for byte in part:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.1)
+            elif with_body:
+                self.wfile.write(whole if fault == "whole" else part)
+        except OSError:
+            pass  # whoever asked has gone
+        self.close_connection = True
 
     def reset(self) -> None:
         linger = struct.pack("ii", 1, 0)

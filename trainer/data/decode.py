@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from trainer.data.jpeg import plain_jpeg
 from trainer.data.png import plain_png
 
 Box = tuple[float, float, float, float]
@@ -134,7 +135,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header only."""
     try:
-        image = Image.open(io.BytesIO(plain_png(data)), formats=FORMATS)
+        image = Image.open(io.BytesIO(plain_jpeg(plain_png(data))), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadSample(f"not a {', '.join(FORMATS)} image ({len(data)} bytes)") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

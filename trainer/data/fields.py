@@ -13,6 +13,9 @@ from typing import Any
 from trainer.config import IMAGE_FIELDS
 from trainer.data.decode import BadSample
 
+MAX_TEXT_BYTES = 1 << 20
+"""Of a text or json: what is parsed takes up to fifty times as much memory."""
+
 
 def member_of(fields: dict[str, bytes], *names: str) -> str | None:
     """The first of the names that a member has; else the only member that ends in one of them.
@@ -41,7 +44,7 @@ def find_image(fields: dict[str, bytes], names: Sequence[str] = IMAGE_FIELDS) ->
 
 def json_of(fields: dict[str, bytes]) -> dict[str, Any]:
     """The sample's json object, empty where it has none; BadSample where it can't be read."""
-    data = fields.get("json") or b"{}"
+    data = _not_too_long(fields.get("json") or b"{}", "json")
     try:
         # strict, while json.loads lets halves of surrogate pairs pass where it decodes bytes
         value = json.loads(data.decode(json.detect_encoding(data)))
@@ -55,10 +58,16 @@ def json_of(fields: dict[str, bytes]) -> dict[str, Any]:
 def text_of(fields: dict[str, bytes], name: str) -> str:
     """The text of one member, empty where the sample lacks it; BadSample where it is none."""
     try:
-        text = fields.get(member_of(fields, name) or "", b"").decode()
+        text = _not_too_long(fields.get(member_of(fields, name) or "", b""), name).decode()
     except UnicodeDecodeError as error:
         raise BadSample(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
     return checked_text(text, name)
+
+
+def _not_too_long(data: bytes, name: str) -> bytes:
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadSample(f"{name} has {len(data)} bytes, over {MAX_TEXT_BYTES}")
+    return data
 
 
 def checked_text(text: str, name: str) -> str:

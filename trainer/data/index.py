@@ -25,6 +25,9 @@ from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, hash_bits_of, key_of
 
 MAX_MEMBER_BYTES = 64 * 2**20
+MAX_SAMPLE_BYTES = 4 * MAX_MEMBER_BYTES
+"""From the first to the last member of one sample: they are read at once."""
+_MOST_SUFFIXES = 2**16
 _MAGIC = b"SHARDIX1"
 _HEADER = struct.Struct("<8sQQQQQ16s")
 _CRC = struct.Struct("<I")
@@ -136,6 +139,11 @@ def write_index(
             "named key.suffix"
         )
     keys, suffixes, first = _grouped([member.name for member in members], shard)
+    if len(kinds := set(suffixes)) > _MOST_SUFFIXES:
+        raise DataError(
+            f"{shard}: {len(kinds)} members are named differently behind their key, over "
+            f"{_MOST_SUFFIXES}; name them key.suffix"
+        )
     _write(shard, members, keys, suffixes, first)
     return len(keys)
 
@@ -237,6 +245,38 @@ def read_index(shard: str, data: bytes | None = None) -> ShardIndex:
 
 
 def _parsed(shard: str, summary: IndexSummary, payload: bytes) -> ShardIndex:
+    index = _columns_of(summary, payload)
+    if index is None or _contradicts_itself(index, summary):
+        raise DataError(
+            f"{index_path(shard)} contradicts itself, as no index does that this program has "
+            "written; build it again: python tools/index.py SHARDS"
+        )
+    # The id contains the shard's name: a shard that was renamed gets new ones.
+    if index.keys and int(index.ids[0]) != sample_id(shard, index.keys[0]):
+        ids = np.array([sample_id(shard, key) for key in index.keys], dtype=np.int64)
+        return index._replace(ids=ids)
+    return index
+
+
+def _contradicts_itself(index: ShardIndex, summary: IndexSummary) -> bool:
+    """Whether some column points where nothing is; its sums may be right all the same."""
+    return (
+        len(index.keys) != summary.num_samples
+        or int(index.first[0]) != 0
+        or int(index.first[-1]) != summary.num_members
+        or bool((np.diff(index.first) <= 0).any())
+        or bool((index.offset < 0).any() or (index.size < 0).any())
+        or bool((index.suffix >= len(index.suffixes)).any())
+    )
+
+
+def _columns_of(summary: IndexSummary, payload: bytes) -> ShardIndex | None:
+    """The columns as they stand there; None where their lengths are not those of the header."""
+    per_sample, per_member = 16, sum(np.dtype(kind).itemsize for _, kind in _MEMBER_COLUMNS)
+    texts = summary.keys_bytes + summary.suffixes_bytes
+    rows = summary.num_samples * per_sample + summary.num_members * per_member
+    if rows + 8 + texts != len(payload):
+        return None
     columns: dict[str, NDArray[np.generic]] = {}
     start = 0
     heads = (("ids", "<i8", summary.num_samples), ("first", "<i8", summary.num_samples + 1))
@@ -244,10 +284,10 @@ def _parsed(shard: str, summary: IndexSummary, payload: bytes) -> ShardIndex:
     for name, kind, count in (*heads, *tails):
         columns[name] = np.frombuffer(payload, dtype=kind, count=count, offset=start)
         start += columns[name].nbytes
-    keys = payload[start : start + summary.keys_bytes].decode().split("\0")
-    suffixes = payload[start + summary.keys_bytes :].decode().split("\0")
+    try:
+        keys = payload[start : start + summary.keys_bytes].decode().split("\0")
+        suffixes = payload[start + summary.keys_bytes :].decode().split("\0")
+    except UnicodeDecodeError:
+        return None
     keys = keys if summary.num_samples else []
-    # The id contains the shard's name: a shard that was renamed gets new ones.
-    if keys and int(columns["ids"][0]) != sample_id(shard, keys[0]):
-        columns["ids"] = np.array([sample_id(shard, key) for key in keys], dtype=np.int64)
     return ShardIndex(summary.shard_bytes, keys, suffixes=suffixes, **columns)  # type: ignore[arg-type]

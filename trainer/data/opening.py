@@ -16,6 +16,7 @@ from trainer.errors import DataError
 T = TypeVar("T")
 
 _NAMED = 8  # missing shards that a sentence names
+_INDEX_SHARE = 64  # an index of a table's shortest rows has not as many bytes to each of the table
 _THREADS = 16  # remote sizes and indexes are fetched side by side
 
 
@@ -64,7 +65,8 @@ def _inspect(shard: str) -> Inspected | None:
     except FileNotFoundError:
         return None
     try:
-        data = read_file(path) if is_remote(path) else _first_bytes(path)
+        most = _INDEX_SHARE * found + HEADER_BYTES
+        data = read_file(path, at_most=most) if is_remote(path) else _first_bytes(path)
     except FileNotFoundError:
         raise DataError(f"no index {path}; build it: python tools/index.py '{shard}'") from None
     summary = read_summary(data[:HEADER_BYTES], path=path)

@@ -1,7 +1,8 @@
 """PNG bytes without the chunks that say nothing of the picture, as Pillow reads them right.
 
-Notes, profiles and dates may be of any size and may be broken; no pixel depends on them here. And
-a transparent colour is stored in the file's own bit depth, while Pillow compares it with 8 bits.
+Notes, profiles, dates and further frames may be of any size and may be broken; no pixel depends on
+them here. And a transparent colour is stored in the file's own bit depth, while Pillow compares it
+with 8 bits.
 """
 
 from __future__ import annotations
@@ -9,28 +10,38 @@ from __future__ import annotations
 import struct
 import zlib
 
+MAX_CHUNKS = 16_384
+"""A decoder takes them one by one; those that encoders write hold 8 KiB and more."""
 _MAGIC = b"\x89PNG\r\n\x1a\n"
-_IGNORED = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME"})
+_ANCILLARY = 0x20
+"""Of a tag's first letter: a chunk without which the picture can be shown."""
 _GRAY, _COLOUR = 0, 2
 
 
 def plain_png(data: bytes) -> bytes:
-    """The same pixels; `data` itself where it is no PNG, or nothing has to be changed.
+    """The same pixels, of the picture that is no frame of a film; `data` itself where it is no PNG.
 
-    What can't be followed as chunks is left as it is, for the decoder to complain about.
+    ValueError for more than MAX_CHUNKS chunks. What can't be followed as chunks is left as it is,
+    for the decoder to complain about.
     """
-    if not data.startswith(_MAGIC) or not any(tag in data for tag in (*_IGNORED, b"tRNS")):
+    if not data.startswith(_MAGIC):
         return data
     depth, kind = data[24:25], data[25:26]
     parts, place = [_MAGIC], len(_MAGIC)
-    while place + 12 <= len(data):
+    for _ in range(MAX_CHUNKS):
+        if place + 12 > len(data):
+            break
         size, tag = struct.unpack_from(">I4s", data, place)
         end = place + 12 + size
         if tag == b"tRNS" and depth and kind:
             parts.append(_in_eight_bits(data[place:end], depth[0], kind[0]))
-        elif tag not in _IGNORED:
+        elif not tag[0] & _ANCILLARY:
             parts.append(data[place:end])
         place = end
+        if tag == b"IEND":
+            break
+    else:
+        raise ValueError(f"a PNG of more than {MAX_CHUNKS} chunks")
     return b"".join(parts)
 
 

@@ -16,6 +16,8 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 from braceexpand import braceexpand
+from fsspec.asyn import sync
+from fsspec.implementations.http import HTTPFileSystem
 
 from trainer.data.tar import Bytes
 from trainer.errors import DataError
@@ -134,11 +136,13 @@ def _remote_size(path: str) -> int | None:
     return size
 
 
-def read_file(path: str) -> bytes:
-    """The whole file."""
+def read_file(path: str, *, at_most: int | None = None) -> bytes:
+    """The whole file; DataError where it is a server's and says to have more bytes than that."""
     if not is_remote(path):
         return Path(path).read_bytes()
     size = file_size(path)
+    if at_most is not None and size > at_most:
+        raise DataError(f"{path}: the server says {size} bytes, and it can't have over {at_most}")
     return read_range(path, 0, size)
 
 
@@ -149,10 +153,35 @@ def read_range(path: str, start: int, end: int) -> bytes:
 
 def _checked_range(path: str, start: int, end: int) -> bytes:
     system, inner = _remote(path)
-    data = system.cat_file(inner, start=start, end=end, **_limits(system))
+    if isinstance(system, HTTPFileSystem):
+        data = sync(
+            *(system.loop, _http_range, system, inner, start, end),
+            timeout=REQUEST_TIMEOUT_SECONDS,
+        )
+    else:
+        data = system.cat_file(inner, start=start, end=end, **_limits(system))
     if len(data) != end - start:
-        raise OSError(f"expected {end - start} bytes from byte {start} on, found {len(data)}")
+        found = len(data) if len(data) < end - start else "more"
+        raise OSError(f"expected {end - start} bytes from byte {start} on, found {found}")
     return cast(bytes, data)
+
+
+async def _http_range(system: HTTPFileSystem, url: str, start: int, end: int) -> bytes:
+    """One byte more than was asked for is enough to know that a server answers something else;
+    what it goes on to send is not held."""
+    if start == end:
+        return b""
+    session, options = await system.set_session(), dict(system.kwargs)
+    own = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    options["headers"] = {**options.get("headers", {}), **own}
+    data = bytearray()
+    async with session.get(system.encode_url(url), **options) as answer:
+        system._raise_not_found_for_status(answer, url)
+        while len(data) <= end - start:
+            if not (more := await answer.content.read(end - start + 1 - len(data))):
+                break
+            data += more
+    return bytes(data)
 
 
 def open_for_scan(path: str) -> AbstractContextManager[Bytes]:

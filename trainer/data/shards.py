@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 
 from trainer.data.catalogue import Catalogue, is_catalogue, open_catalogue
 from trainer.data.columnar import ColumnarFiles, is_columnar
-from trainer.data.index import ShardIndex, ids_in_set, index_path, read_index, sample_id
+from trainer.data.index import (
+    MAX_SAMPLE_BYTES,
+    ShardIndex,
+    ids_in_set,
+    index_path,
+    read_index,
+    sample_id,
+)
 from trainer.data.members import DamagedSample, RawSample, checked_member, row_fields
 from trainer.data.opening import inspect_shards, wrong_size
 from trainer.data.remote import expand_sets, is_remote, read_range
@@ -207,6 +214,11 @@ class ShardSet:
                 return RawSample(int(columns.ids[row]), name, columns.keys[row], {})
         start = int(columns.offset[members[0]]) - int(columns.header_bytes[members[0]])
         end = int(columns.offset[members[-1]]) + int(columns.size[members[-1]])
+        if not 0 <= start <= end <= start + MAX_SAMPLE_BYTES:
+            raise DamagedSample(
+                f"{name}: the members of {columns.keys[row]} span {end - start} bytes, over "
+                f"{MAX_SAMPLE_BYTES}"
+            )
         data = self._bytes(shard, start, end)
         fields: dict[str, bytes] = {}
         for member in members:

@@ -16,6 +16,9 @@ from trainer.errors import DataError
 
 BLOCK = 512
 _EXTENSION_BYTES = 64 * 1024  # no file name or PAX record needs more
+_EXTENSIONS = 16  # headers in front of one file's own
+_ZEROS_BEHIND = 64 * 2**20  # bytes behind the end; writers fill a block of ten kilobytes
+_RECORD = re.compile(rb"(\d{1,6}) ([^=]{1,4096})=")
 _PLAIN, _DIRECTORY, _PAX, _PAX_GLOBAL, _LONG_NAME = b"\x000" + b"7", b"5", b"x", b"g", b"L"
 _LONG_LINK = b"K"
 _SKIPPED = {
@@ -136,6 +139,8 @@ class _Scan:
             if not any(block):
                 return None if not blocks else self.fail("ends between a header and its file")
             blocks.append(block)
+            if len(blocks) > 2 * _EXTENSIONS:
+                self.fail(f"more than {_EXTENSIONS} extension headers before byte {self.position}")
             header = self.parse(block)
             if header.kind == _LONG_NAME:
                 long_name = self.extension(header, blocks).rstrip(b"\0")
@@ -177,13 +182,14 @@ class _Scan:
 
     def pax(self, data: bytes, kind: bytes) -> dict[bytes, bytes]:
         records: dict[bytes, bytes] = {}
-        while data:
-            match = re.match(rb"(\d{1,6}) ([^=]+)=", data)
-            length = int(match[1]) if match else 0
-            if not match or not match.end() < length <= len(data) or data[length - 1] != 10:
+        place = 0
+        while place < len(data):
+            match = _RECORD.match(data, place)
+            end = place + int(match[1]) if match else 0
+            if not match or not match.end() < end <= len(data) or data[end - 1] != 10:
                 self.fail(f"damaged: the PAX header before byte {self.position} can't be parsed")
-            records[match[2]] = data[match.end() : length - 1]
-            data = data[length:]
+            records[match[2]] = data[match.end() : end - 1]
+            place = end
         if any(key.startswith(b"GNU.sparse") for key in records):
             self.fail("holds a sparse file; write it as a plain one")
         if kind == _PAX_GLOBAL and {b"path", b"size"} & records.keys():
@@ -221,9 +227,12 @@ class _Scan:
 
     def rest_is_zero(self) -> None:
         """An archive glued behind another would otherwise be lost in silence."""
+        zeros = 0
         while block := self.file.read(1 << 20):
             if any(block):
                 self.fail(f"has data behind its end-of-archive block at byte {self.position}")
+            if (zeros := zeros + len(block)) > _ZEROS_BEHIND:
+                self.fail(f"has over {_ZEROS_BEHIND} zeros behind its end at byte {self.position}")
 
 
 def _padded(size: int) -> int:

@@ -14,14 +14,11 @@ Weaker than the indexed reader, by the nature of streams:
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from io import BufferedReader, RawIOBase
 from typing import Any, NamedTuple, cast
 
 import webdataset
@@ -31,6 +28,7 @@ from trainer.config import DataConfig
 from trainer.data import feed
 from trainer.data.columnar import is_columnar
 from trainer.data.decode import BadSample
+from trainer.data.expanded import expanded
 from trainer.data.feed import (
     MAX_REJECTS,
     Failure,
@@ -40,22 +38,17 @@ from trainer.data.feed import (
     next_batch,
     nothing_usable,
 )
-from trainer.data.index import MAX_MEMBER_BYTES, split_name
+from trainer.data.index import MAX_MEMBER_BYTES, MAX_SAMPLE_BYTES, split_name
 from trainer.data.ledger import Rejected
 from trainer.data.remote import expand_sets, is_remote, open_for_scan
 from trainer.data.sets import named_shard, refuse_other_shards
 from trainer.data.shards import RawSample, sample_id
 from trainer.data.tables import is_table
-from trainer.data.tar import Bytes, read_tar
+from trainer.data.tar import BLOCK, Bytes, read_tar
 from trainer.data.workers import loader_options
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import key_of, permutation
 
-_EXPANDED: dict[bytes, Callable[[Any], Bytes]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lzma.LZMAFile,
-}
 Shard = tuple[str, str]
 """Set, '' where it has no name, and path, URL or command."""
 
@@ -216,7 +209,7 @@ def _samples_of(shard: Shard) -> Iterator[RawSample | Broken]:
     name, url = shard
     try:
         with _open(url) as stream:
-            files = read_tar(_expanded(stream), shard=url, max_member_bytes=MAX_MEMBER_BYTES)
+            files = read_tar(expanded(stream), shard=url, max_member_bytes=MAX_MEMBER_BYTES)
             for key, fields in _grouped(files):
                 yield RawSample(sample_id(url, key, name), url, key, fields)
     except (DataError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
@@ -226,48 +219,23 @@ def _samples_of(shard: Shard) -> Iterator[RawSample | Broken]:
 
 def _grouped(files: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, members) of samples whose files follow each other; others belong to none."""
-    key, fields = "", dict[str, bytes]()
+    key, fields, held = "", dict[str, bytes](), 0
     for name, data in files:
         parts = split_name(name)
         if parts is None:
             continue
         if parts[0] != key and fields:
             yield key, fields
-            fields = {}
+            fields, held = {}, 0
         key, suffix = parts
         if suffix in fields:
             raise DataError(f"key {key!r} has two members {suffix!r}")
         fields[suffix] = data
+        held += BLOCK + len(data)
+        if held > MAX_SAMPLE_BYTES:
+            raise DataError(f"the members of key {key!r} have more than {MAX_SAMPLE_BYTES} bytes")
     if fields:
         yield key, fields
-
-
-def _expanded(stream: Bytes) -> Bytes:
-    """What a compressed stream holds; one that is not compressed as it is."""
-    buffered = BufferedReader(_Raw(stream))
-    first = buffered.peek(6)
-    for magic, expand in _EXPANDED.items():
-        if first.startswith(magic):
-            return expand(buffered)
-    return buffered
-
-
-class _Raw(RawIOBase):
-    """Bytes as the io module wants them."""
-
-    def __init__(self, stream: Bytes) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            data = self._stream.read(len(buffer))
-        except Exception as error:  # each kind of server has errors of its own
-            raise OSError(f"{type(error).__name__}: {error}") from error
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _expand(config: DataConfig) -> list[Shard]:
