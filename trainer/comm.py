@@ -200,14 +200,22 @@ class Comm:
         """Every rank's value, in rank order; it must survive JSON."""
         if self.world_size == 1:
             return [json.loads(json.dumps(value))]
-        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        payload = _written(value).to(self.device)
         sizes = self.all_gather(torch.tensor([payload.numel()], device=self.device)).tolist()
-        rows = self.gather_rows(payload.to(self.device)).cpu()
-        return [json.loads(bytes(part.tolist())) for part in rows.split(sizes)]
+        rows = self.gather_rows(payload).cpu()
+        return [_read(part) for part in rows.split(sizes)]
 
     def broadcast_json(self, value: Any, source: int = 0) -> Any:
-        """The value that rank `source` passed; what the others pass is ignored."""
-        return self.gather_json(value if self.rank == source else None)[source]
+        """The value that rank `source` passed; what the others pass is ignored.
+
+        Each rank receives its bytes once, whatever the number of ranks.
+        """
+        if self.world_size == 1:
+            return json.loads(json.dumps(value))
+        own = _written(value if self.rank == source else None).to(self.device)
+        size = int(self.broadcast(torch.tensor([own.numel()], device=self.device), source))
+        payload = own if self.rank == source else own.new_empty(size)
+        return _read(self.broadcast(payload, source).cpu())
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -273,6 +281,14 @@ def stop_together(comm: Comm, failure: str | None) -> None:
     error = DataError(str(failure) if same else "; ".join(named))
     error.on_all_ranks = True
     raise error
+
+
+def _written(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _read(payload: Tensor) -> Any:
+    return json.loads(payload.numpy().tobytes())
 
 
 def _gathered(rows: Tensor, comm: Comm) -> Tensor:

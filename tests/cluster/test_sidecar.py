@@ -33,7 +33,7 @@ def written(folder: Path, *, count: int = 4, min_cosine: float | None = None) ->
     find = lookup(centroids, points, config, Comm.solo(), count=count)
     stamp = f"{count} {min_cosine}"
     new = write_sidecars(points, find, folder / "labels", stamp=stamp, min_cosine=min_cosine)
-    return new, merge_sidecars(folder / "labels", NAMES, folder)
+    return new, merge_sidecars(folder / "labels", NAMES, folder, Comm.solo())
 
 
 def test_lists_of_every_sample_by_id(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_an_id_given_twice_keeps_its_lowest_list(tmp_path: Path) -> None:
     centroids = mixture(6, 6, components=6, spread=0.1, seed=1)
     find = lookup(centroids, points, KMeansConfig(clusters=6), Comm.solo(), count=3)
     write_sidecars(points, find, tmp_path / "labels", stamp="")
-    assert merge_sidecars(tmp_path / "labels", NAMES[:2], tmp_path) == 20
+    assert merge_sidecars(tmp_path / "labels", NAMES[:2], tmp_path, Comm.solo()) == 20
     lists = find.find(points.rows(0, 40)).ids
     expected = ClusterLabels(ids, lists)
     opened = ClusterLabels.open(tmp_path)
@@ -89,4 +89,4 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "labels" / "train-000002.safetensors").unlink()
     with pytest.raises(DataError, match="train-000002"):
-        merge_sidecars(tmp_path / "labels", NAMES, tmp_path)
+        merge_sidecars(tmp_path / "labels", NAMES, tmp_path, Comm.solo())

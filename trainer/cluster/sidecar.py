@@ -28,6 +28,7 @@ from trainer.checkpoint.manifest import sync_folder, write_durably
 from trainer.cluster.exact import ordered_sum
 from trainer.cluster.grid import Grid
 from trainer.cluster.kmeans import coarse_cells
+from trainer.cluster.merge import Rows, write_map
 from trainer.cluster.points import Points, stream
 from trainer.cluster.problem import KMeansConfig, scan_precision
 from trainer.cluster.ranks.together import rounds
@@ -35,12 +36,12 @@ from trainer.cluster.search.assign import prepare
 from trainer.cluster.search.top import Nearest, nearest, nearest_two_level
 from trainer.cluster.search.two_level import rows_at_once
 from trainer.cluster.stored import StoredPoints
-from trainer.comm import Comm
-from trainer.data.labels import IDS, LABELS
+from trainer.comm import Comm, agreed
 from trainer.errors import DataError
 
 SIDECARS = "labels"
 _ROWS_AT_ONCE = 1 << 16
+_MERGED_AT_ONCE = 1 << 21
 
 
 class Lookup(NamedTuple):
@@ -117,60 +118,35 @@ def write_sidecars(
     return written
 
 
-def merge_sidecars(folder: Path, names: Sequence[str], out: Path) -> int:
-    """Write the map of all shards (one rank); how many samples it has.
+def merge_sidecars(folder: Path, names: Sequence[str], out: Path, comm: Comm) -> int:
+    """Write the map of all shards; how many samples it has. Every rank calls.
 
-    Takes about 48 bytes a sample of memory; the labels themselves go from file to file. An id that
-    is given twice keeps its lowest list. `ids.npy` comes last.
+    Each reads every W-th file, and none holds the ids of all. An id that is given twice keeps its
+    lowest list.
     """
-    shard_ids = [_read(folder / f"{name}.safetensors", "ids")[0] for name in names]
-    ids = np.concatenate([np.empty(0, np.int64), *shard_ids])
-    order = np.argsort(ids, kind="stable")
-    first = np.ones(len(ids), bool)
-    first[1:] = ids[order][1:] != ids[order][:-1]
-    place = np.empty(len(ids), np.int64)
-    place[order] = np.cumsum(first) - 1
-    count = int(first.sum())
-    _write_labels(folder, names, place, count, out)
-    with _Whole(out / IDS) as partial:
-        np.save(partial, ids[order][first], allow_pickle=False)
-    return count
+    width = comm.broadcast_json(
+        agreed(comm, lambda: _width(folder, names) if comm.is_main else None)
+    )
+    return write_map(out, _rows(folder, names[comm.rank :: comm.world_size]), width, comm)
 
 
-def _write_labels(
-    folder: Path, names: Sequence[str], place: NDArray[np.int64], count: int, out: Path
-) -> None:
-    width = _read(folder / f"{names[0]}.safetensors", "clusters")[0].shape[1] if names else 1
-    with _Whole(out / LABELS) as partial:
-        if count == 0:
-            np.save(partial, np.empty((0, width), np.int32), allow_pickle=False)
-            return
-        merged = np.lib.format.open_memmap(partial, "w+", np.int32, (count, width))
-        merged[:] = np.iinfo(np.int32).max
-        begin = 0
-        for name in names:
-            (clusters,) = _read(folder / f"{name}.safetensors", "clusters")
-            rows = place[begin : begin + len(clusters)]
-            begin += len(clusters)
-            _lower(merged, rows, clusters)
-        merged.flush()
+def _width(folder: Path, names: Sequence[str]) -> int:
+    return _read(folder / f"{names[0]}.safetensors", "clusters")[0].shape[1] if names else 1
 
 
-def _lower(merged: NDArray[np.int32], rows: NDArray[np.int64], lists: NDArray[np.int64]) -> None:
-    """Put each list into its row where it comes before the one that is there."""
-    if lists.max(initial=0) >= np.iinfo(np.int32).max:
-        raise DataError("labels of 2^31 clusters and more are not written")
-    before = merged[rows].astype(np.int64)
-    differ = before != lists
-    column = differ.argmax(1)
-    each = np.arange(len(rows))
-    lower = differ.any(1) & (lists[each, column] < before[each, column])
-    if len(np.unique(rows)) == len(rows):
-        merged[rows[lower]] = lists[lower]
-        return
-    for row, wanted in zip(rows[lower], lists[lower], strict=True):
-        if tuple(wanted) < tuple(merged[row]):
-            merged[row] = wanted
+def _rows(folder: Path, names: Sequence[str]) -> Iterator[Rows]:
+    """The shards' clusters, some of them at a time."""
+    held: list[Rows] = []
+    for name in names:
+        ids, lists = _read(folder / f"{name}.safetensors", "ids", "clusters")
+        if lists.max(initial=0) > np.iinfo(np.int32).max:
+            raise DataError("labels of 2^31 clusters and more are not written")
+        held.append(Rows(ids, lists.astype(np.int32)))
+        if sum(len(rows.ids) for rows in held) >= _MERGED_AT_ONCE:
+            yield Rows(*(np.concatenate(columns) for columns in zip(*held, strict=True)))
+            held = []
+    if held:
+        yield Rows(*(np.concatenate(columns) for columns in zip(*held, strict=True)))
 
 
 def _lists(
@@ -238,20 +214,3 @@ def _read(path: Path, *names: str) -> list[NDArray[np.int64]]:
             return [file.get_tensor(name) for name in names]
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(f"can't read the clusters in {path}: {error}") from error
-
-
-class _Whole:
-    """A file that appears under its name when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f"partial-{path.name}")
-
-    def __enter__(self) -> Path:
-        return self._partial
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            with self._partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(self._partial, self._path)
-            sync_folder(self._path.parent)

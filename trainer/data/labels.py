@@ -16,6 +16,7 @@ from trainer.errors import DataError
 UNKNOWN = -1
 IDS, LABELS = "ids.npy", "labels.npy"
 _CHECKED_ROWS = 1 << 20
+_GATHERED_AT_ONCE = 1 << 22
 
 
 class ClusterLabels:
@@ -47,8 +48,25 @@ class ClusterLabels:
         labels: Int[Tensor, " n"] | Int[Tensor, "n l"],
         comm: Comm,
     ) -> ClusterLabels:
-        """The map of all ranks' samples together, on every rank."""
-        return cls(comm.gather_rows(ids), comm.gather_rows(labels.long()))
+        """The map of all ranks' samples together, on every rank.
+
+        Range after range of the ids, which are hashes: what is gathered and sorted at a time is
+        some millions of them, beside the map itself.
+        """
+        table = labels[:, None] if labels.ndim == 1 else labels
+        total = int(comm.sum(torch.tensor([len(ids)], device=ids.device)))
+        bits = max(-(-total // _GATHERED_AT_ONCE) - 1, 0).bit_length() + 1  # the sign is never set
+        which = (ids >> (64 - bits)) + (1 << (bits - 1))
+        order = torch.argsort(which, stable=True)
+        counts = torch.bincount(which, minlength=1 << bits).tolist()
+        parts = [
+            cls(comm.gather_rows(ids[rows]), comm.gather_rows(table[rows].long()))
+            for rows in order.split(counts)
+        ]
+        whole = cls.__new__(cls)
+        whole._ids = torch.cat([part._ids for part in parts])
+        whole._table = torch.cat([part._table for part in parts])
+        return whole
 
     def __len__(self) -> int:
         return self._ids.shape[0]

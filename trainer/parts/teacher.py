@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, cluster
+from trainer.cluster.merge import Rows, write_map
 from trainer.cluster.progress import Interruptible
 from trainer.cluster.quality import normalized_mutual_information
 from trainer.cluster.report import unknown_rate
@@ -173,10 +174,10 @@ def _find_groups(
         )
         _check_count(config, int(comm.sum(torch.tensor(len(points), device=comm.device))))
         result = cluster(points, settings, comm, observer=Interruptible(check))
-        ids = points.ids(0, len(points)).to(comm.device)
-        labels = ClusterLabels.gather(ids, result.labels.to(comm.device), comm)
+        ids = points.ids(0, len(points)).cpu().numpy()
+        own = Rows(ids, result.labels[:, None].int().cpu().numpy())
+        write_map(folder / name, [own], 1, comm)
         if comm.is_main:
-            labels.save(folder / name)
             save_file(
                 {"centroids": result.centroids.cpu()}, folder / name / "centroids.safetensors"
             )

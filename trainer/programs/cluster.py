@@ -82,7 +82,8 @@ def cluster_store(folder: Path, out: Path, job: ClusterJob, comm: Comm, *, say: 
         _label(points, centroids, out, job, grid, comm, say)
         names = list(store.header.shards)
         agreed(comm, lambda: write_sources(out, store.header) if comm.is_main else None)
-        agreed(comm, lambda: _finish(out, names, figures, comm, say))
+        samples = merge_sidecars(out / SIDECARS, names, out, comm)
+        agreed(comm, lambda: _finish(out, samples, figures, comm, say))
     return out
 
 
@@ -248,9 +249,8 @@ def _label(
     agreed(comm, write)
 
 
-def _finish(out: Path, names: list[str], figures: dict[str, Any], comm: Comm, say: Say) -> None:
+def _finish(out: Path, samples: int, figures: dict[str, Any], comm: Comm, say: Say) -> None:
     if comm.is_main:
-        samples = merge_sidecars(out / SIDECARS, names, out)
         whole = {"samples": samples, **figures}
         write_whole(out / FIGURES, (json.dumps(whole, indent=1) + "\n").encode())
         say(f"the clusters of {samples} samples are in {out}")
