@@ -82,7 +82,14 @@ def _embed(arguments: argparse.Namespace, comm: Comm) -> Embedded:
             report=_line,
         )
     teacher = _teacher(arguments, comm)
-    return embed(_samples(arguments), arguments.out, teacher=teacher, comm=comm, report=_line)
+    return embed(
+        _samples(arguments),
+        arguments.out,
+        teacher=teacher,
+        comm=comm,
+        workers=arguments.workers,
+        report=_line,
+    )
 
 
 def _samples(arguments: argparse.Namespace) -> str | TextSet:
@@ -153,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--import-files", type=Path, metavar="FOLDER", help="of <key>.pth tensors")
     parser.add_argument("--shape", type=int, nargs=2, default=(11, 5120), help="of each such file")
     parser.add_argument("--teachers", action="store_true", help="list the pinned teachers")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes a rank that decode images ahead"
+    )
     parser.add_argument("--plan", action="store_true", help="bytes per sample and per corpus")
     parser.add_argument("--verify", action="store_true", help="compare the store with the teacher")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)

@@ -196,6 +196,19 @@ class Comm:
         parts = self.all_gather(padded).split(max(counts)) if max(counts) else [rows] * len(counts)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
+    def exchange(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Send rows to the ranks, `counts[r]` of them to rank r, in a row; what the ranks send
+        here, in their order, and how many each. A rank receives its own rows alone."""
+        if self.world_size == 1:
+            return rows, list(counts)
+        told = torch.tensor(counts, device=rows.device)
+        received = torch.empty_like(told)
+        dist.all_to_all_single(received, told, group=self.group)
+        sizes: list[int] = received.tolist()
+        found = rows.new_empty((sum(sizes), *rows.shape[1:]))
+        dist.all_to_all_single(found, rows.contiguous(), sizes, list(counts), group=self.group)
+        return found, sizes
+
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order; it must survive JSON."""
         if self.world_size == 1:

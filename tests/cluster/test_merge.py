@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tests.ranks import run_ranks
 from trainer.cluster.merge import Rows, write_map
 from trainer.comm import Comm
+from trainer.data import labels
 from trainer.data.labels import ClusterLabels
 from trainer.hashing import hash_bits
 
@@ -34,7 +36,8 @@ def same_gathered(comm: Comm, folder: Path) -> None:
     own = pieces[comm.rank :: comm.world_size]
     ids = torch.from_numpy(np.concatenate([rows.ids for rows in own]))
     lists = torch.from_numpy(np.concatenate([rows.lists for rows in own]))
-    found, expected = ClusterLabels.gather(ids, lists, comm), ClusterLabels.open(folder)
+    with mock.patch.object(labels, "_GATHERED_AT_ONCE", 500):
+        found, expected = ClusterLabels.gather(ids, lists, comm), ClusterLabels.open(folder)
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.top(found.ids), expected.top(found.ids))
     payload = {"bytes": ["é" * (comm.rank + 1)] * 3}

@@ -32,13 +32,13 @@ def without_duplicates(points: Points, min_cosine: float, comm: Comm, *, seed: i
     dropped = torch.zeros(len(points), dtype=torch.bool)
     chunks = exchanged(points, cells, num_cells, comm, cells_at_once=_CELLS_AT_ONCE)
     for chunk in chunks:
-        late = torch.zeros(len(chunk.ids), dtype=torch.int64, device=comm.device)
+        late = torch.zeros(len(chunk.ids), dtype=torch.bool, device=comm.device)
         for cell in chunk.my_cells:
             members = (chunk.cells == cell).nonzero()[:, 0]
             rows, ids = chunk.rows[members], chunk.ids[members]
             order = lexicographic(ids, rows)
-            late[members[order]] = repeats(unit_rows(rows[order]), min_cosine).long()
-        mine = comm.sum(late)[chunk.mine] > 0
+            late[members[order]] = repeats(unit_rows(rows[order]), min_cosine)
+        mine, _ = comm.exchange(late, chunk.counts)
         dropped[chunk.places[mine.cpu()]] = True
     return Chosen(points, (~dropped).nonzero()[:, 0])
 

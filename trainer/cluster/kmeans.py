@@ -150,7 +150,7 @@ def _starting_table(problem: Problem, restart: int) -> Tensor:
     if config.start == "parallel":
         return grid.part(parallel_start(alone, restart))
     if config.start == "hierarchical":
-        return grid.part(hierarchical_start(alone, restart, cluster))
+        return hierarchical_start(alone, restart, cluster)
     return starting_points(problem, restart)
 
 

@@ -47,6 +47,19 @@ class Points(Protocol):
         ...
 
 
+@runtime_checkable
+class Finished(Protocol):
+    """Points that are read as they are stored, and finished where they are used."""
+
+    def stored(self, first: int, last: int) -> Float[Tensor, "n d"]:
+        """What `finish` makes the points of. Called from one thread at a time."""
+        ...
+
+    def finish(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """The same points on any device."""
+        ...
+
+
 class Resident:
     """Points in memory (or in one mapped file that torch sees as a tensor)."""
 
@@ -138,17 +151,20 @@ def stream(
         for span in spans:
             yield span, points.rows(span.start, span.stop).to(device, torch.float32)
         return
+    read, finish = points.rows, _in_float32
+    if isinstance(points, Finished):
+        read, finish = points.stored, points.finish
     with ThreadPoolExecutor(1) as reader:
         pending: deque[tuple[slice, Future[Tensor]]] = deque()
         try:
             for span in spans:
-                pending.append((span, reader.submit(points.rows, span.start, span.stop)))
+                pending.append((span, reader.submit(read, span.start, span.stop)))
                 if len(pending) > BLOCKS_AHEAD:
                     place, rows = pending.popleft()
-                    yield place, rows.result().to(device, torch.float32)
+                    yield place, finish(rows.result().to(device))
             while pending:
                 place, rows = pending.popleft()
-                yield place, rows.result().to(device, torch.float32)
+                yield place, finish(rows.result().to(device))
         finally:
             reader.shutdown(cancel_futures=True)
 
@@ -158,6 +174,10 @@ def stream_ids(points: Points, size: int) -> Iterator[tuple[slice, Int64[Tensor,
     for first in range(0, len(points), size):
         span = slice(first, min(first + size, len(points)))
         yield span, points.ids(span.start, span.stop)
+
+
+def _in_float32(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return rows.float()
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

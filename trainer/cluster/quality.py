@@ -7,6 +7,7 @@ world size.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,36 +18,82 @@ from trainer.cluster.search.assign import pair_distances
 from trainer.comm import Comm
 from trainer.data.labels import ClusterLabels
 
+_PAIRS_AT_ONCE = 1 << 23
+
+
+class Sizes(NamedTuple):
+    """How many groups there are of each size; groups of one size count alike in every figure."""
+
+    values: Int64[Tensor, " s"]
+    """Ascending sizes: samples."""
+    times: Int64[Tensor, " s"]
+    """Groups of that size."""
+
+    @classmethod
+    def of(cls, counts: Int64[Tensor, " n"]) -> Sizes:
+        return cls(*torch.unique(counts[counts > 0], return_counts=True))
+
+    def __add__(self, other: object) -> Sizes:
+        assert isinstance(other, Sizes)
+        both = (torch.cat(columns) for columns in zip(self, other, strict=True))
+        return Sizes(*_added(*both))
+
+    @property
+    def samples(self) -> int:
+        return int((self.values * self.times).sum())
+
+    @property
+    def num_pairs(self) -> int:
+        """Unordered pairs of samples that share a group."""
+        return int((self.times * (self.values * (self.values - 1) // 2)).sum())
+
+    @property
+    def entropy(self) -> float:
+        """-sum p log p in nats, over the groups' shares of the samples."""
+        if int(self.times.sum()) <= 1:
+            return 0.0
+        sizes = self.values.double()
+        total = (sizes * self.times).sum()
+        return float(total.log() - (sizes * sizes.log() * self.times).sum() / total)
+
 
 class Contingency(NamedTuple):
-    """How many samples have label a here and label b there; only pairs that occur."""
+    """How many samples two labellings of the same samples have together: sizes alone."""
 
-    pairs: Int64[Tensor, " p"]
-    """n_ab, in order of (a, b)."""
-    first: Int64[Tensor, " p"]
-    """a of each pair, as its rank among the labels that occur."""
-    second: Int64[Tensor, " p"]
-    first_counts: Int64[Tensor, " r"]
-    """n_a."""
-    second_counts: Int64[Tensor, " c"]
+    pairs: Sizes
+    """Of the groups of samples with label a here and label b there."""
+    first: Sizes
+    """Of those with label a."""
+    second: Sizes
 
 
 def contingency(a: Int[Tensor, " n"], b: Int[Tensor, " n"], comm: Comm) -> Contingency:
     """Joint counts of two labellings of the same samples, over all ranks.
 
     `a` and `b` are this rank's samples; those with a negative label (unknown) in either are left
-    out. Every rank gathers the pairs that occur, at most one per sample: never rows x columns.
+    out. Range after range of the labels a, so that some millions of pairs are on a rank at once:
+    never all samples, never rows x columns.
     """
     known = (a >= 0) & (b >= 0)
-    local, counts = torch.unique(
+    own, counts = torch.unique(
         torch.stack([a[known].long(), b[known].long()], 1), dim=0, return_counts=True
     )
-    rows, weights = comm.gather_rows(local), comm.gather_rows(counts)
-    merged, place = torch.unique(rows, dim=0, return_inverse=True)
-    pairs = weights.new_zeros(merged.shape[0]).index_add_(0, place, weights)
-    first, first_counts = _margin(merged[:, 0], pairs)
-    second, second_counts = _margin(merged[:, 1], pairs)
-    return Contingency(pairs, first, second, first_counts, second_counts)
+    told = torch.tensor([len(own)], device=own.device)
+    ranges = max(-(-int(comm.sum(told)) // _PAIRS_AT_ONCE), 1)
+    last = int(comm.max(own[:, 0].max() if len(own) else own.new_zeros(())))
+    borders = torch.arange(1, ranges, device=own.device) * (last + 1) // ranges
+    parts = torch.searchsorted(own[:, 0].contiguous(), borders).tolist()
+    nothing = own.new_zeros(0)
+    second = (nothing, nothing)
+    pairs = first = Sizes(nothing, nothing)
+    for begin, end in pairwise([0, *parts, len(own)]):
+        rows, weights = comm.gather_rows(own[begin:end]), comm.gather_rows(counts[begin:end])
+        merged, place = torch.unique(rows, dim=0, return_inverse=True)
+        found = weights.new_zeros(len(merged)).index_add_(0, place, weights)
+        pairs += Sizes.of(found)
+        first += Sizes.of(_added(merged[:, 0], found)[1])
+        second = _added(torch.cat([second[0], merged[:, 1]]), torch.cat([second[1], found]))
+    return Contingency(pairs, first, Sizes.of(second[1]))
 
 
 def normalized_mutual_information(a: Int[Tensor, " n"], b: Int[Tensor, " n"], comm: Comm) -> float:
@@ -56,11 +103,10 @@ def normalized_mutual_information(a: Int[Tensor, " n"], b: Int[Tensor, " n"], co
     out; NaN if no sample is left.
     """
     table = contingency(a, b, comm)
-    total = int(table.pairs.sum())
-    if total == 0:
+    if table.pairs.samples == 0:
         return math.nan
-    entropies = _entropy(table.first_counts) + _entropy(table.second_counts)
-    information = entropies - _entropy(table.pairs)
+    entropies = table.first.entropy + table.second.entropy
+    information = entropies - table.pairs.entropy
     if entropies == 0.0:
         return 1.0
     return min(max(2.0 * information / entropies, 0.0), 1.0)
@@ -73,11 +119,11 @@ def adjusted_rand_index(a: Int[Tensor, " n"], b: Int[Tensor, " n"], comm: Comm) 
     Exact integers up to the last division. NaN if no sample has both labels.
     """
     table = contingency(a, b, comm)
-    total = int(table.pairs.sum())
+    total = table.pairs.samples
     if total == 0:
         return math.nan
-    together = _num_pairs(table.pairs)
-    first, second = _num_pairs(table.first_counts), _num_pairs(table.second_counts)
+    together = table.pairs.num_pairs
+    first, second = table.first.num_pairs, table.second.num_pairs
     everything = total * (total - 1) // 2
     # numerator and denominator both times 2 * everything, to stay in integers
     excess = 2 * (together * everything - first * second)
@@ -105,7 +151,7 @@ def balance(counts: Int[Tensor, " k"]) -> dict[str, float]:
         "empty": float((counts == 0).sum()),
         "singletons": float((counts == 1).sum()),
         "imbalance": float(counts.numel() * shares.square().sum()),
-        "entropy": _entropy(counts),
+        "entropy": Sizes.of(counts).entropy,
         "largest": float(counts.max()),
     }
 
@@ -133,21 +179,7 @@ def mean_squared_distance(
     return float(comm.sum(total) / comm.sum(count))
 
 
-def _margin(labels: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Compact ids of the labels that occur, and their counts."""
-    values, place = torch.unique(labels, return_inverse=True)
-    return place, pairs.new_zeros(values.shape[0]).index_add_(0, place, pairs)
-
-
-def _entropy(counts: Tensor) -> float:
-    """-sum p log p in nats, from counts."""
-    positive = counts[counts > 0].double()
-    total = positive.sum()
-    if positive.numel() <= 1:
-        return 0.0
-    return float(total.log() - (positive * positive.log()).sum() / total)
-
-
-def _num_pairs(counts: Tensor) -> int:
-    """Unordered pairs of samples that share a group."""
-    return int((counts * (counts - 1) // 2).sum())
+def _added(keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct keys, ascending, and the sum of the counts of each."""
+    values, place = torch.unique(keys, return_inverse=True)
+    return values, counts.new_zeros(len(values)).index_add_(0, place, counts)

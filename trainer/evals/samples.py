@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import IMAGE_FIELDS, DataConfig
+from trainer.data.ahead import in_order
 from trainer.data.decode import BadSample
 from trainer.data.fields import check_texts, find_image, json_of, text_of
 from trainer.data.pixels import Pixels
@@ -28,6 +29,7 @@ from trainer.hashing import hash_bits, key_of
 from trainer.long_work import counted
 
 BLOCK = 64
+_FEW_BLOCKS = 32  # read here: reader processes take seconds to start
 _LONGEST_TEXT = 64 * 1024  # bytes of a member that may be a text and is read as one
 FILLER = -1
 """Sample id of rows that only fill a block up."""
@@ -96,21 +98,55 @@ def read_blocks(
         raise DataError(f"no sample in {spec}; an evaluation needs at least one")
     reader = _Reader(shards, pixels or Pixels(size, background=data.background), data)
     own = own_positions(len(chosen), comm)
-    for positions in counted(own, "evaluating", total=own.numel(), unit="images", size=len):
-        yield reader.block([int(chosen[p]) if p >= 0 else FILLER for p in positions.tolist()])
-    reader.check(spec, len(chosen), comm)
+    tasks = torch.where(own >= 0, chosen[own.clamp(min=0)], FILLER).tolist()
+    workers = data.workers if len(tasks) > _FEW_BLOCKS else 0
+    told = _Told([], [])
+    for block, bad, damage in counted(
+        in_order(reader.block, tasks, workers=workers),
+        "evaluating",
+        total=own.numel(),
+        unit="images",
+        size=lambda found: BLOCK,
+    ):
+        told.bad.extend(bad)
+        told.damage.extend(damage)
+        yield block
+    told.check(spec, len(chosen), data, comm)
+
+
+class _Told(NamedTuple):
+    """What went wrong."""
+
+    bad: list[str]
+    damage: list[str]
+
+    def check(self, spec: str, count: int, data: DataConfig, comm: Comm) -> None:
+        """Raise on every rank what any rank has met."""
+        everyone = comm.gather_json([self.damage[:1], self.bad])
+        damage, bad = (
+            list(chain.from_iterable(found[kind] for found in everyone)) for kind in (0, 1)
+        )
+        if damage:
+            raise DataError(damage[0])
+        budget = data.bad_sample_budget
+        if len(bad) > budget * count:
+            raise DataError(
+                f"{len(bad)} of {count} samples of {spec} can't be used, over the budget of "
+                f"{budget:.2%} (data.bad_sample_budget); the first: {bad[0]}"
+            )
 
 
 class _Reader:
-    """Decodes blocks and remembers what went wrong."""
+    """Decodes blocks, here or in a reader process."""
 
     def __init__(self, shards: ShardSet, pixels: Pixels, data: DataConfig) -> None:
         self._shards, self._arranged, self._data = shards, pixels, data
-        self._bad: list[str] = []
-        self._damage: list[str] = []
+        self._told = _Told([], [])
 
-    def block(self, indexes: list[int]) -> Block:
-        """The samples at these indexes of the shard set; FILLER repeats the row before."""
+    def block(self, indexes: list[int]) -> tuple[Block, list[str], list[str]]:
+        """The samples at these indexes of the shard set, with what was bad and what damaged;
+        FILLER repeats the row before."""
+        self._told = _Told([], [])
         size = self._arranged.size
         images = torch.zeros((len(indexes), 3, size, size), dtype=torch.uint8)
         ids = torch.full((len(indexes),), FILLER)
@@ -125,40 +161,26 @@ class _Reader:
             ids[row] = record.sample_id
             usable.append(row)
             records.append(record)
-        return Block(images, ids, torch.tensor(usable, dtype=torch.int64), records)
-
-    def check(self, spec: str, count: int, comm: Comm) -> None:
-        """Raise on every rank what any rank has met."""
-        everyone = comm.gather_json([self._damage, self._bad])
-        damage, bad = (
-            list(chain.from_iterable(found[kind] for found in everyone)) for kind in (0, 1)
-        )
-        if damage:
-            raise DataError(damage[0])
-        budget = self._data.bad_sample_budget
-        if len(bad) > budget * count:
-            raise DataError(
-                f"{len(bad)} of {count} samples of {spec} can't be used, over the budget of "
-                f"{budget:.2%} (data.bad_sample_budget); the first: {bad[0]}"
-            )
+        block = Block(images, ids, torch.tensor(usable, dtype=torch.int64), records)
+        return block, *self._told
 
     def _sample(self, index: int) -> tuple[Tensor, Record] | None:
-        if self._damage:
+        if self._told.damage:
             return None
         try:
             raw = self._shards.read(index)
         except DamagedSample as error:
-            self._bad.append(str(error))
+            self._told.bad.append(str(error))
             return None
         except TrainerError as error:
-            self._damage.append(str(error))
+            self._told.damage.append(str(error))
             return None
         try:
             image = find_image(raw.fields, self._data.images)
             record = Record(raw.sample_id, values_of(raw.fields), _digest(image))
             return self._pixels(image), record
         except BadSample as error:
-            self._bad.append(f"{raw.shard} {raw.key}: {error.reason}")
+            self._told.bad.append(f"{raw.shard} {raw.key}: {error.reason}")
             return None
 
     def _pixels(self, image: bytes) -> Tensor:

@@ -37,7 +37,6 @@ from trainer.config import Frozen, PositiveInt
 from trainer.errors import ConfigError, DataError
 from trainer.programs.cluster_state import (
     digest_of,
-    on_main,
     read_centroids,
     state_on,
     warm_start,
@@ -88,18 +87,12 @@ def cluster_store(folder: Path, out: Path, job: ClusterJob, comm: Comm, *, say: 
 
 
 def _opened(folder: Path, comm: Comm) -> EmbeddingStore:
-    agreed(comm, lambda: EmbeddingStore.open(folder))  # or all ranks stop
-    return EmbeddingStore.open(folder)
+    return agreed(comm, lambda: EmbeddingStore.open(folder))  # or all ranks stop
 
 
 def _points(store: EmbeddingStore, job: ClusterJob, comm: Comm) -> StoredPoints:
-    found: list[StoredPoints] = []
     unit_length = job.kmeans.spherical
-    agreed(
-        comm,
-        lambda: found.append(StoredPoints(store, comm, which=job.which, unit_length=unit_length)),
-    )
-    return found[0]
+    return agreed(comm, lambda: StoredPoints(store, comm, which=job.which, unit_length=unit_length))
 
 
 def _same_job(out: Path, store: EmbeddingStore, job: ClusterJob) -> None:
@@ -149,8 +142,7 @@ def _cluster(
     figures = {"clustered": int(result.counts.sum()), **_figures(result)}
     if job.kmeans.assignment == "two_level":
         figures |= search_loss(points, result.centroids, job.kmeans, comm)
-    whole = on_main(result.centroids, grid, comm)
-    agreed(comm, lambda: write_centroids(out / CENTROIDS, whole, result.counts, figures, comm))
+    write_centroids(out / CENTROIDS, result.centroids, result.counts, figures, grid, comm)
 
 
 def _without_duplicates(points: StoredPoints, job: ClusterJob, comm: Comm, say: Say) -> Points:

@@ -20,7 +20,7 @@ from trainer.programs.workdir import open_workdir
 from trainer.run import pixels_of
 from trainer.store import EmbeddingStore, Identity
 from trainer.teachers.existing_vectors import StoredVectors
-from trainer.teachers.fill import Embedded, Teacher, embed
+from trainer.teachers.fill import Embedded, ReadsApart, Teacher, embed
 from trainer.teachers.frozen import Shard
 from trainer.teachers.image import ImageTeacher
 from trainer.teachers.pca import FILE, Pca, ProjectedTeacher, fit_pca, load_pca
@@ -105,6 +105,8 @@ class _Recoded:
         self.teacher, self.dtype = teacher, dtype
         self.chunk, self.read, self.encode = teacher.chunk, teacher.read, teacher.encode
         self.stand_by = teacher.stand_by
+        if isinstance(teacher, ReadsApart):
+            self.reader = teacher.reader
 
     @property
     def identity(self) -> Identity:

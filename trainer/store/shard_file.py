@@ -142,7 +142,7 @@ def read_shard_header(path: Path) -> tuple[ShardHeader, int]:
                 raise DataError(f"{path} is no file of a store; delete it and compute it again")
             length = struct.unpack("<I", start[len(_MAGIC) :])[0]
             header = ShardHeader.model_validate_json(file.read(length))
-            found = path.stat().st_size
+            found = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise DataError(f"{path} is missing; run tools/embed.py again") from None
     except ValidationError as error:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.comm import Comm, agreed
+from trainer.data.ahead import in_order
 from trainer.data.decode import BadSample
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.texts import TextSet
-from trainer.errors import DataError, TrainerError
+from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.hashing import key_of, uniform
 from trainer.long_work import LongWork
 from trainer.store import EmbeddingStore, Identity, StoreWriter
@@ -24,6 +25,7 @@ from trainer.store.shard_file import SUFFIX, encode, map_shard
 
 CHECKED_SHARE = 1e-3
 """Of the samples that are computed a second time, alone, and compared."""
+_SPAN = 64  # samples that are read at once
 _TOLERANCE = {"float32": 1e-4, "float16": 1e-4, "bfloat16": 1e-3}
 """Of one minus the cosine between a stored vector and the one computed again."""
 
@@ -76,14 +78,15 @@ def embed(
     *,
     teacher: Teacher,
     comm: Comm,
+    workers: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Embedded:
     """Write the teacher's vectors of every sample of the shards, or text, into the store `out`.
 
     The shards that the store lacks are dealt to the ranks in turn. What is computed together is
-    decided within a shard, so the bytes depend neither on the number of ranks nor on where an
-    earlier build was killed. A thousandth of the samples is computed again and must agree.
-    DataError on all ranks if one fails.
+    decided within a shard, so the bytes depend neither on the number of ranks or of `workers`,
+    processes that read and decode ahead, nor on where an earlier build was killed. A thousandth of
+    the samples is computed again and must agree. DataError on all ranks if one fails.
     """
     shards = _opened(spec)
     names = _plain_names(shards)
@@ -94,9 +97,13 @@ def embed(
     skipped, checked, own = [0], [0], todo[comm.rank :: comm.world_size]
     work = LongWork("embedding", total=sum(shards.sizes[row] for row in own), unit="samples")
 
+    spans = _spans(shards, own)
+    reader = _Reader(shards, teacher if not workers else _reader_of(teacher))
+
     def compute() -> None:
+        read = in_order(reader, spans, workers=workers)
         for row in own:
-            ids, vectors = _shard_vectors(shards, row, teacher, work)
+            ids, vectors = _shard_vectors(shards, row, read, teacher, work)
             writer.write(names[row], ids, vectors)
             skipped.append(shards.sizes[row] - len(ids))
             checked.append(_check_again(writer.path(names[row]), shards, row, teacher))
@@ -131,26 +138,66 @@ def verify(spec: str | TextSet, out: Path | str, *, teacher: Teacher, comm: Comm
     return sum(comm.gather_json(sum(checked)))
 
 
-def read_items(
-    shards: ShardSet | TextSet, shard: int, teacher: Teacher
-) -> Iterator[tuple[list[int], list[Any]]]:
-    """Ids and items of the samples of one shard that the teacher can read, in chunks."""
-    first = sum(shards.sizes[:shard])
-    ids: list[int] = []
-    items: list[Any] = []
-    for index in range(first, first + shards.sizes[shard]):
-        try:
-            sample = shards.read(index)
-            item = teacher.read(sample)
-        except (BadSample, DamagedSample):
-            continue
-        ids.append(sample.sample_id)
-        items.append(item)
-        if len(ids) == teacher.chunk:
-            yield ids, items
-            ids, items = [], []
-    if ids:
-        yield ids, items
+class Reader(Protocol):
+    """The part of a teacher that reads, without its model: what reader processes are sent."""
+
+    def read(self, sample: RawSample) -> Any: ...
+
+
+@runtime_checkable
+class ReadsApart(Protocol):
+    """A teacher whose reading takes long enough to be done by processes of their own."""
+
+    reader: Reader
+
+
+class _Reader:
+    """Ids and items of some samples in a row that can be read."""
+
+    def __init__(self, shards: ShardSet | TextSet, reader: Reader) -> None:
+        self._shards, self._reader = shards, reader
+
+    def __call__(self, span: tuple[int, int]) -> list[tuple[int, Any]]:
+        found: list[tuple[int, Any]] = []
+        for index in range(*span):
+            try:
+                sample = self._shards.read(index)
+                found.append((sample.sample_id, self._reader.read(sample)))
+            except (BadSample, DamagedSample):
+                continue
+        return found
+
+
+def _reader_of(teacher: Teacher) -> Reader:
+    if not isinstance(teacher, ReadsApart):
+        raise ConfigError(
+            f"workers read images ahead, and {teacher.identity.teacher} reads none; leave them out"
+        )
+    return teacher.reader
+
+
+def _spans(shards: ShardSet | TextSet, rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Samples to read at once, shard after shard."""
+    starts = np.cumsum([0, *shards.sizes]).tolist()
+    return [
+        (begin, min(begin + _SPAN, starts[row + 1]))
+        for row in rows
+        for begin in range(starts[row], starts[row + 1], _SPAN)
+    ]
+
+
+def _chunks(
+    read: Iterator[list[tuple[int, Any]]], samples: int, size: int | None
+) -> Iterator[list[tuple[int, Any]]]:
+    """What was read of one shard of so many samples, as it is encoded: `size` at a time."""
+    held: list[tuple[int, Any]] = []
+    for _ in range(0, samples, _SPAN):
+        held += next(read)
+        while size is not None and len(held) >= size:
+            yield held[:size]
+            held = held[size:]
+    if held:
+        yield held
 
 
 def _agreed_list(comm: Comm, action: Callable[[], list[int]]) -> list[int]:
@@ -175,14 +222,18 @@ def _nothing() -> None: ...
 
 
 def _shard_vectors(
-    shards: ShardSet | TextSet, shard: int, teacher: Teacher, work: LongWork
+    shards: ShardSet | TextSet,
+    shard: int,
+    read: Iterator[list[tuple[int, Any]]],
+    teacher: Teacher,
+    work: LongWork,
 ) -> tuple[NDArray[np.int64], Tensor]:
     identity = teacher.identity
     ids: list[int] = []
     parts = [torch.empty(0, identity.vectors, identity.dim)]
-    for chunk, items in read_items(shards, shard, teacher):
-        ids += chunk
-        parts.append(teacher.encode(items))
+    for chunk in _chunks(read, shards.sizes[shard], teacher.chunk):
+        ids += [sample_id for sample_id, _ in chunk]
+        parts.append(teacher.encode([item for _, item in chunk]))
         work.done(len(chunk))
     return np.array(ids, dtype=np.int64), torch.cat(parts)
 

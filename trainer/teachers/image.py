@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -20,6 +20,17 @@ from trainer.teachers.frozen import FrozenStates, Precision, Shard
 
 _MAX_PIXELS = 25_000_000
 _CHUNK = 256
+
+
+class ImageReader(NamedTuple):
+    """Finds and decodes a sample's image."""
+
+    pixels: Pixels
+    images: tuple[str, ...]
+
+    def read(self, sample: RawSample) -> UInt8[Tensor, "3 size size"]:
+        """BadSample where the sample has no image that can be decoded."""
+        return self.pixels.decode(find_image(sample.fields, self.images), max_pixels=_MAX_PIXELS)
 
 
 class ImageTeacher:
@@ -45,6 +56,7 @@ class ImageTeacher:
         images: Sequence[str] = IMAGE_FIELDS,
     ) -> None:
         self.images = tuple(images)
+        self.reader = ImageReader(pixels, self.images)
         self.model = model.eval().requires_grad_(False)
         self.pixels, self.name, self.model_hash = pixels, name, model_hash
         self.pooling, self.layer, self.dim = pooling, layer, dim
@@ -74,8 +86,7 @@ class ImageTeacher:
         return "" if self.images == IMAGE_FIELDS else f", of {','.join(self.images)}"
 
     def read(self, sample: RawSample) -> UInt8[Tensor, "3 size size"]:
-        """BadSample where the sample has no image that can be decoded."""
-        return self.pixels.decode(find_image(sample.fields, self.images), max_pixels=_MAX_PIXELS)
+        return self.reader.read(sample)
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Tensor]) -> Float32[Tensor, "images 1 dim"]:

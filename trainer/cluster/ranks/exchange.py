@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,17 +15,16 @@ from trainer.comm import Comm
 
 
 class Chunk(NamedTuple):
-    """All points, of all ranks, of some cells."""
+    """All points, of all ranks, of the cells that this rank works on."""
 
     my_cells: range
-    """The cells that this rank works on."""
     cells: Int64[Tensor, " n"]
     ids: Int64[Tensor, " n"]
     rows: Float[Tensor, "n d"]
-    mine: slice
-    """Where this rank's own points are among them."""
+    counts: Sequence[int]
+    """Points that came from each rank, in their order; what is found of them goes back by it."""
     places: Int64[Tensor, " own"]
-    """And which they are."""
+    """Which of its own points this rank has sent, in the order in which answers come back."""
 
 
 def exchanged(
@@ -35,25 +35,25 @@ def exchanged(
     *,
     cells_at_once: int = 1,
 ) -> Iterator[Chunk]:
-    """Chunk by chunk of `cells_at_once` cells a rank, in order of the cell; every rank gets all.
+    """Chunk by chunk of `cells_at_once` cells a rank, in order of the cell.
 
-    `cells` is the cell of each local point. Each point is read, and sent, once.
+    `cells` is the cell of each local point. Each point is read, and sent to one rank, once.
     """
     order = torch.argsort(cells, stable=True).cpu()
-    ends = torch.bincount(cells.cpu(), minlength=num_cells).cumsum(0)
+    ends = [0, *torch.bincount(cells.cpu(), minlength=num_cells).cumsum(0).tolist()]
     ids = points.ids(0, len(points)).cpu()
-    step = cells_at_once * comm.world_size
-    for first in range(0, num_cells, step):
-        last = min(first + step, num_cells)
-        places = order[int(ends[first - 1]) if first else 0 : int(ends[last - 1])]
-        counts = [int(count) for count in comm.gather_json(len(places))]
-        begin = sum(counts[: comm.rank])
-        low = min(first + comm.rank * cells_at_once, last)
+    for first in range(0, num_cells, cells_at_once * comm.world_size):
+        borders = [
+            min(first + rank * cells_at_once, num_cells) for rank in range(comm.world_size + 1)
+        ]
+        places = order[ends[borders[0]] : ends[borders[-1]]]
+        counts = [ends[last] - ends[begin] for begin, last in pairwise(borders)]
+        rows, sizes = comm.exchange(points.take(places).to(comm.device, torch.float32), counts)
         yield Chunk(
-            my_cells=range(low, min(low + cells_at_once, last)),
-            cells=comm.gather_rows(cells[places].to(comm.device)),
-            ids=comm.gather_rows(ids[places].to(comm.device)),
-            rows=comm.gather_rows(points.take(places).to(comm.device, torch.float32)),
-            mine=slice(begin, begin + len(places)),
+            my_cells=range(borders[comm.rank], borders[comm.rank + 1]),
+            cells=comm.exchange(cells[places].to(comm.device), counts)[0],
+            ids=comm.exchange(ids[places].to(comm.device), counts)[0],
+            rows=rows,
+            counts=sizes,
             places=places,
         )

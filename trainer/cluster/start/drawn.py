@@ -12,6 +12,7 @@ from trainer.comm import Comm
 from trainer.hashing import hash_bits, key_of
 
 _IDS_AT_ONCE = 1 << 20
+_DIGITS = 1 << 16
 
 
 def starting_points(problem: Problem, restart: int) -> Float[Tensor, "k d"]:
@@ -41,10 +42,27 @@ def smallest_hashes(
         if len(kept) > count:
             limit = int(kept.kthvalue(count).values)
             kept, places = kept[kept <= limit], places[kept <= limit]
-    everyone = torch.sort(comm.gather_rows(kept.to(comm.device))).values
-    threshold = int(everyone[min(count, len(everyone)) - 1])
-    chosen = kept <= threshold
+    chosen = kept <= kth_smallest(kept, count, comm)
     return kept[chosen], places[chosen]
+
+
+def kth_smallest(values: Int64[Tensor, " n"], count: int, comm: Comm) -> int:
+    """The `count`-th smallest of all ranks' values together; the largest, if they are fewer.
+
+    Digit after digit, by counts of each: sends 2 MiB a rank, however many values there are.
+    """
+    total = int(comm.sum(torch.tensor([len(values)], device=comm.device)))
+    left, found = min(count, total) - 1, 0
+    for shift in (48, 32, 16, 0):
+        digits = values >> shift
+        digits = digits + _DIGITS // 2 if shift == 48 else digits & (_DIGITS - 1)
+        counts = comm.sum(torch.bincount(digits, minlength=_DIGITS).to(comm.device)).cpu()
+        ends = counts.cumsum(0)
+        digit = int(torch.searchsorted(ends, left, right=True))
+        left -= int(ends[digit] - counts[digit])
+        values = values[digits == digit]
+        found = found << 16 | (digit - _DIGITS // 2 if shift == 48 else digit)
+    return found
 
 
 def lexicographic(keys: Shaped[Tensor, " n"], rows: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:

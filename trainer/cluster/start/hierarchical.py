@@ -22,8 +22,9 @@ SAMPLES_PER_CLUSTER = 16
 _COARSE_ITERATIONS, _FINE_ITERATIONS = 8, 4
 
 
-def hierarchical_start(problem: Problem, restart: int, run: Run) -> Float[Tensor, "k d"]:
-    """K centroids: about sqrt(K) cells of a sample, each split in proportion to its size.
+def hierarchical_start(problem: Problem, restart: int, run: Run) -> Float[Tensor, "held d"]:
+    """The rows that this rank holds of K centroids: about sqrt(K) cells of a sample, each split in
+    proportion to its size.
 
     The sample is the 16 K points (all, if there are fewer) with the smallest hashes; each rank
     holds its own part of it. The cells are dealt to the ranks, each is clustered by one. Costs
@@ -45,7 +46,9 @@ def hierarchical_start(problem: Problem, restart: int, run: Run) -> Float[Tensor
     )
     cells = run(sample, coarse, comm)
     shares = divided(cells.counts.cpu(), config.clusters)
-    parts = []
+    held = problem.grid.held
+    start = torch.zeros(held.stop - held.start, problem.points.dim, device=comm.device)
+    first = 0
     for chunk in exchanged(sample, cells.labels.cpu(), coarse.clusters, comm):
         own = torch.zeros(0, problem.points.dim, device=comm.device)
         for cell in chunk.my_cells:
@@ -56,8 +59,12 @@ def hierarchical_start(problem: Problem, restart: int, run: Run) -> Float[Tensor
                 )
                 members = Resident(chunk.rows[inside], chunk.ids[inside])
                 own = run(members, fine, Comm.solo(comm.device)).centroids
-        parts.append(comm.gather_rows(own))
-    return torch.cat(parts)
+        part = comm.gather_rows(own)
+        low, high = max(first, held.start), min(first + len(part), held.stop)
+        if low < high:
+            start[low - held.start : high - held.start] = part[low - first : high - first]
+        first += len(part)
+    return start
 
 
 def divided(counts: Int64[Tensor, " cells"], clusters: int) -> Int64[Tensor, " cells"]:
