@@ -10,6 +10,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def main() -> int:
         catalogue=arguments.catalogue,
     )
     if not failed:
-        print("next: python tools/embed.py --teacher efficientnet-lite0 --data SHARDS --out STORE")
+        spec = arguments.catalogue or "::".join(arguments.shards)
+        print(f"next: bash launch/local.sh RUN.yaml data.train={shlex.quote(spec)}")
     return failed
 
 

@@ -34,7 +34,7 @@ def test_an_index_has_the_size_that_the_page_says(tmp_path: Path) -> None:
     size = Path(f"{shard}.index").stat().st_size / len(samples)
     assert "about 120 bytes a sample with three members" in PAGE
     assert abs(size - 120) < 6
-    assert "48 GB" in PAGE  # 400 million times 120 bytes
+    assert "| 407 million (LAION-400M) | 41,000 | 12 TB | 49 GB |" in PAGE  # 120 bytes each
 
 
 def test_the_page_names_the_numbers_of_the_program() -> None:

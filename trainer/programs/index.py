@@ -53,7 +53,7 @@ def index_shards(
         outcomes.append(outcome)
         if not outcome.failed:
             tell(outcome.said)
-    sys.stdout.write(f"{sum(outcome.samples for outcome in outcomes)} samples\n")
+    sys.stdout.write(_in_all(outcomes, missing=missing))
     if any(outcome.failed for outcome in outcomes):
         _complain([outcome.said for outcome in outcomes if outcome.failed], len(shards))
         return 2
@@ -93,6 +93,11 @@ def _has_index(shard: str) -> bool:
         return file_size(index_path(shard)) > 0
     except FileNotFoundError:
         return False
+
+
+def _in_all(outcomes: Sequence[Outcome], *, missing: bool) -> str:
+    samples = sum(outcome.samples for outcome in outcomes)
+    return f"{samples} samples{' in what had no index' if missing else ''}\n"
 
 
 def _complain(said: Sequence[str], count: int) -> None:
