@@ -8,6 +8,20 @@ if ! grep -qE '^[^#[:space:]]+[[:space:]]+slots=[0-9]+' "$hostfile" 2>/dev/null;
   echo "error: no line such as 'name slots=8' in the hostfile $hostfile, or no such file" >&2
   exit 2
 fi
+if ! command -v pdsh >/dev/null || ! command -v ssh >/dev/null; then
+  echo "error: deepspeed reaches other hosts by ssh and pdsh, and one of them is not on this machine;" \
+    "install both (Debian: apt-get install openssh-client pdsh)" >&2
+  exit 2
+fi
 source "$(dirname "$0")/setup.sh"
 run=$(from_caller "${2:?$usage}")
+away=
+for host in $(grep -oE '^[^#[:space:]]+' "$hostfile"); do
+  ssh -o BatchMode=yes -o ConnectTimeout=15 "$host" true </dev/null 2>/dev/null || away+=" $host"
+done
+if [ -n "$away" ]; then  # a host may come back, so launch/until_done.sh tries again
+  echo "error: no ssh without a password from $(hostname) to:$away; set up keys for them, wait until" \
+    "they are up, or take them out of $hostfile" >&2
+  exit 3
+fi
 exec deepspeed --hostfile "$hostfile" --module trainer "$run" "${@:3}"

@@ -11,7 +11,7 @@ launch() {
   # DeepSpeed's runner dies of a SIGTERM without passing it on. So it gets a process group of its
   # own, the whole group is told, and we wait until the ranks have saved.
   set -m
-  deepspeed --log_level warning --num_gpus "$processes" --master_port "$port" --module trainer "$@" &
+  deepspeed --log_level error --num_gpus "$processes" --master_port "$port" --module trainer "$@" &
   job=$!
   set +m
   trap 'kill -TERM -- "-$job" 2>/dev/null' TERM INT USR1

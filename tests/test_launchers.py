@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,21 @@ def test_a_hostfile_that_is_missing_or_empty_is_refused(tmp_path):
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 2, said
         assert f"hostfile {tmp_path / name}" in said
+
+
+@pytest.mark.skipif(
+    not (shutil.which("ssh") and shutil.which("pdsh")), reason="ssh or pdsh is not installed"
+)
+def test_hosts_that_no_ssh_reaches_are_named(tmp_path):
+    """With the code of a lost host: it may be starting, so a start anew makes sense."""
+    (tmp_path / "hosts").write_text("# two\nno-host-a.invalid slots=8\nno-host-b.invalid slots=8\n")
+    process = started(
+        "bash", "launch/multinode.sh", str(tmp_path / "hosts"), "launch/runs/clip.yaml"
+    )
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, said
+    assert "to: no-host-a.invalid no-host-b.invalid; set up keys" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

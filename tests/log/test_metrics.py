@@ -327,6 +327,11 @@ def test_durations_and_events_in_words() -> None:
     assert event_line(at(3), "saved", {}) == "step 3  saved"
     many = event_line(at(3), "episode", {f"figure_{n}": n for n in range(14)})
     assert many.endswith("figure_9 9, and 4 more in events.jsonl")
+    figures = {"top1": 41.5, "top5": 67.25, "chance": 0.4878, "chance_top5": 2.44, "samples": 205}
+    assert event_line(at(9), "birds", figures) == (
+        "step 9  birds: top1 41.5 (chance 0.4878), top5 67.25 (chance 2.44), samples 205"
+    )
+    assert event_line(at(9), "alone", {"chance": 0.5}) == "step 9  alone: chance 0.5"
     words = episode_line(
         at(6),
         {

@@ -122,18 +122,34 @@ def display_for(console: Console, *, total_steps: int) -> Display:
 
 
 def event_line(progress: Progress, name: str, figures: Mapping[str, Any]) -> str:
-    """`step 120  zero_shot: top1 0.412, top5 0.7`, without figures that are lists or tables.
+    """`step 120  birds: top1 41.2 (chance 0.5), samples 205`, without lists and tables.
 
     Of many figures the first ten; `events.jsonl` has all.
     """
     shown = [
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        _told(key, value, figures)
         for key, value in figures.items()
-        if not isinstance(value, (list, dict))
+        if not isinstance(value, (list, dict)) and not _is_chance_of_another(key, figures)
     ]
     if len(shown) > MOST_FIGURES:
         shown = [*shown[:MOST_FIGURES], f"and {len(shown) - MOST_FIGURES} more in events.jsonl"]
     return f"step {progress.step}  {name}" + (": " + ", ".join(shown) if shown else "")
+
+
+def _told(key: str, value: Any, figures: Mapping[str, Any]) -> str:
+    chance = figures.get(f"chance_{key}", figures.get("chance") if key in _ONE_CHANCE else None)
+    beside = "" if chance is None else f" (chance {chance:.4g})"
+    return (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}") + beside
+
+
+_ONE_CHANCE = ("top1", "mean_per_class")
+"""Figures whose floor is called `chance` and no more."""
+
+
+def _is_chance_of_another(key: str, figures: Mapping[str, Any]) -> bool:
+    if key == "chance":
+        return any(name in figures for name in _ONE_CHANCE)
+    return key.startswith("chance_") and key.removeprefix("chance_") in figures
 
 
 def episode_line(progress: Progress, figures: Mapping[str, Any]) -> str:
