@@ -28,7 +28,7 @@ from trainer.export.card_facts import (
     readable_by_others,
     stated_licences,
 )
-from trainer.export.equality import compare_forms
+from trainer.export.equality import WHAT, compare_forms
 from trainer.export.onnx_files import refuse_missing_packages
 from trainer.export.transformers_folder import Exported, export_model
 from trainer.long_work import tell
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"{step} -> {exported.folder}: {exported.loads_as}{reason}")
     if exported.beside:
         print(exported.beside)
-    tell("comparing what each form gives")
+    tell(f"comparing what each form gives: {WHAT}")
     for compared in compare_forms(
         trained.model, trained.tokenizer, exported.folder, loads_as=exported.loads_as
     ):

@@ -5,6 +5,7 @@ folder/native/         model.safetensors, prototype heads included; model.json
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +86,17 @@ def load_exported_patch_tower(folder: Path | str) -> PatchTower:
     )
     load_trained(model, weights)
     return model.eval()
+
+
+def load_again(folder: Path) -> Exportable:
+    """The model of an exported folder, of whichever kind."""
+    try:
+        said = json.loads((folder / NATIVE / "model.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no exported model: {error}") from error
+    if "hidden" in said:
+        return load_exported_patch_tower(folder)
+    return load_exported(folder)[0] if "text" in said else load_exported_image_tower(folder)
 
 
 def load_trained(model: Model, weights: Mapping[str, Tensor]) -> None:
