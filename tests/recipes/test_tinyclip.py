@@ -20,6 +20,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
+from trainer.export.native import load_exported
 from trainer.export.transformers_folder import export_model
 from trainer.programs.workdir import evaluate_workdir, logged_results, open_workdir
 
@@ -190,14 +191,17 @@ def test_gates_learn_and_the_model_shrinks_twice_and_goes_on_anywhere(tmp_path: 
     assert logged_results(tmp_path / "two")["names"] == pytest.approx(
         evaluate_workdir(tmp_path / "two", SOLO)["names"]
     )
-    with pytest.raises(ConfigError, match="cut to different widths"):
-        export_model(trained.model, trained.tokenizer, tmp_path / "exported")
+    export_model(trained.model, trained.tokenizer, tmp_path / "exported")
+    again, _ = load_exported(tmp_path / "exported")
+    assert torch.equal(again(small_batch()).image, trained.model(small_batch()).image)
     middle = tmp_path / "middle"
     shutil.copytree(tmp_path / "two", middle)
     for checkpoint in (middle / "checkpoints").glob("step-*"):
         if int(checkpoint.name.removeprefix("step-")) > 1:
             shutil.rmtree(checkpoint)
     gated = open_workdir(middle, SOLO).model
+    with pytest.raises(ConfigError, match="its gates are still learning"):
+        export_model(gated, trained.tokenizer, tmp_path / "gated")
     batch = small_batch()
     with torch.no_grad():
         masked = gated(batch).image

@@ -2,132 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from PIL import Image
 
+from trainer.export.card_uses import (
+    CLIP_USE,
+    CUT_USE,
+    IMAGE_TOWER_USE,
+    IMAGE_USE,
+    PATCH_USE,
+    SIGLIP_USE,
+    SIGMOID,
+    SOFTMAX,
+    TOWERS_USE,
+    UNKNOWN_LICENCE,
+)
 from trainer.models.config import ImageTowerConfig, ModelConfig, TowerConfig, TwoTowerConfig
 from trainer.models.load import model_pixels
+from trainer.models.narrow import NarrowShape
 from trainer.store import Identity
-
-_CLIP_USE = """\
-```python
-import torch
-from PIL import Image
-from transformers import AutoProcessor, CLIPModel
-
-folder = "."  # where this file is
-model = CLIPModel.from_pretrained(folder).eval()
-processor = AutoProcessor.from_pretrained(folder)
-
-batch = processor(
-    text=["a red apple", "a cat"], images=Image.open("picture.png").convert("RGB"),
-    padding=True, truncation=True, return_tensors="pt",
-)
-with torch.inference_mode():
-    logits = model(**batch).logits_per_image
-print({probabilities}
-```
-"""
-_SIGLIP_USE = """\
-```python
-import torch
-from PIL import Image
-from transformers import AutoProcessor, SiglipModel
-
-folder = "."  # where this file is
-model = SiglipModel.from_pretrained(folder).eval()
-processor = AutoProcessor.from_pretrained(folder)
-
-batch = processor(
-    text=["a red apple", "a cat"], images=Image.open("picture.png").convert("RGB"),
-    padding="max_length", truncation=True, return_tensors="pt",
-)
-with torch.inference_mode():
-    logits = model(**batch).logits_per_image
-print(torch.sigmoid(logits))  # of each pair, whether it matches
-```
-
-Rows must be filled up (`padding="max_length"`), and no mask is given: the text tower sees the
-padding and pools at the end of the row.
-"""
-_SOFTMAX = "logits.softmax(dim=-1))  # of the texts, which one is the picture's"
-_SIGMOID = "torch.sigmoid(logits + model.config.logit_bias))  # of each pair, whether it matches"
-
-_TOWERS_USE = """\
-`{form}` can't load it: {why_apart}. `image/` and `text/` hold the towers for
-transformers' `{image}` and `{text}`; pooling and projections are ours, so from a checkout of the
-trainer:
-
-```python
-from trainer.export.native import load_exported
-
-model, tokenizer = load_exported(".")  # where this file is
-```
-"""
-
-_UNKNOWN_LICENCE = (
-    "Not stated at export. The weights may be bound by the terms of the images and texts they "
-    "were trained on; find these out before you pass the weights on."
-)
-
-_IMAGE_USE = """\
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
-
-folder = "."  # where this file is
-model = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
-processor = AutoImageProcessor.from_pretrained(folder)
-
-pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
-with torch.inference_mode():
-    print(torch.nn.functional.normalize(model(**pixels).image_embeds, dim=-1))
-```
-
-`CLIPVisionModel.from_pretrained(folder)` loads the tower without its projection.
-"""
-
-_IMAGE_TOWER_USE = """\
-transformers' CLIP classes can't load it: {why_apart}. `image/` holds the tower for
-`transformers.AutoModel`; pooling and projection are ours, so from a checkout of the trainer:
-
-```python
-from trainer.export.native import load_exported_image_tower
-
-model = load_exported_image_tower(".")  # where this file is
-```
-"""
-
-
-_PATCH_USE = """\
-```python
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoImageProcessor, CLIPVisionModel
-
-folder = "."  # where this file is
-tower = CLIPVisionModel.from_pretrained(f"{{folder}}/image").eval()
-processor = AutoImageProcessor.from_pretrained(folder)
-head = torch.nn.Sequential(
-    torch.nn.Linear(tower.config.hidden_size, {hidden}), torch.nn.GELU(),
-    torch.nn.Linear({hidden}, {dim}), torch.nn.LayerNorm({dim}),
-)
-weights, ours = load_file(f"{{folder}}/native/model.safetensors"), "image.projection."
-head.load_state_dict({{n[len(ours):]: w for n, w in weights.items() if n.startswith(ours)}})
-
-pixels = processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")
-with torch.inference_mode():
-    patches = tower(**pixels).last_hidden_state[:, 1:]
-    print(torch.nn.functional.normalize(head(patches).mean(dim=1), dim=-1))
-```
-
-What `tower` pools by itself is not trained. From a checkout of the trainer, the whole model:
-
-```text
-from trainer.export.native import load_exported_patch_tower
-```
-"""
 
 
 def patch_card(
@@ -152,13 +47,13 @@ Maps images to unit vectors of {config.embed_dim} numbers, to be compared with t
 
 ## Use
 
-{_PATCH_USE.format(hidden=hidden, dim=config.embed_dim)}
+{PATCH_USE.format(hidden=hidden, dim=config.embed_dim)}
 `native/model.safetensors` has all weights under the trainer's own names, with the scale and bias of
 the logits; `native/model.json` the configuration and the identity of the texts' vectors.
 
 ## Training data and its licence
 
-{data_licence or _UNKNOWN_LICENCE}
+{data_licence or UNKNOWN_LICENCE}
 """
 
 
@@ -176,7 +71,7 @@ def image_card(
     config: ImageTowerConfig, *, why_apart: str = "", data_licence: str | None = None
 ) -> str:
     """As `model_card`, of an image tower alone."""
-    use = _IMAGE_TOWER_USE if why_apart else _IMAGE_USE
+    use = IMAGE_TOWER_USE if why_apart else IMAGE_USE
     return f"""\
 # Image encoder
 
@@ -196,7 +91,7 @@ the configuration. The prototypes it was trained against are not part of it.
 
 ## Training data and its licence
 
-{data_licence or _UNKNOWN_LICENCE}
+{data_licence or UNKNOWN_LICENCE}
 """
 
 
@@ -209,15 +104,17 @@ def model_card(
     bias: float | None,
     why_apart: str = "",
     data_licence: str | None = None,
+    left: Mapping[str, NarrowShape | None] = MappingProxyType({}),
 ) -> str:
     """Markdown: what the model is, what it must be fed, how to load it, and under which terms.
 
     `form` is the class of transformers that holds the model; where there is a reason why none does,
-    `towers` are the classes of its two parts. `scale` and `bias` make logits of cosines.
+    `towers` are the classes of its two parts, empty where these have none either. `scale` and
+    `bias` make logits of cosines. `left` is what towers that were cut have left.
     """
-    whole = _SIGLIP_USE if form == "SiglipModel" else _CLIP_USE
-    use = _TOWERS_USE if why_apart else whole
-    probabilities = _SOFTMAX if bias is None else _SIGMOID
+    whole = SIGLIP_USE if form == "SiglipModel" else CLIP_USE
+    use = (TOWERS_USE if any(towers) else CUT_USE) if why_apart else whole
+    probabilities = SOFTMAX if bias is None else SIGMOID
     image, text = towers
     told = use.format(
         probabilities=probabilities, why_apart=why_apart, form=form, image=image, text=text
@@ -228,8 +125,8 @@ def model_card(
 Maps images and texts to unit vectors of {config.embed_dim} numbers whose cosines say how well they
 match.
 
-- Image tower: {_tower(config.image)}
-- Text tower: {_tower(config.text)}; at most {config.text_length} tokens
+- Image tower: {_tower(config.image, left.get("image"))}
+- Text tower: {_tower(config.text, left.get("text"))}; at most {config.text_length} tokens
 - Prototype heads: {_head(config)}
 - Logits: {_logits(scale, bias, form)}
 
@@ -247,7 +144,7 @@ and `native/model.json` the configuration.
 
 ## Training data and its licence
 
-{data_licence or _UNKNOWN_LICENCE}
+{data_licence or UNKNOWN_LICENCE}
 """
 
 
@@ -284,7 +181,13 @@ def _image_input(config: ModelConfig) -> str:
 - Normalisation: pixels in [0, 1], minus ({mean}), divided by ({std})."""
 
 
-def _tower(section: TowerConfig) -> str:
+def _tower(section: TowerConfig, left: NarrowShape | None = None) -> str:
+    if left is not None:
+        heads, neurons = (f"{min(of)} to {max(of)}" for of in (left.heads, left.neurons))
+        return (
+            f"CLIP transformer, cut: {len(left.heads)} layers of width {left.width}, {heads} heads "
+            f"of {left.head_dim} and {neurons} neurons a layer"
+        )
     kind = (
         f"loaded from `{section.path}`"
         if section.path

@@ -95,7 +95,7 @@ def probe(model: Exportable, tokenizer: PreTrainedTokenizerFast | None) -> Batch
 def _each_form(
     folder: Path, model: Exportable, batch: Batch, truth: dict[str, Tensor], *, loads_as: str
 ) -> Iterator[Compared]:
-    by = {
+    by: dict[str, Callable[[Path, Batch], dict[str, Tensor]]] = {
         **{name: partial(_by_pair, name) for name in PAIRS},
         IMAGE_ALONE: _by_image_model,
         APART: partial(_by_towers, model),

@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+)
 
 from trainer.config import Frozen, PositiveInt
 from trainer.data.tokenize import load_tokenizer
@@ -21,9 +27,12 @@ from trainer.errors import CheckpointError
 from trainer.models.config import ImageTowerConfig, ModelConfig, TowerConfig, TwoTowerConfig
 from trainer.models.image_tower import ImageTower, build_image_tower
 from trainer.models.model import Model
+from trainer.models.narrow import NarrowShape, narrow_tower, shape_of, whole_shape
 from trainer.models.patch_tower import PatchTower, build_patch_tower
+from trainer.models.tower import Pool, Tower
 from trainer.models.two_tower import TwoTower, build_two_tower
 from trainer.store import Identity
+from trainer.types import TowerName
 
 Exportable = TwoTower | ImageTower | PatchTower
 Section = TypeVar("Section", TwoTowerConfig, ImageTowerConfig)
@@ -52,16 +61,77 @@ class PatchForm(Frozen):
     """The vectors that it was trained against."""
 
 
+class CutTower(Frozen):
+    """A tower whose layers were cut."""
+
+    backbone: dict[str, Any]
+    """As transformers describes one of its class, sizes aside."""
+    shape: NarrowShape
+    pool: Pool
+    causal: bool
+    eos_token_id: int | None
+
+
+class CutForm(Frozen):
+    """native/model.json of two towers of which at least one was cut."""
+
+    model: TwoTowerConfig
+    cut: dict[TowerName, CutTower]
+
+
 def load_exported(folder: Path | str) -> tuple[TwoTower, PreTrainedTokenizerFast]:
     """The model and tokenizer of an exported folder, prototype heads included."""
     folder = Path(folder)
-    values, weights = _native(folder, TwoTowerConfig)
+    is_cut = "cut" in _said(folder)
+    form, weights = _native(folder, CutForm) if is_cut else _native(folder, TwoTowerConfig)
     if not any(name.startswith("text.") for name in weights):
         raise CheckpointError(f"{folder} is no exported model with texts; it has no text tower")
     tokenizer = load_tokenizer(str(folder))
-    model = build_two_tower(_with_paths_in(folder, values), tokenizer)
+    if isinstance(form, CutForm):
+        model = _cut_pair(_with_paths_in(folder, form.model), form.cut)
+    else:
+        model = build_two_tower(_with_paths_in(folder, form), tokenizer)
     load_trained(model, weights)
     return model.eval(), tokenizer
+
+
+def cut_form(model: TwoTower) -> CutForm:
+    """What `load_exported` makes a model with cut towers from."""
+    towers: dict[TowerName, CutTower] = {}
+    both: dict[TowerName, Tower] = {"image": model.image, "text": model.text}
+    for name, tower in both.items():
+        shape, settings = shape_of(tower), tower.backbone.config
+        towers[name] = CutTower(
+            backbone=settings.to_dict(),
+            shape=shape or whole_shape(settings),
+            pool=tower.pool,
+            causal=tower.causal,
+            eos_token_id=tower.eos_token_id,
+        )
+    config = as_exported(model, is_whole=True)
+    assert isinstance(config, TwoTowerConfig)
+    return CutForm(model=config, cut=towers)
+
+
+def _cut_pair(config: TwoTowerConfig, cut: Mapping[TowerName, CutTower]) -> TwoTower:
+    towers = {
+        name: narrow_tower(
+            *(_KINDS[name][0], _KINDS[name][1](**one.backbone), one.shape),
+            embed_dim=config.embed_dim,
+            pool=one.pool,
+            trained=True,
+            causal=one.causal,
+            eos_token_id=one.eos_token_id,
+        )
+        for name, one in cut.items()
+    }
+    return TwoTower(config, image=towers["image"], text=towers["text"])
+
+
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "image": (CLIPVisionModel, CLIPVisionConfig),
+    "text": (CLIPTextModel, CLIPTextConfig),
+}
 
 
 def load_exported_image_tower(folder: Path | str) -> ImageTower:
@@ -90,13 +160,20 @@ def load_exported_patch_tower(folder: Path | str) -> PatchTower:
 
 def load_again(folder: Path) -> Exportable:
     """The model of an exported folder, of whichever kind."""
-    try:
-        said = json.loads((folder / NATIVE / "model.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no exported model: {error}") from error
+    said = _said(folder)
     if "hidden" in said:
         return load_exported_patch_tower(folder)
-    return load_exported(folder)[0] if "text" in said else load_exported_image_tower(folder)
+    if "cut" in said or "text" in said:
+        return load_exported(folder)[0]
+    return load_exported_image_tower(folder)
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    try:
+        said: dict[str, Any] = json.loads((folder / NATIVE / "model.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no exported model: {error}") from error
+    return said
 
 
 def load_trained(model: Model, weights: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ folder/                open_clip_config.json, open_clip_model.safetensors, besid
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _model(
             "layers": vision.num_hidden_layers,
             "width": vision.hidden_size,
             "head_width": vision.hidden_size // vision.num_attention_heads,
-            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+            "mlp_ratio": _ratio(vision),
             "norm_kwargs": {"eps": vision.layer_norm_eps},
         },
         "text_cfg": {
@@ -122,7 +123,7 @@ def _model(
             "layers": text.num_hidden_layers,
             "width": text.hidden_size,
             "heads": text.num_attention_heads,
-            "mlp_ratio": text.intermediate_size / text.hidden_size,
+            "mlp_ratio": _ratio(text),
             "pool_type": "eos",
             "eos_id": tokenizer.eos_token_id,
             "pad_id": tokenizer.pad_token_id,
@@ -131,6 +132,13 @@ def _model(
         },
     }
     return model if bias is None else model | {"init_logit_bias": bias}
+
+
+def _ratio(settings: Any) -> float:
+    """What open_clip multiplies the width by, and cuts to a whole number of neurons."""
+    width, neurons = settings.hidden_size, settings.intermediate_size
+    ratio: float = neurons / width
+    return ratio if int(width * ratio) == neurons else math.nextafter(ratio, math.inf)
 
 
 def _refuse_other_activations(*activations: str) -> None:

@@ -2,7 +2,8 @@
 
 folder/                config.json, model.safetensors: CLIPModel, where both towers are CLIP's,
                        SiglipModel, where both are SigLIP's
-folder/image, text     else the towers alone, each as a transformers model
+folder/image, text     else the towers alone, each as a transformers model; not where they were
+                       cut so that no class of transformers has room for them
 folder/                ditto, for an image tower alone: CLIPVisionModelWithProjection
 folder/image           ditto, where patches are compared with stored texts: CLIPVisionModel
 folder/                what feeds it (`trainer.export.inputs`), README.md
@@ -21,8 +22,9 @@ from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedTokenizerFast
 from trainer.errors import ConfigError
 from trainer.export.card import image_card, model_card, patch_card
 from trainer.export.clip import clip_model, clip_vision_model, clip_vision_tower
+from trainer.export.cut import filled_up, is_cut, why_not_whole
 from trainer.export.inputs import save_inputs
-from trainer.export.native import Exportable, PatchForm, as_exported, save_native
+from trainer.export.native import Exportable, PatchForm, as_exported, cut_form, save_native
 from trainer.export.onnx_files import save_onnx
 from trainer.export.open_clip_folder import save_open_clip
 from trainer.export.siglip import is_siglip, siglip_model, why_not_siglip
@@ -31,11 +33,14 @@ from trainer.models.image_tower import ImageTower
 from trainer.models.load import model_pixels
 from trainer.models.lora import has_lora, merge_lora
 from trainer.models.model import Model
+from trainer.models.narrow import shape_of
 from trainer.models.patch_tower import PatchTower
 from trainer.models.tower import Tower
 from trainer.models.two_tower import TwoTower
 from trainer.store import Identity
 
+NATIVE_ALONE = "native form alone"
+"""What is said to load a folder that no class of transformers does."""
 LEGACY_EOS = 2
 """transformers reads this end-of-text id as that of old files, and pools at the largest id."""
 
@@ -49,7 +54,7 @@ class Exported(NamedTuple):
     why_apart: str
     """Empty where it is."""
     loads_as: str
-    """The class of transformers that loads the folder, or `towers apart`."""
+    """The class of transformers that loads the folder, `towers apart`, or `native form alone`."""
     beside: str = ""
     """What that class does not do by itself, in a sentence; empty where there is nothing."""
 
@@ -120,7 +125,7 @@ def _open_clip_form(
     plain = _without_lora(model)
     assert isinstance(plain, TwoTower)
     save_open_clip(
-        clip_model(plain, tokenizer),
+        clip_model(filled_up(plain) if is_cut(model) else plain, tokenizer),
         exported.folder,
         tokenizer=tokenizer,
         text_length=model.config.text_length,
@@ -134,28 +139,27 @@ def _two_tower(
 ) -> tuple[Exported, str]:
     form = "SiglipModel" if is_siglip(model) else "CLIPModel"
     apart = why_not_siglip(model) if is_siglip(model) else _why_not_clip(model, tokenizer)
-    plain, bias = _without_lora(model), None
+    bias = None if model.logit_bias is None else model.logit_bias().detach().item()
+    plain, cut = _without_lora(model), is_cut(model)
     assert isinstance(plain, TwoTower)
-    if model.logit_bias is not None:
-        bias = model.logit_bias().detach().item()
-    if apart:
+    if apart and not cut:
         plain.image.backbone.save_pretrained(folder / "image")
         plain.text.backbone.save_pretrained(folder / "text")
     elif is_siglip(model):
         siglip_model(plain, tokenizer).save_pretrained(folder)
-    else:
-        clip_model(plain, tokenizer).save_pretrained(folder)
-    save_native(model, folder, as_exported(model, is_whole=not apart))
-    scale = model.logit_scale().detach().item()
+    elif not apart:
+        clip_model(filled_up(plain) if cut else plain, tokenizer).save_pretrained(folder)
+    save_native(model, folder, cut_form(model) if cut else as_exported(model, is_whole=not apart))
     towers = type(plain.image.backbone).__name__, type(plain.text.backbone).__name__
     card = model_card(
-        *(model.config, form, towers),
-        scale=scale,
+        *(model.config, form, ("", "") if cut else towers),
+        scale=model.logit_scale().detach().item(),
         bias=bias,
         why_apart=apart,
         data_licence=data_licence,
+        left={"image": shape_of(model.image), "text": shape_of(model.text)},
     )
-    loads_as = "towers apart" if apart else form
+    loads_as = (NATIVE_ALONE if cut else "towers apart") if apart else form
     beside = "" if bias is None else _sigmoid_sentence(bias, loads_as)
     return Exported(folder, not apart, apart, loads_as, beside), card
 
@@ -235,7 +239,7 @@ def _why_not_clip(model: TwoTower, tokenizer: PreTrainedTokenizerFast) -> str:
         return f"it pools by {model.image.pool} and {model.text.pool}, which CLIPModel does not"
     if tokenizer.eos_token_id == LEGACY_EOS:
         return f"the tokenizer's end token has id {LEGACY_EOS}, which CLIPModel takes for another"
-    return _why_no_matrix(model.image) or _why_no_matrix(model.text)
+    return _why_no_matrix(model.image) or _why_no_matrix(model.text) or why_not_whole(model)
 
 
 def _why_no_matrix(tower: Tower) -> str:

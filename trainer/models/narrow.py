@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPVisionModel
 
 from trainer.models.load import ATTENTION
 from trainer.models.tower import Tower
@@ -62,23 +63,60 @@ class BiasMlp(nn.Module):
 
 def narrowed(tower: Tower, shape: NarrowShape) -> Tower:
     """A tower of the same kind with these sizes; what it has learned is to be filled in."""
-    settings = copy.deepcopy(tower.backbone.config)
-    # One head of the whole width is only what the class needs to begin with.
-    settings.update({"hidden_size": shape.width, "num_attention_heads": 1})
-    backbone: Any = type(tower.backbone)._from_config(settings, attn_implementation=ATTENTION)
-    projection = nn.Linear(shape.width, tower.projection.out_features, bias=False)
-    result = Tower(
-        backbone,
-        projection,
+    result = narrow_tower(
+        *(type(tower.backbone), tower.backbone.config, shape),
+        embed_dim=tower.projection.out_features,
         pool=tower.pool,
         trained=tower.trained,
         causal=tower.causal,
         eos_token_id=tower.eos_token_id,
-        pair=tower.pair,
-        note=tower.note,
     )
-    narrow(result, shape)
+    result.pair, result.note = tower.pair, tower.note
     return result
+
+
+def narrow_tower(
+    kind: Any, settings: Any, shape: NarrowShape, *, embed_dim: int, **how: Any
+) -> Tower:
+    """A tower around a backbone of this class, which `settings` describe but for its sizes.
+
+    `how` is what `Tower` must be told besides.
+    """
+    settings = copy.deepcopy(settings)
+    # One head of the whole width is only what the class needs to begin with.
+    settings.update({"hidden_size": shape.width, "num_attention_heads": 1})
+    backbone: Any = kind._from_config(settings, attn_implementation=ATTENTION)
+    tower = Tower(backbone, nn.Linear(shape.width, embed_dim, bias=False), **how)
+    narrow(tower, shape)
+    return tower
+
+
+def shape_of(tower: Tower) -> NarrowShape | None:
+    """What is left of a CLIP tower that has been cut; None of one whose layers are as its
+    configuration says, and of others."""
+    if not isinstance(tower.backbone, CLIPTextModel | CLIPVisionModel):
+        return None
+    settings: Any = tower.backbone.config
+    layers = list(tower.backbone.encoder.layers)
+    heads = tuple(getattr(layer.self_attn, "num_heads", 0) for layer in layers)
+    neurons = tuple(getattr(getattr(layer.mlp, "fc1", None), "out_features", 0) for layer in layers)
+    whole = whole_shape(settings)
+    if (heads, neurons) == (whole.heads, whole.neurons):
+        return None
+    head_dim = max(getattr(layer.self_attn, "head_dim", 1) for layer in layers)
+    return NarrowShape(settings.hidden_size, head_dim, heads, neurons)
+
+
+def whole_shape(settings: Any) -> NarrowShape:
+    """Of a tower that nothing was cut from."""
+    width, heads, layers = (
+        settings.hidden_size,
+        settings.num_attention_heads,
+        settings.num_hidden_layers,
+    )
+    return NarrowShape(
+        *(width, width // heads, (heads,) * layers, (settings.intermediate_size,) * layers)
+    )
 
 
 def narrow(tower: Tower, shape: NarrowShape) -> None:

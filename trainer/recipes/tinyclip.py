@@ -87,9 +87,12 @@ def build_model(
     for name in TOWERS:
         if found := shape["sizes"].get(name):
             setattr(model, name, narrowed(getattr(model, name), NarrowShape.read(found)))
-            model.why_not_exported = "its layers were cut to different widths"
         if gates := shape.get("open", {}).get(name):
             GatedTower(getattr(model, name)).final = Gates(*map(torch.tensor, gates))
+            model.why_not_exported = (
+                "its gates are still learning what goes; train to the end of the stage, where the "
+                "model is cut, and export that"
+            )
     return model
 
 
