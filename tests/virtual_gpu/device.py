@@ -10,7 +10,7 @@ device. A copy to the device that says `non_blocking` counts as no wait.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -116,12 +116,15 @@ def _storage(tensor: Tensor) -> int:
 
 def place() -> str:
     """file:line of the innermost line of the program that is being run."""
-    frames = traceback.extract_stack()
-    ours = [frame for frame in frames if f"{ROOT}/trainer/" in frame.filename]
-    if not ours:
-        tests = [frame for frame in frames if f"{ROOT}/tests/" in frame.filename]
-        ours = [frame for frame in tests if frame.filename != __file__]
-    return f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}"
+    frame, test = sys._getframe(1), None
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(f"{ROOT}/trainer/"):
+            return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
+        if test is None and file.startswith(f"{ROOT}/tests/") and file != __file__:
+            test = f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return test or "nowhere"
 
 
 class Operations(TorchDispatchMode):
@@ -149,7 +152,7 @@ class Operations(TorchDispatchMode):
         result = function(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in made:
-            if not tensors:
+            if all(gpu.is_open(given) for given in tensors):
                 gpu.leave_open(tensor)
             elif on_device and (name != "copy_" or gpu.has(args[0])) and not gpu.has(tensor):
                 gpu.put(tensor)
@@ -280,7 +283,7 @@ class Names(TorchFunctionMode):
                 dtype = value
             elif _device(value) is not None:
                 device = _device(value)
-        later = kwargs.get("non_blocking", False) or True in rest
+        later = kwargs.get("non_blocking", False) or any(value is True for value in rest)
         if device is not None and device.type == "meta":
             return function(tensor, *rest, **kwargs)
         to_device = device is not None and device.type == "cuda"

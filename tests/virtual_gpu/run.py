@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,77 +22,21 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from tests.fixtures.emoji import write_shards
+from tests.virtual_gpu.cases import config_of, prepare
 from tests.virtual_gpu.device import CUDA, VirtualGpu, Wait, virtual_gpu
 from tests.virtual_gpu.engine import FORWARD, STEP, PlainEngine
+from tests.virtual_gpu.programs import PROGRAMS
 from trainer import loop
 from trainer.comm import Comm
-from trainer.config import RunConfig, parse_run
-from trainer.data.labels import ClusterLabels
-from trainer.data.shards import ShardSet
+from trainer.config import RunConfig
 from trainer.engine import zero
-from trainer.kernels import triton_assign, triton_logits
+from trainer.kernels import triton_assign, triton_logits, triton_rows
 
 KERNELS = {
     triton_logits: ("exponential_product",),
     triton_assign: ("maxima_of_groups", "scores_of_groups"),
+    triton_rows: ("adamw_of_rows",),
 }
-TOWERS = """
-    image_size: 32
-    patch_size: 16
-    embed_dim: 16
-    image: {width: 32, layers: 1, heads: 2}
-"""
-TEXT = """    text_length: 8
-    vocabulary: 300
-    text: {width: 32, layers: 1, heads: 2}
-"""
-RECIPES = {
-    "clip": "model:" + TOWERS + TEXT,
-    "siglip": "model:" + TOWERS + TEXT,
-    "protoclip": "episode_samples: 40\n  clusters: 5\n  model:"
-    + TOWERS
-    + TEXT
-    + "    head: {hidden: 24, dim: 8, norm: batch}\n",
-    "mlcd": "labels: FOLDER/labels\n  head: {sample_rate: 0.5}\n  model:" + TOWERS,
-}
-RUN = """
-workdir: {folder}/{case}
-steps: 4
-global_batch: {batch}
-micro_batch: 4
-deepspeed: {folder}/zero0.json
-recipe:
-  name: {name}
-  {recipe}
-data: {{train: "{spec}", workers: 0}}
-log_every: 100 steps
-save_every: never
-"""
-
-
-def config_of(case: str, folder: Path, spec: str, world_size: int) -> RunConfig:
-    """`case` is a recipe, or a recipe and `/2` for two micro-batches."""
-    name, _, passes = case.partition("/")
-    text = RUN.format(
-        folder=folder,
-        case=case.replace("/", "-"),
-        batch=4 * world_size * int(passes or 1),
-        name=name,
-        recipe=RECIPES[name].replace("FOLDER", str(folder)),
-        spec=spec,
-    )
-    return parse_run(text)
-
-
-def prepare(folder: Path) -> str:
-    """Shards, labels and a DeepSpeed file."""
-    (folder / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    spec = write_shards(folder / "shards", count=40, per_shard=20)
-    ids = torch.as_tensor(ShardSet.open(spec).ids)
-    labels = torch.stack([torch.arange(len(ids)) % 300, torch.arange(len(ids)) % 7], dim=1)
-    ClusterLabels(ids, labels).save(folder / "labels")
-    return spec
 
 
 @contextmanager
@@ -111,11 +58,30 @@ def budget_of(waits: list[Wait]) -> dict[str, Any]:
     ends = [place for place, wait in enumerate(waits) if wait == STEP]
     step = waits[ends[-3] + 1 : ends[-2]]
     first = step.index(FORWARD)
-
-    def listed(some: list[Wait]) -> dict[str, int]:
-        return dict(Counter(f"{w.place} {w.kind}" for w in some if w not in (FORWARD, STEP)))
-
     return {"before": listed(step[:first]), "all": listed(step)}
+
+
+def listed(waits: list[Wait]) -> dict[str, int]:
+    """How many, by place and kind."""
+    return dict(Counter(f"{w.place} {w.kind}" for w in waits if w not in (FORWARD, STEP)))
+
+
+def trained(gpu: VirtualGpu, config: RunConfig) -> dict[str, Any]:
+    """What came of a run; where it failed, the end of the traceback."""
+    try:
+        outcome = loop.train(config)
+    except Exception:
+        return {"failed": traceback.format_exc()[-3000:]}
+    return {"finished": outcome.finished, **budget_of(gpu.waits)}
+
+
+def used(gpu: VirtualGpu, program: Callable[[], None]) -> dict[str, Any]:
+    """What came of a program: its waits by place."""
+    try:
+        program()
+    except Exception:
+        return {"failed": traceback.format_exc()[-3000:]}
+    return {"finished": True, "all": listed(gpu.waits)}
 
 
 def main(folder: str, *cases: str) -> None:
@@ -123,13 +89,14 @@ def main(folder: str, *cases: str) -> None:
     root = Path(folder)
     alone = Comm.from_environment(timeout_seconds=60.0)
     comm = Comm(alone.rank, alone.world_size, CUDA, alone.group, dist.new_group(backend="gloo"))
-    spec = alone.broadcast_json(prepare(root) if alone.is_main else "")
+    size, spec = comm.world_size, alone.broadcast_json(prepare(root) if alone.is_main else "")
     with on_virtual_gpu(comm) as gpu:
         for case in cases:
             gpu.waits.clear()
-            outcome = loop.train(config_of(case, root, spec, comm.world_size))
-            row = {"case": case, "finished": outcome.finished, **budget_of(gpu.waits)}
-            print(json.dumps(row), flush=True)
+            program = PROGRAMS.get(case)
+            run = partial(program, root, spec, comm) if program else None
+            row = used(gpu, run) if run else trained(gpu, config_of(case, root, spec, size))
+            print(json.dumps({"case": case, "cpu": time.process_time(), **row}), flush=True)
     dist.destroy_process_group()
 
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot, pad
+from torch.nn.functional import normalize, pad
 
 from trainer.comm import Comm
 from trainer.losses.units import at_least_float32
@@ -232,9 +232,8 @@ def _padded(prototypes: ClassPrototypes, comm: Comm) -> Tensor:
 
 def _ownership(labels: Tensor, rows: Tensor, first: int) -> Float[Tensor, "rows classes"]:
     """One at a sample's class if this rank owns it."""
-    place = labels - first
-    inside = (labels >= 0) & (place >= 0) & (place < len(rows))
-    return one_hot(place.clamp(0, len(rows) - 1), len(rows)).to(rows) * inside[:, None]
+    classes = torch.arange(first, first + len(rows), device=labels.device)
+    return (labels[:, None] == classes).to(rows.dtype)
 
 
 def _cosines(features: Tensor, prototypes: Tensor) -> Float[Tensor, "rows classes prototypes"]:

@@ -51,8 +51,9 @@ class TokenFrequencies:
     def weights(self, labels: Int64[Tensor, "batch labels"]) -> Float[Tensor, " vocabulary"]:
         """Of every token, this step's captions of all ranks counted. -1 is no token."""
         size = len(self._counts) - 1
-        new = torch.bincount(labels[labels >= 0], minlength=size)
-        new = torch.cat([new, new.new_tensor([len(labels)])])
+        new = torch.zeros_like(self._counts)  # no token is counted in the last place, then unset
+        new.index_add_(0, labels.where(labels >= 0, size).flatten(), new.new_ones(labels.numel()))
+        new[size:].fill_(len(labels))
         self._now = self._counts + self._comm.sum(new)
         documents = self._now[-1:].double()
         return ((1 + documents) / (1 + self._now[:-1])).log()

@@ -147,9 +147,12 @@ class LearnedGates:
     def _show(self) -> None:
         final, device = self.final(), self.comm.device
         for name, tower in self.towers.items():
-            leaves = [part.detach().to(device).requires_grad_() for part in self._draw(name)]
+            leaves = [
+                part.detach().to(device, non_blocking=True).requires_grad_()
+                for part in self._draw(name)
+            ]
             tower.drawn = Gates(*leaves)
-            tower.final = Gates(*(part.to(device) for part in final[name]))
+            tower.final = Gates(*(part.to(device, non_blocking=True) for part in final[name]))
 
     def _draw(self, name: str) -> Gates:
         """This step's draws, as a function of the gates."""
@@ -192,10 +195,13 @@ class LearnedGates:
         found = []
         for tower in self.towers.values():
             assert tower.drawn is not None
-            for part in tower.drawn:
-                own = torch.zeros_like(part) if part.grad is None else part.grad
-                found.append((self.comm.sum(own) / self.comm.world_size).cpu())
-        return found
+            found += [
+                torch.zeros_like(part) if part.grad is None else part.grad for part in tower.drawn
+            ]
+        own = torch.cat([part.flatten() for part in found])  # one sum, and the host waits once
+        mean = (self.comm.sum(own) / self.comm.world_size).cpu()
+        parts = mean.split([part.numel() for part in found])
+        return [some.view(part.shape) for some, part in zip(parts, found, strict=True)]
 
     def state_share(self) -> NamedTensors:
         state = {"learned": torch.tensor(self.learned)}

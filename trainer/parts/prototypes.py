@@ -201,7 +201,8 @@ class PrototypesTerm:
         if self.config.features_kept is None:
             return rows, chosen
         key = key_of(self.context.seed, "coordinates", step)
-        kept = coordinate_subset(self.dim, self.config.features_kept, key).to(rows.device)
+        kept = coordinate_subset(self.dim, self.config.features_kept, key)
+        kept = kept.to(rows.device, non_blocking=True)
         return rows[:, kept], [active._replace(rows=active.rows[:, kept]) for active in chosen]
 
 

@@ -129,7 +129,7 @@ class Recipe(WithoutPhases):
             "clip", info_nce(image, text, scale, self.comm), self.config.weight
         )
         if self.gates is not None:
-            sparsity = self.gates.sparsity().detach().to(image.device)
+            sparsity = self.gates.sparsity().detach().to(image.device, non_blocking=True)
             losses = losses.with_term("sparsity", sparsity, 0.0)
         return losses
 
