@@ -2,7 +2,7 @@
 
 A program of its own, because the interpreter, where a test has chosen it, compiles nothing:
 `python -m tests.kernels.compiled fixed` prints one JSON row a build, `... timed` of the other sizes
-that are tried where sizes are timed.
+that are tried where sizes are timed, `... flags` of what runs switch on.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Build(NamedTuple):
     storing: bool
     everything: bool
     launch: Launch
+    flags: tuple[str, ...] = ()
+    """Instead of everything, some of `bias`, `ceiling` and `online`."""
+
+    def has(self, flag: str) -> bool:
+        return self.everything or flag in self.flags
 
 
 def builds(architectures: Iterable[str], candidates: slice) -> Iterator[Build]:
@@ -56,15 +61,28 @@ def builds(architectures: Iterable[str], candidates: slice) -> Iterator[Build]:
             yield from (Build(architecture, storing, all_on, launch) for all_on in (False, True))
 
 
+USED = (("bias",), ("ceiling",), ("bias", "online"))
+"""What runs switch on: logq, the inter-class filter, and prototypes of episodes, whose products
+have no bound."""
+
+
+def flagged(architectures: Iterable[str]) -> Iterator[Build]:
+    """The fixed launches with each set of flags that runs use."""
+    for architecture, storing, flags in product(architectures, (False, True), USED):
+        launch = (STORING if storing else SUMMING)[architecture][0]
+        if not (storing and "online" in flags):
+            yield Build(architecture, storing, False, launch, flags)
+
+
 def compiled(build: Build) -> Any:
     launch, names = build.launch, exponential_product.arg_names
     constants = {
         "QUERIES": launch.queries,
         "ROWS": launch.rows,
         "DIM": launch.dim,
-        "HAS_BIAS": build.everything,
-        "HAS_CEILING": build.everything,
-        "ONLINE": build.everything and not build.storing,
+        "HAS_BIAS": build.has("bias"),
+        "HAS_CEILING": build.has("ceiling"),
+        "ONLINE": build.has("online") and not build.storing,
         "STORE": build.storing,
         "PRECISION": "ieee",
         # A one is a constant to the runtime's compiler too.
@@ -124,7 +142,8 @@ def said(*command: object) -> str:
 
 def main(which: str) -> None:
     candidates = slice(0, 1) if which == "fixed" else slice(1, None)
-    for build in builds(TARGETS, candidates):
+    wanted = flagged(("sm90",)) if which == "flags" else builds(TARGETS, candidates)
+    for build in wanted:
         try:
             row = report(build)
         except Exception as problem:

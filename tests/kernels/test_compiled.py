@@ -28,8 +28,15 @@ AMD_WAVES = 3
 AMD_LOCAL_BYTES = 65536
 
 
+REGISTERS_WITH = {("bias",): 184, ("ceiling",): 128, ("bias", "online"): 184}
+"""Of the summing pass on sm90. A bias takes it beyond the 128 of which two programs have room; the
+storing pass has a shorter loop and keeps to them."""
+ROW_PROGRAMS = {"float32": 8, "bfloat16": 14}
+"""Of kernels that move rows, at once on a processor: they wait for memory, and hide it so."""
+
+
 @cache
-def builds(folder: str, which: str) -> list[dict[str, Any]]:
+def builds(folder: str, which: str, program: str = "compiled") -> list[dict[str, Any]]:
     environment = {
         **os.environ,
         "TRITON_CACHE_DIR": folder,
@@ -37,7 +44,7 @@ def builds(folder: str, which: str) -> list[dict[str, Any]]:
         "TRITON_INTERPRET": "0",
     }
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled", which],
+        [sys.executable, "-m", f"tests.kernels.{program}", which],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -80,3 +87,33 @@ def test_machine_code(folder: str, which: str, architecture: str) -> None:
         else:
             assert row["shared"] <= (SHARED_PER_PROCESSOR[architecture] - 1) * 1024, row
             assert programs_at_once(row) >= (PROGRAMS[architecture] if fixed else 1), row
+
+
+@pytest.mark.heavy
+def test_machine_code_with_what_runs_switch_on(folder: str) -> None:
+    """Neither spills nor repeated exponentials; how many programs a processor holds."""
+    found = builds(folder, "flags")
+    assert len(found) == 5
+    for row in found:
+        assert "failed" not in row, row
+        assert row["spills"] == 0, row
+        assert 0.9 < row["exponentials_per_logit"] <= 1.15, row
+        most = 128 if row["storing"] else REGISTERS_WITH[tuple(row["flags"])]
+        assert row["registers"] <= most, row
+        assert programs_at_once(row) >= (2 if most == 128 else 1), row
+
+
+@pytest.mark.heavy
+def test_machine_code_of_kernels_that_move_rows(folder: str) -> None:
+    """16 bytes at a time, no spills, and enough programs at once to hide the memory's latency."""
+    found = builds(folder, "all", "compiled_rows")
+    assert len(found) == 4 * 2 * 2 * 2
+    for row in found:
+        assert "failed" not in row, row
+        assert row["spills"] == 0, row
+        assert row["shared"] == 0, row
+        if row["architecture"] == "gfx942":
+            assert row["waves"] == 8, row
+        else:
+            assert row["widest"] == 128, row
+            assert programs_at_once(row) >= ROW_PROGRAMS[row["rows"]], row

@@ -16,17 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.launches import launches_of
 from trainer.parts import row_optimizer
+from trainer.parts.half_rows import HalfRowOptimizer
 from trainer.parts.row_optimizer import RowOptimizer, RowOptimizerConfig
 
 pytest.importorskip("triton", reason="Triton's wheel is for Linux")
 ROOT = Path(__file__).parents[2]
 
 
-def test_rows_move_as_one_operation_after_another_moves_them_to_the_last_bit() -> None:
-    """Drawn rows that owe decay, and all; widths that are no power of two, or of several tiles."""
+def interpreted(program: str) -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_rows"],
+        [sys.executable, "-m", f"tests.kernels.{program}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -36,10 +36,21 @@ def test_rows_move_as_one_operation_after_another_moves_them_to_the_last_bit() -
     assert finished.returncode == 0, finished.stderr
     rows: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
     assert len(rows) == 8
-    for row in rows:
+    return rows
+
+
+def test_rows_move_as_one_operation_after_another_moves_them_to_the_last_bit() -> None:
+    """Drawn rows that owe decay, and all; widths that are no power of two, or of several tiles."""
+    for row in interpreted("interpreted_rows"):
         assert row["moved"], row
         assert row["bits"] == [], row
         assert row["difference"] < 1e-6, row
+
+
+def test_rows_in_bfloat16_move_and_are_rounded_as_torch_does_it_to_the_last_bit() -> None:
+    for row in interpreted("interpreted_half_rows"):
+        assert row["moved"], row
+        assert row["bits"] == [], row
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -69,6 +80,33 @@ def launches(count: int, dim: int, optimizer: str) -> int:
         def step() -> None:
             held.log_decay = -0.1
             held.settle(places)
+            held.update(places, gradient, factor=1.0)
+
+        return launches_of(step)
+
+
+def test_launches_of_rows_in_bfloat16_do_not_grow_either() -> None:
+    """Taking and moving: 60 of them are the hash of a row's number, in 64 bits."""
+    counts = [half_launches(count, dim) for count, dim in SIZES]
+    assert len(set(counts)) == 1, counts
+    assert counts[0] <= 100
+
+
+def half_launches(count: int, dim: int) -> int:
+    """As `launches`."""
+    name = "trainer.kernels.triton_half_rows.adamw_of_half_rows"
+    with (
+        FakeTensorMode(),
+        patch(name, {(count,): lambda *_, **__: None}),
+        patch.object(HalfRowOptimizer, "_by_kernel", PropertyMock(return_value=True)),
+    ):
+        table = torch.empty(2 * count, dim)
+        held = HalfRowOptimizer(table, RowOptimizerConfig(rows="bfloat16"))
+        places = torch.empty(count, dtype=torch.int64)
+        gradient = torch.empty(count, dim)
+
+        def step() -> None:
+            held.taken(places)
             held.update(places, gradient, factor=1.0)
 
         return launches_of(step)

@@ -28,8 +28,9 @@ from trainer.comm import Comm
 from trainer.config import LocalPath
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.losses.learned_prototypes import ActiveRows
+from trainer.parts.half_rows import HalfRowOptimizer, row_optimizer
 from trainer.parts.initial_rows import normal_rows, stored_rows
-from trainer.parts.row_optimizer import Places, RowOptimizer, RowOptimizerConfig
+from trainer.parts.row_optimizer import Places, RowOptimizerConfig
 from trainer.parts.row_ranges import fill_rows, row_pieces
 from trainer.parts.sampling import Sampling, places, sampled_rows
 
@@ -102,7 +103,9 @@ class PrototypeHead:
         """In which features travel: halves where the kernels make halves of them anyway."""
         self._first, self._last = self.comm.row_range(num_prototypes)
         self._seed = seed
-        self._optimizer = RowOptimizer(self._initial_rows(dim), config)
+        self._optimizer = row_optimizer(
+            self._initial_rows(dim), config, first=self._first, seed=seed
+        )
         self._touched: Touched | None = None
         self._gradient: Tensor | None = None
         self._counts = (0, 0)
@@ -156,9 +159,7 @@ class PrototypeHead:
 
     def _take(self, places: Places) -> Tensor:
         """These rows, on the device: the leaf of the step where gradients are recorded."""
-        self._optimizer.settle(places)
-        rows = self.rows.detach() if places is None else self.rows.index_select(0, places)
-        rows = rows.to(self.comm.device)
+        rows = self._optimizer.taken(places).to(self.comm.device)
         if torch.is_grad_enabled():
             self._touched = Touched(rows.requires_grad_(), places)
         return rows
@@ -219,6 +220,8 @@ class PrototypeHead:
         fill_rows(self._fields(), state, first=self._first)
         self._optimizer.log_decay = float(state["log_decay"])
         self._seed = int(state["seed"])
+        if isinstance(self._optimizer, HalfRowOptimizer):
+            self._optimizer.seed = self._seed
         self._norm = state["gradient_norm"].to(self.comm.device)
 
     def _fields(self) -> dict[str, Tensor]:
@@ -234,6 +237,7 @@ class PrototypeHead:
         else:
             shape = (self.num_prototypes, dim)
             rows = stored_rows(self.config.init, first, last, shape=shape, deviation=deviation)
+        rows = rows.to(getattr(torch, self.config.rows))
         if not self.config.offload:
             return rows.to(self.comm.device)
         return rows.pin_memory() if self.comm.device.type == "cuda" else rows
@@ -287,7 +291,8 @@ class PrototypeHead:
         rate = self.config.sample_rate
         if not self.config.logq or rate in {0, 1}:
             return None
-        bias = self.rows.new_full((len(negatives),), -math.log(rate))
+        dtype = torch.promote_types(self.rows.dtype, torch.float32)
+        bias = self.rows.new_full((len(negatives),), -math.log(rate), dtype=dtype)
         if self.config.union_positives:
             bias = bias.masked_fill(is_positive[negatives - self._first], 0.0)
         return bias.to(self.comm.device)

@@ -38,11 +38,19 @@ class RowOptimizerConfig(Frozen):
     """Added to the root of the mean square that a step is divided by."""
     momentum: Annotated[float, OnlyWhere("optimizer", "sgd"), Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
+    rows: Annotated[Literal["float32", "bfloat16"], OnlyWhere("optimizer", "adamw")] = "float32"
+    """`bfloat16`: 4 bytes a number, moments included, instead of 12. Rows and their mean gradients
+    are rounded up or down by a hash of seed, row and step; a row has one mean square."""
     dense: bool = False
     """Move all rows in every step, with a gradient of zero where there is none: torch.optim."""
 
     @model_validator(mode="after")
     def _decay_leaves_something(self) -> RowOptimizerConfig:
+        if self.dense and self.rows == "bfloat16":
+            raise ValueError(
+                "dense needs a float32 gradient of all rows, more than rows: bfloat16 saves; "
+                "drop one of the two"
+            )
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError("learning_rate x weight_decay must be below 1, or rows change sign")
         return self
@@ -76,6 +84,11 @@ class RowOptimizer:
             owed = (self.log_decay - self.paid[chosen]).exp().to(self.rows.dtype)
             _write(self.rows, chosen, _read(self.rows, chosen).mul_(owed[:, None]))
             self.paid[chosen] = self.log_decay
+
+    def taken(self, places: Places) -> Float[Tensor, "touched dim"]:
+        """These rows after the decay that they owe: a copy, or all of them as they are stored."""
+        self.settle(places)
+        return self.rows.detach() if places is None else self.rows.index_select(0, places)
 
     def update(
         self, places: Places, gradient: Float[Tensor, "touched dim"], *, factor: float

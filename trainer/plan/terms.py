@@ -153,7 +153,10 @@ def _learned(name: str, section: Any, rows: int, labels: int, sizes: Sizes) -> T
         return multilabel_loss(statistics, MultilabelOptions(logits=logits)).loss
 
     term = measured(name, sizes, 1, loss, width=dim)
-    state = 4.0 * owned * (sizes.projected or sizes.dim) * (3 if head.optimizer == "adamw" else 2)
+    width = sizes.projected or sizes.dim
+    state = 4.0 * owned * width * (3 if head.optimizer == "adamw" else 2)
+    if head.rows == "bfloat16":
+        state = 4.0 * owned * (width + 1)
     sent = {collective: count * columns for collective, count in term.sent.items()}
     return Term(
         *(name, term.flops * columns, term.scratch + 4.0 * touched * dim, sent),

@@ -1,0 +1,153 @@
+"""Rows in half the memory: what rounding at random keeps, and that nobody can tell who did it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parts.head_cases import batch_of, config_of, new_head, take_step
+from trainer.comm import Comm
+from trainer.parts.half_rows import HalfRowOptimizer, rounded, spread
+from trainer.parts.row_optimizer import RowOptimizer, RowOptimizerConfig
+
+COUNT, DIM = 23, 48
+CONFIG = RowOptimizerConfig(learning_rate=0.01, weight_decay=0.3, rows="bfloat16")
+FIELDS = ("rows", "exp_avg", "exp_avg_sq", "steps", "paid")
+
+
+def fields(held: HalfRowOptimizer) -> dict[str, Tensor]:
+    return {"rows": held.rows, **held.moments, "steps": held.steps, "paid": held.paid}
+
+
+def steps_of(held: HalfRowOptimizer, first: int, last: int, *, num_steps: int = 5) -> None:
+    """Steps on those of the drawn rows that this range holds; gradients are of the whole table."""
+    draw = torch.Generator().manual_seed(4)
+    for step in range(num_steps):
+        places = torch.randperm(COUNT, generator=draw)[:9]
+        gradient = torch.randn(9, DIM, generator=draw)
+        own = (places >= first) & (places < last)
+        held.update(places[own] - first, gradient[own], factor=1.0 / (1 + step))
+
+
+def test_rounding_goes_to_a_neighbour_and_keeps_the_expectation() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 64, generator=draw) * 10.0 ** torch.arange(-8, 8).repeat(4)
+    noise = torch.randint(0, 1 << 32, (20_000, 1), generator=draw)
+    chance = spread(noise[:, 0], 64)
+    for bits in (chance & 0xFFFF, chance >> 16):
+        found = rounded(values.expand_as(bits).contiguous(), bits)
+        below = (values.view(torch.int32) & -0x10000).view(torch.float32)
+        above = (below.view(torch.int32) + 0x10000).view(torch.float32)
+        assert ((found == below) | (found == above)).all()
+        gap = (above - below).abs()
+        error = (found.double().mean(0, keepdim=True) - values).abs() / gap
+        assert float(error.max()) < 5 * 0.5 / 20_000**0.5
+    assert abs(float(torch.corrcoef(chance[:, :8].T.double()).triu(1).abs().max())) < 0.05
+
+
+def test_a_number_that_is_a_half_already_stays() -> None:
+    values = torch.randn(7, DIM).bfloat16().float()
+    bits = spread(torch.arange(7) * 12345, DIM) & 0xFFFF
+    assert torch.equal(rounded(values, bits).float(), values)
+
+
+def test_every_division_of_the_table_gives_the_same_bits() -> None:
+    table = torch.randn(COUNT, DIM, generator=torch.Generator().manual_seed(1))
+    whole = HalfRowOptimizer(table, CONFIG, seed=7)
+    steps_of(whole, 0, COUNT)
+    for ends in ((0, 9, COUNT), (0, 1, 2, 20, COUNT)):
+        for first, last in pairwise(ends):
+            part = HalfRowOptimizer(table[first:last], CONFIG, first=first, seed=7)
+            steps_of(part, first, last)
+            for name, value in fields(part).items():
+                assert torch.equal(value, fields(whole)[name][first:last]), name
+    other = HalfRowOptimizer(table, CONFIG, seed=8)
+    steps_of(other, 0, COUNT)
+    assert not torch.equal(other.rows, whole.rows)
+
+
+def test_steps_below_the_last_bit_are_not_lost() -> None:
+    """A thousandth of the last bit a step: nearest neighbours would stay where they are."""
+    config = RowOptimizerConfig(learning_rate=2.0**-17, weight_decay=0.0, rows="bfloat16")
+    held = HalfRowOptimizer(torch.ones(500, DIM), config)
+    for _ in range(200):
+        held.update(None, torch.ones(500, DIM), factor=1.0)
+    moved = 1.0 - held.rows.double().mean()
+    assert float(moved) == pytest.approx(200 * 2.0**-17, rel=0.05)
+
+
+def test_one_step_is_adamw_with_one_mean_square_a_row() -> None:
+    """In float64, to the last bit of a half; decay that is owed is paid before."""
+    draw = torch.Generator().manual_seed(2)
+    table = torch.randn(COUNT, DIM, generator=draw)
+    held = HalfRowOptimizer(table, CONFIG)
+    rows, mean = held.rows.double(), torch.zeros(COUNT, DIM, dtype=torch.float64)
+    square = torch.zeros(COUNT, dtype=torch.float64)
+    for step in range(1, 4):
+        before = held.rows.double()
+        old_mean = held.moments["exp_avg"].double()
+        gradient = torch.randn(COUNT, DIM, generator=draw)
+        held.update(None, gradient.clone(), factor=1.0)
+        mean = 0.9 * old_mean + 0.1 * gradient.double()
+        square = 0.98 * square + 0.02 * gradient.double().square().mean(1)
+        below = (square / (1 - 0.98**step)).sqrt() + 1e-8
+        rows = before * (1 - 0.01 * 0.3) - 0.01 / (1 - 0.9**step) * mean / below[:, None]
+        for found, wanted in ((held.rows, rows), (held.moments["exp_avg"], mean)):
+            gap = wanted.abs() * 2.0**-7 + 1e-6
+            assert ((found.double() - wanted).abs() <= gap).all()
+        torch.testing.assert_close(held.moments["exp_avg_sq"].double(), square, rtol=1e-5, atol=0)
+
+
+def test_untouched_rows_owe_their_decay_as_float32_rows_do() -> None:
+    table = torch.randn(COUNT, DIM, generator=torch.Generator().manual_seed(1))
+    ours = HalfRowOptimizer(table, CONFIG)
+    theirs = RowOptimizer(ours.rows.float(), CONFIG.model_copy(update={"rows": "float32"}))
+    for held in (ours, theirs):
+        for step in range(4):
+            held.update(
+                torch.arange(1, COUNT), torch.zeros(COUNT - 1, DIM), factor=1.0 / (1 + step)
+            )
+    torch.testing.assert_close(ours.taken(torch.tensor([0])), theirs.taken(torch.tensor([0])))
+    assert torch.equal(ours.rows[0], table[0].bfloat16())
+
+
+def test_a_million_rows_of_768_take_less_than_three_and_a_half_gib() -> None:
+    held = HalfRowOptimizer(torch.zeros(1000, 768), CONFIG)
+    whole = RowOptimizer(torch.zeros(1000, 768), RowOptimizerConfig())
+    sizes = [
+        sum(value.nbytes for value in fields(one).values()) * 1000 / 2**30 for one in (held, whole)
+    ]
+    assert sizes[0] < 2.9
+    assert sizes[1] > 8.5
+
+
+def test_a_checkpoint_goes_on_with_other_ranks_to_the_same_bits() -> None:
+    """A head saved whole is restored into the ranges of three ranks; their next step is its own."""
+    config = config_of("sampled", optimizer="adamw", rows="bfloat16")
+    head = new_head(Comm.solo(), config, 17)
+    for step in range(3):
+        features, labels = batch_of(step, 17)
+        take_step(head, features, labels, torch.ones(7, dtype=torch.bool), step)
+    state = dict(head.state_share())
+    assert state["rows/0000000000-0000000017"].dtype == torch.bfloat16
+    places, gradient = torch.arange(17), torch.randn(17, 6)
+    parts = []
+    for rank in range(3):
+        part = new_head(Comm(rank, 3, torch.device("cpu")), config, 17, seed=99)
+        part.load_state_dict(state)
+        first, last = part.row_range
+        part._optimizer.update(None, gradient[first:last].clone(), factor=1.0)
+        parts.append(part._fields())
+    head._optimizer.update(places, gradient.clone(), factor=1.0)
+    for name, value in head._fields().items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), value), name
+
+
+def test_options_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="dense needs a float32 gradient"):
+        RowOptimizerConfig(rows="bfloat16", dense=True)
+    with pytest.raises(ValueError, match="rows"):
+        RowOptimizerConfig(rows="bfloat16", optimizer="sgd")
