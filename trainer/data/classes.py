@@ -18,7 +18,15 @@ from trainer.errors import DataError
 
 
 def class_labels(spec: str, key: str, comm: Comm, *, budget: float | None = None) -> ClusterLabels:
-    """Number the distinct values of a json key in sorted order; a sample without it is unknown.
+    """Number the distinct values of a json key in sorted order; a sample without it is unknown."""
+    return named_classes(spec, key, comm, budget=budget)[0]
+
+
+def named_classes(
+    spec: str, key: str, comm: Comm, *, budget: float | None = None
+) -> tuple[ClusterLabels, list[str]]:
+    """Labels by the distinct values of a json key, and those values as texts, in sorted order.
+    A sample without the key is unknown.
 
     So is one that is damaged or whose json can't be read: the main rank says how many there are,
     and where they are more than `budget`, a share of all, DataError on all ranks. The ranks share
@@ -38,10 +46,11 @@ def class_labels(spec: str, key: str, comm: Comm, *, budget: float | None = None
     number = {name: place for place, name in enumerate(names)}
     number_of_code = torch.tensor([number[name] for name in own], dtype=torch.int64)
     labels = number_of_code[torch.tensor(codes, dtype=torch.int64)]
-    return ClusterLabels(
+    found = ClusterLabels(
         comm.gather_rows(torch.tensor(ids, dtype=torch.int64).to(comm.device)),
         comm.gather_rows(labels.to(comm.device)),
     )
+    return found, names
 
 
 def _value(shards: ShardSet, index: int, key: str, bad: list[str]) -> str | None:

@@ -151,8 +151,7 @@ class PrototypesTerm:
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """One loss over the batch of all ranks; its terms and figures, which have no weight."""
-        rows = features.image if features.image_projected is None else features.image_projected
-        assert rows is not None
+        rows = compared_rows(features)
         labels = self._chosen(batch.sample_id, step)
         result, more = self._compared(rows, labels, step)
         figures = {**result.figures, "labelled": (labels >= 0).any(dim=1).float().mean(), **more}
@@ -204,6 +203,13 @@ class PrototypesTerm:
         kept = coordinate_subset(self.dim, self.config.features_kept, key)
         kept = kept.to(rows.device, non_blocking=True)
         return rows[:, kept], [active._replace(rows=active.rows[:, kept]) for active in chosen]
+
+
+def compared_rows(features: Features) -> Tensor:
+    """[batch, dim]: what is compared with prototypes, the head's output where there is one."""
+    rows = features.image if features.image_projected is None else features.image_projected
+    assert rows is not None
+    return rows
 
 
 def _head(config: PrototypesConfig, num_rows: int, context: Context, dim: int) -> PrototypeHead:

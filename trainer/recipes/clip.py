@@ -23,13 +23,14 @@ from trainer.parts.distillation import (
     teacher_of,
     with_distillation,
 )
+from trainer.parts.known_groups import KnownGroups, KnowsGroups
 from trainer.parts.prototypes import PrototypesTerm, WeightedPrototypesConfig
 from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(SelectsTokens, RecipeConfig):
+class Config(SelectsTokens, KnowsGroups, RecipeConfig):
     name: Literal["clip"] = "clip"
     model: TwoTowerConfig = TwoTowerConfig()
     weight: float = Field(default=1.0, ge=0)
@@ -67,6 +68,8 @@ class Recipe(WithoutPhases):
         if config.distill is not None:
             self.teacher = teacher_of(config.distill, config.model, context)
             self.parts["teacher"] = self.teacher
+        self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
+        self.parts |= self.groups.parts
         self.prototypes: PrototypesTerm | None = None
         if config.prototypes is not None:
             dim = config.model.embed_dim
@@ -82,4 +85,4 @@ class Recipe(WithoutPhases):
             losses = with_distillation(losses, found, self.config.distill)
         if self.prototypes is not None:
             losses += self.prototypes.losses(features, batch, step)
-        return losses
+        return losses + self.groups.losses(image, batch, step)

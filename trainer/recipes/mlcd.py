@@ -14,13 +14,16 @@ from __future__ import annotations
 from typing import Literal
 
 from trainer.parts.image_prototypes import ImagePrototypes, ImagePrototypesConfig, build_model
+from trainer.parts.known_groups import KnownGroups, KnowsGroups
+from trainer.parts.prototypes import compared_rows
 from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context
+from trainer.types import Batch, Features, Losses
 
 __all__ = ["Config", "Recipe", "build_model"]
 
 
-class Config(SelectsTokens, ImagePrototypesConfig):
+class Config(SelectsTokens, KnowsGroups, ImagePrototypesConfig):
     """Defaults are MLCD's."""
 
     name: Literal["mlcd"] = "mlcd"
@@ -30,3 +33,9 @@ class Recipe(ImagePrototypes):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
         self.parts |= token_parts(config, context, self.model)
+        self.groups = KnownGroups(config, context, dim=config.model.compared_dim)
+        self.parts |= self.groups.parts
+
+    def losses(self, features: Features, batch: Batch, step: int) -> Losses:
+        found = super().losses(features, batch, step)
+        return found + self.groups.losses(compared_rows(features), batch, step)

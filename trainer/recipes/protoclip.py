@@ -34,6 +34,7 @@ from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.parts.back_translation import TableOptions, softness
 from trainer.parts.episode import EpisodeTables, Term
 from trainer.parts.episodes import Episodes, Extracted, extract, timed
+from trainer.parts.known_groups import KnownGroups, KnowsGroups
 from trainer.parts.teacher import Student, TeacherConfig, load_teachers, overlap, training_ids
 from trainer.parts.teacher_digests import TeacherDigests
 from trainer.parts.token_selection import SelectsTokens, token_parts
@@ -41,7 +42,7 @@ from trainer.recipe import Context, Encode, Part, Samples
 from trainer.types import Batch, Features, Losses, Progress, TowerName
 
 
-class Config(SelectsTokens, RecipeConfig):
+class Config(SelectsTokens, KnowsGroups, RecipeConfig):
     """Defaults are the recipe of the paper's 8-GPU run; K is a tenth of an episode."""
 
     name: Literal["protoclip"] = "protoclip"
@@ -108,6 +109,8 @@ class Recipe:
             "episode": self.episode,
             **token_parts(config, context, self.model),
         }
+        self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
+        self.parts |= self.groups.parts
         self.episodes = Episodes.of_run(
             config.episode_samples,
             context,
@@ -150,7 +153,7 @@ class Recipe:
         losses = Losses().with_term("clip", clip, self.config.clip_weight)
         for term in self.episode.tables:
             losses = losses.with_term(term.name, *self._prototype_term(term, features, batch))
-        return losses
+        return losses + self.groups.losses(image, batch, step)
 
     def _prototype_term(self, term: Term, features: Features, batch: Batch) -> tuple[Tensor, float]:
         if term.space in self.teachers:

@@ -12,12 +12,13 @@ from trainer.config import RecipeConfig
 from trainer.losses.sigmoid import sigmoid_loss
 from trainer.models.config import SigmoidTwoTower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
+from trainer.parts.known_groups import KnownGroups, KnowsGroups
 from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(SelectsTokens, RecipeConfig):
+class Config(SelectsTokens, KnowsGroups, RecipeConfig):
     name: Literal["siglip"] = "siglip"
     model: SigmoidTwoTower = Field(default=TwoTowerConfig(), validate_default=True)
     reads = frozenset({"bias"})
@@ -38,6 +39,8 @@ class Recipe(WithoutPhases):
         self.comm = context.comm
         self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
         self.parts: dict[str, Part] = token_parts(config, context, self.model)
+        self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
+        self.parts |= self.groups.parts
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         assert features.image is not None
@@ -47,4 +50,4 @@ class Recipe(WithoutPhases):
         loss = sigmoid_loss(
             features.image, features.text, features.logit_scale, features.logit_bias, self.comm
         )
-        return Losses.of(siglip=loss)
+        return Losses.of(siglip=loss) + self.groups.losses(features.image, batch, step)
