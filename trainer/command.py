@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
+from trainer.addresses import without_secrets
 from trainer.errors import LostRank, TrainerError
 
 
@@ -20,12 +23,22 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if not error.is_said and os.environ.get("RANK", "").strip() in {"", "0"}:
             sys.stderr.write(f"error: {error}\n")
         code = error.exit_code
-    except BaseException:
+    except BaseException as error:
         _leave_group()
+        if not isinstance(error, SystemExit | KeyboardInterrupt):
+            sys.excepthook = _told_without_secrets
         raise
     if code == LostRank.exit_code or _leave_group():  # whoever is gone can't leave together
         _end_at_once(code)
     sys.exit(code)
+
+
+def _told_without_secrets(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A traceback, for a bug of ours; what it quotes may hold URLs."""
+    lines = traceback.format_exception(kind, error, trace)
+    sys.stderr.write(without_secrets("".join(lines)))
 
 
 def _leave_group() -> bool:

@@ -12,9 +12,16 @@ tools print it as one sentence and exit with code 2, or 3 where a start anew may
 exception is our own bug.
 """
 
+from __future__ import annotations
+
+from trainer.addresses import all_without_secrets
+
 
 class TrainerError(Exception):
-    """Base of all errors that are meant for the user."""
+    """Base of all errors that are meant for the user. URLs in it have lost their passwords."""
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*all_without_secrets(list(said)))
 
     on_all_ranks = False
     """True where every rank raises it at the same point, so that they can still save together."""

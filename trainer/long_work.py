@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, TypeVar, runtime_checkable
 
+from trainer.addresses import without_secrets
 from trainer.pulse import PULSE
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ class Standard:
         return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
     def line(self, text: str) -> None:
+        text = without_secrets(text)
         sys.stdout.write(f"\r\x1b[K{text}\n" if self.is_live else f"{text}\n")
         sys.stdout.flush()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -13,12 +13,13 @@ from trainer.checkpoint.lock import sole_user
 from trainer.checkpoint.run_state import Place, branched_from, place_of
 from trainer.comm import Comm
 from trainer.config import EvalConfig, RunConfig
-from trainer.errors import DataError, TrainerError
+from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.log.printed import note, told_to_log
 from trainer.meeting import read_place
 from trainer.running.built import Run, built
 from trainer.running.looks import due_looks, look, owed_looks
 from trainer.running.saves import save, save_if_possible, save_what_is_not
+from trainer.running.spikes import Spike, is_of_past, leave_out, read_left_out
 from trainer.running.steps import step_of, with_phase
 from trainer.stop import Stopped, StopRequest
 from trainer.types import Progress
@@ -48,19 +49,38 @@ def train(config: RunConfig) -> Outcome:
         checkpoints = Checkpointer(
             config.workdir / "checkpoints", comm, keep=config.keep_checkpoints
         )
-        own = checkpoints.latest()
-        restored = own or branched_from(config, comm)
-        start = place_of(restored) if restored else Place(Progress())
-        owed = owed_looks(config, own, comm) if own else []
-        if restored and restored.step >= config.steps and not owed:
-            return Outcome(start.progress, finished=True, steps_now=0)
+        while (outcome := _course(config, comm, checkpoints, stop)) is None:
+            pass  # the loss jumped: on from a checkpoint before
+        return outcome
+
+
+def _course(
+    config: RunConfig, comm: Comm, checkpoints: Checkpointer, stop: StopRequest
+) -> Outcome | None:
+    """From the newest checkpoint on; None where the loss jumps, and it is written down from where
+    to go on."""
+    left_out = read_left_out(config.workdir, comm)
+    own = checkpoints.latest(passed_over=partial(is_of_past, left_out=left_out))
+    restored = own or branched_from(config, comm)
+    start = place_of(restored) if restored else Place(Progress())
+    owed = owed_looks(config, own, comm) if own else []
+    if restored and restored.step >= config.steps and not owed:
+        return Outcome(start.progress, finished=True, steps_now=0)
+    try:
+        with told_to_log(config.workdir, comm):
+            check = partial(stop.check, comm)
+            run = built(config, comm, checkpoints, restored, check, left_out)
+    except Stopped:
+        return Outcome(start.progress, finished=False, steps_now=0)
+    with closing(run.stream), run.log:
         try:
-            with told_to_log(config.workdir, comm):
-                run = built(config, comm, checkpoints, restored, partial(stop.check, comm))
-        except Stopped:
-            return Outcome(start.progress, finished=False, steps_now=0)
-        with closing(run.stream), run.log:
             return _train(run, start, owed, saved=start if own else None)
+        except Spike as spike:
+            with suppress(CheckpointError):
+                run.checkpoints.finish()
+            saved, began = checkpoints.steps(), start.progress.step
+            leave_out(spike, config, comm, saved=saved, began=began)
+            return None
 
 
 def _watch(config: RunConfig) -> Watch:
@@ -74,6 +94,7 @@ def _train(run: Run, here: Place, owed: Sequence[EvalConfig], saved: Place | Non
     try:
         failed = look(run, here.progress, owed)
         while here.progress.step < last:
+            here = _behind_what_is_left_out(run, here)
             if run.recipe.phase_due(here.progress) and not here.phase_begun:
                 here = with_phase(run, here.progress)
             before, here = here.progress, Place(step_of(run, here.progress))
@@ -100,3 +121,10 @@ def _train(run: Run, here: Place, owed: Sequence[EvalConfig], saved: Place | Non
         )
     steps = here.progress.step - start
     return Outcome(here.progress, finished=True, steps_now=steps, evaluations_owed=num_owed)
+
+
+def _behind_what_is_left_out(run: Run, here: Place) -> Place:
+    there = run.spikes.behind(here)
+    if there != here:
+        run.stream.seek(there.progress.samples)
+    return there

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from trainer.addresses import without_secrets
 from trainer.errors import ConfigError, TrainerError
 from trainer.meeting import Place, meeting_point, met_before, read_place
 
@@ -150,7 +151,7 @@ def _end(store: dist.Store, place: Place, sentence: str) -> None:
 
 
 def say(sentence: str) -> None:
-    sys.stderr.write(f"error: {sentence}\n")
+    sys.stderr.write(without_secrets(f"error: {sentence}\n"))
     sys.stderr.flush()
 
 

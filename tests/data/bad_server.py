@@ -55,6 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, *, with_body: bool) -> None:
         fault = self.server.next_fault(self.path)
+        if "Authorization" in self.headers:
+            self.server.count.update(["with a password"])
         if fault == "reset":
             return self.reset()
         if fault == "busy":

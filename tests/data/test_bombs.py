@@ -261,9 +261,9 @@ def test_bombs_of_a_shard_are_lines_of_the_ledger_and_count(tmp_path: Path) -> N
     stream.close()
     lines = (tmp_path / "ledger" / "rank-0.jsonl").read_text().splitlines()
     reasons = {line["key"]: line["reason"] for line in map(json.loads, lines)}
-    assert reasons["bomb"] == "8000 x 8000 = 64000000 pixels, over 25000000"
+    assert reasons["bomb"].startswith("8000 x 8000 = 64000000 pixels, over 25000000")
     assert reasons["page"].startswith("not a PNG, JPEG, WEBP image")
-    assert reasons["deep"] == "txt has 2097152 bytes, over 1048576"
+    assert reasons["deep"].startswith("txt has 2097152 bytes, over 1048576")
 
 
 def test_an_index_that_points_where_nothing_is_is_refused(tmp_path: Path) -> None:

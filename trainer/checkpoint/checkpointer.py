@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.addresses import without_secrets
 from trainer.checkpoint.manifest import (
     STATE,
     Manifest,
@@ -47,7 +48,7 @@ _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(without_secrets(line) + "\n")
 
 
 class Checkpointer:
@@ -226,14 +227,25 @@ class Checkpointer:
 
     # -- restoring ------------------------------------------------------------------------------
 
-    def latest(self, *, warn: Callable[[str], None] = _to_stderr) -> Restored | None:
+    def steps(self) -> list[int]:
+        """Of the checkpoints that may be gone on from, whether they are damaged or not."""
+        found = [step for step, _, path in self._found() if path.name not in self._refused]
+        return list(self._comm.broadcast_json(found))
+
+    def latest(
+        self,
+        *,
+        warn: Callable[[str], None] = _to_stderr,
+        passed_over: Callable[[Restored], bool] = lambda restored: False,
+    ) -> Restored | None:
         """The newest checkpoint that is undamaged; None where there has never been one.
 
         The ranks share the hashing and agree. Each refused checkpoint is told to `warn` on rank 0;
-        CheckpointError if there are some and none can be used.
+        CheckpointError if there are some and none can be used. One that is `passed_over` counts
+        as if it were not there.
         """
         with PULSE.phase("restore"):
-            return self._latest(warn)
+            return self._latest(warn, passed_over)
 
     def named(self, name: str) -> Restored:
         """The checkpoint in the folder of that name; CheckpointError on all ranks if it is damaged,
@@ -244,14 +256,18 @@ class Checkpointer:
             raise CheckpointError(f"{self._folder / name} is no sound checkpoint: {reason}")
         return restored
 
-    def _latest(self, warn: Callable[[str], None]) -> Restored | None:
+    def _latest(
+        self, warn: Callable[[str], None], passed_over: Callable[[Restored], bool]
+    ) -> Restored | None:
         names = self._comm.broadcast_json([path.name for *_, path in self._found()])
         reasons: list[str] = []
         for name in reversed(names):
             restored, reason = self._verified(self._folder / name)
-            if restored is not None:
+            if restored is not None and not passed_over(restored):
                 return restored
             self._refused.add(name)
+            if restored is not None:
+                continue
             reasons.append(f"{name}: {reason}")
             if self._comm.is_main:
                 warn(f"checkpoint {self._folder / name} is damaged and not used: {reason}")

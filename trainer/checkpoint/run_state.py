@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from trainer.addresses import all_without_secrets
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
 from trainer.comm import Comm
@@ -36,6 +37,7 @@ FREE_TO_CHANGE = frozenset(
         "keep_checkpoints",
         "save_beside",
         "max_skipped_steps",
+        "spikes",
         "comm_timeout_seconds",
         "hang_seconds",
     }
@@ -97,11 +99,13 @@ def save_state(
     frozen: str,
     shards: Sequence[str] = (),
     evaluations_due: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights, moments, parts and progress; every rank writes a share of each.
 
     `shards` tell those that the run reads from others, wherever they lie. Evaluations come after
-    the save; whoever goes on from it does those that are due and have left no line.
+    the save; whoever goes on from it does those that are due and have left no line. `more` is put
+    beside the progress.
     """
     comm = engine.comm
     tensors: dict[str, NamedTensors] = {
@@ -116,10 +120,11 @@ def save_state(
         "world_size": comm.world_size,
         "frozen_weights": frozen,
         "evaluations_due": list(evaluations_due),
+        **(more or {}),
     }
     if isinstance(recipe, ChangesShape) and (shape := recipe.shape()) is not None:
         state["shape"] = shape
-    texts = {"run.yaml": dump_run(config)}
+    texts = {"run.yaml": dump_run(config, secrets=False)}
     if shards:
         texts[SHARDS] = "".join(f"{line}\n" for line in shards)
     checkpoints.save(here.progress.step, tensors, state, texts)
@@ -229,7 +234,7 @@ def frozen_digest(model: nn.Module) -> str:
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+    values = all_without_secrets(config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE)))
     values["data"] = {k: v for k, v in values["data"].items() if k not in FREE_DATA}
     return _flat(values)
 

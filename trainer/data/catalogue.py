@@ -21,6 +21,7 @@ from typing import IO, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.addresses import without_secrets
 from trainer.data.remote import is_remote
 from trainer.errors import DataError
 from trainer.settings.section import split_set
@@ -118,6 +119,11 @@ def _write(file: BinaryIO, entries: Iterable[Entry], folder: Path) -> int:
     table = _Table([], [], [], [], [file.tell()])
     with TemporaryFile(dir=folder) as ids:  # they come behind the last index
         for entry in entries:
+            if without_secrets(entry.path) != entry.path:
+                raise DataError(
+                    f"{entry.path} has a password or a signature, which a catalogue would pass on; "
+                    "list the shards themselves, or let the store know you by its own settings"
+                )
             file.write(entry.index_bytes)
             ids.write(np.ascontiguousarray(entry.ids, dtype="<i8").data)
             table.shards.append(_relative(entry.path, folder))

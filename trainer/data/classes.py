@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 
+from trainer.addresses import without_secrets
 from trainer.comm import Comm
 from trainer.data.captions import value_at
 from trainer.data.decode import BadSample
@@ -76,4 +77,4 @@ def _report(bad: list[str], key: str, shards: ShardSet, comm: Comm, budget: floa
             f"{said}, more than data.bad_sample_budget = {budget:g}; the first: {bad[0]}"
         )
     if comm.is_main:
-        sys.stderr.write(f"{said}; the first: {bad[0]}\n")
+        sys.stderr.write(without_secrets(f"{said}; the first: {bad[0]}\n"))

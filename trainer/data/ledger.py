@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.addresses import without_secrets
 from trainer.data.remote import write_file
 from trainer.data.waiting_file import WaitingFile, drop_torn_line
 from trainer.errors import DataError
@@ -58,7 +59,8 @@ class Ledger:
         self.num_rejected += len(rejected)
         self._examples.extend(rejected)
         if rejected and self._file is not None:
-            lines = [(f"{json.dumps(sample._asdict())}\n".encode(), sample) for sample in rejected]
+            plain = [_shown(sample) for sample in rejected]
+            lines = [(f"{json.dumps(sample._asdict())}\n".encode(), sample) for sample in plain]
             new = [(line, sample) for line, sample in lines if self._is_new(line)]
             room = max(0, MOST_LINES - self._lines)
             if written := b"".join(line for line, _ in new[:room]):
@@ -118,6 +120,11 @@ class Ledger:
     def examples(self) -> str:
         """The last few, in words."""
         return describe(self._examples)
+
+
+def _shown(sample: Rejected) -> Rejected:
+    shard, reason = without_secrets(sample.shard), without_secrets(sample.reason)
+    return sample._replace(shard=shard, reason=reason)
 
 
 def _lines_in(folder: Path) -> Iterator[bytes]:

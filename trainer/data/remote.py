@@ -19,6 +19,7 @@ from braceexpand import braceexpand
 from fsspec.asyn import sync
 from fsspec.implementations.http import HTTPFileSystem
 
+from trainer.addresses import lacks_secrets
 from trainer.data.tar import Bytes
 from trainer.errors import DataError
 from trainer.hashing import key_of, uniform_of
@@ -67,6 +68,11 @@ def expand_sets(spec: str, *, pipes: bool = False) -> list[tuple[str, str]]:
             )
         if path.startswith("pipe:") and not pipes:
             raise DataError(f"{path!r} needs data.reader: webdataset and data.allow_pipe: true")
+    if lacking := next((path for _, path in listed if lacks_secrets(path)), None):
+        raise DataError(
+            f"{lacking} stands in a file that keeps no passwords and signatures; give the whole "
+            "address again, as data.train=URL"
+        )
     seen: set[str] = set()
     twice = next((path for _, path in listed if path in seen or seen.add(path)), None)  # type: ignore[func-returns-value]
     if twice is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from trainer.addresses import without_secrets
 from trainer.errors import TrainerError
 
 
@@ -21,7 +22,7 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         mark = "ok   " if not self.wrong else ("WRONG" if self.blocks else "note ")
         text = self.wrong or self.said
-        return f"{mark} {self.about}" + (f": {text}" if text else "")
+        return without_secrets(f"{mark} {self.about}" + (f": {text}" if text else ""))
 
 
 def looked_at(about: str, look: Callable[[], str | None]) -> Finding:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, get_args
 
+from trainer.addresses import without_secrets
 from trainer.config import EvalConfig, Weights
 from trainer.errors import ConfigError, TrainerError
 from trainer.evals.context import EvalContext
@@ -90,5 +91,5 @@ def _attempt(
     except (TrainerError, OSError) as error:
         return {}, str(error)
     except Exception as error:  # our own bug, for which no step of training may be lost
-        sys.stderr.write(traceback.format_exc())
+        sys.stderr.write(without_secrets(traceback.format_exc()))
         return {}, f"{type(error).__name__}: {error}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trainer.addresses import all_without_secrets
 from trainer.comm import Comm
 from trainer.config import RunConfig, dump_run
 from trainer.store.header import write_whole
@@ -47,11 +47,11 @@ def write_start(config: RunConfig, comm: Comm, *, step: int) -> None:
 
 def _write(config: RunConfig, comm: Comm, step: int, hosts: list[Any]) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(config.workdir / RUN, dump_run(config).encode())
+    write_whole(config.workdir / RUN, dump_run(config, secrets=False).encode())
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "step": step,
-        "command": without_secrets(sys.argv),
+        "command": all_without_secrets(sys.argv),
         "folder": str(Path.cwd()),
         **commit_of(ROOT),
         "python": platform.python_version(),
@@ -93,13 +93,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def without_secrets(words: list[str]) -> list[str]:
-    """A command line whose URLs have lost their passwords, queries and signatures."""
-    return [
-        re.sub(r"//[^/@\s]*@", "//...@", re.sub(r"\?[^\s:]*=[^\s:]*", "?...", w)) for w in words
-    ]
 
 
 def _starts(path: Path) -> list[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.addresses import without_secrets
 from trainer.comm import Comm
 from trainer.data.waiting_file import WaitingFile
 from trainer.errors import TrainerError
@@ -22,7 +23,7 @@ class Printed:
         self._file = WaitingFile(workdir / PRINTED)
 
     def line(self, text: str) -> None:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        now, text = time.strftime("%Y-%m-%d %H:%M:%S"), without_secrets(text)
         self._file.append("".join(f"{now}  {each}\n" for each in text.splitlines()).encode())
 
     def flush(self) -> None:

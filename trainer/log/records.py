@@ -25,6 +25,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from trainer.addresses import all_without_secrets
 from trainer.data.waiting_file import WaitingFile
 
 
@@ -37,7 +38,9 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """NaN and infinity become null, which every JSON reader accepts."""
-        self._file.append(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
+        self._file.append(
+            json.dumps(all_without_secrets(plain(record)), allow_nan=False).encode() + b"\n"
+        )
 
     def flush(self) -> None:
         """Put everything on the disk itself."""

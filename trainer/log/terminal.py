@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+from trainer.addresses import without_secrets
 from trainer.long_work import duration
 from trainer.types import Progress
 
@@ -67,7 +68,7 @@ class PlainLines:
         return text
 
     def line(self, text: str) -> None:
-        self._console.file.write(text + "\n")
+        self._console.file.write(without_secrets(text) + "\n")
         self._console.file.flush()
 
     def live(self, text: str) -> None:
@@ -105,7 +106,9 @@ class LiveBar:
         self._bar.update(self._task, description=text or self._shown)
 
     def line(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(
+            without_secrets(text), markup=False, highlight=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         self._bar.stop()

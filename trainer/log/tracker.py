@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from trainer.addresses import all_without_secrets
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
@@ -67,7 +68,8 @@ def tracker_for(config: RunConfig, comm: Comm) -> WeightsAndBiases | None:
     """Rank 0's, where the run asks for one."""
     if config.wandb is None or not comm.is_main:
         return None
-    return WeightsAndBiases(config.wandb, config.workdir, config.model_dump(mode="json"))
+    settings = config.model_dump(mode="json")
+    return WeightsAndBiases(config.wandb, config.workdir, all_without_secrets(settings))
 
 
 def run_name(workdir: Path) -> str:

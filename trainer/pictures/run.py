@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 
+from trainer.addresses import without_secrets
 from trainer.config import DataConfig, EvalConfig, RunConfig
 from trainer.data.decode import BadSample, decode_image
 from trainer.data.fields import find_image
@@ -63,7 +64,7 @@ def _attempted(draw: Callable[[], Pixels | None]) -> Pixels | str | None:
     except (TrainerError, OSError) as error:
         return str(error)
     except Exception as error:  # our own bug, for which no step of training may be lost
-        sys.stderr.write(traceback.format_exc())
+        sys.stderr.write(without_secrets(traceback.format_exc()))
         return f"{type(error).__name__}: {error}"
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
+from trainer.addresses import without_secrets
 from trainer.data.index import index_path, write_index
 from trainer.data.remote import expand_shards, file_size
 from trainer.data.tables import Columns
@@ -102,9 +103,9 @@ def _in_all(outcomes: Sequence[Outcome], *, missing: bool) -> str:
 
 def _complain(said: Sequence[str], count: int) -> None:
     if len(said) == 1:
-        sys.stderr.write(f"error: {said[0]}\n")
+        sys.stderr.write(f"error: {without_secrets(said[0])}\n")
         return
-    lines = "".join(f"\n  {each}" for each in said)
+    lines = "".join(f"\n  {without_secrets(each)}" for each in said)
     sys.stderr.write(
         f"error: {len(said)} of {count} shards have no index, the others have:{lines}\n"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ from trainer.run import (
     stream_of,
     tokenizer_of,
 )
+from trainer.running.spikes import LeftOut, Spikes
 from trainer.stop import Check
 from trainer.types import Batch, Features, Progress
 
@@ -68,6 +69,7 @@ class Run(NamedTuple):
     meter: Meter
     clock: Clock
     skipped: SkippedSteps
+    spikes: Spikes
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
@@ -93,6 +95,7 @@ def built(
     checkpoints: Checkpointer,
     restored: Restored | None,
     check: Check,
+    left_out: Sequence[LeftOut] = (),
 ) -> Run:
     """Everything that a run needs, as it was at the checkpoint; mistakes are told on the way."""
     shares = micro_batches(
@@ -127,6 +130,8 @@ def built(
     notes = loading_notes(config, recipe)
     size, stage = comm.world_size, engine.stage
     log.say(describe(config, parameters, stream, world_size=size, stage=stage, notes=notes))
+    spikes = Spikes(config, comm, left_out, restored)
+    spikes.tell(log, start.progress)
     if restored:
         log.say(f"going on from step {restored.step} in {restored.folder}")
     return Run(
@@ -136,6 +141,7 @@ def built(
         meter=meter,
         clock=Clock(comm, epoch_size=stream.epoch_size),
         skipped=SkippedSteps(limit=config.max_skipped_steps),
+        spikes=spikes,
     )
 
 

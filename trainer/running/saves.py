@@ -18,6 +18,7 @@ def save(run: Run, here: Place, due: Sequence[EvalConfig]) -> Place:
         frozen=run.frozen,
         shards=[*run.stream.shard_lines, *run.stream.folder_lines],
         evaluations_due=labels,
+        more=run.spikes.state(),
     )
     return here
 

@@ -12,7 +12,7 @@ from trainer.config import RunConfig
 from trainer.engine.accumulate import accumulate
 from trainer.engine.schedule import learning_rate_factor
 from trainer.engine.zero import Engine
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, NonFiniteLoss
 from trainer.log.skipped_step import explain_skip, one_line
 from trainer.pulse import PULSE
 from trainer.recipe import NamesPhases, Recipe, prepared
@@ -41,10 +41,15 @@ def step_of(run: Run, progress: Progress) -> Progress:
     progress = progress.advance(samples=run.config.global_batch, applied=applied)
     if applied:
         run.skipped.none()
+        run.spikes.look(losses.total, progress)
     else:
         why = one_line(explain_skip(run.engine, batches, losses))
         run.log.event(progress, "skipped", why=why)
-        run.skipped.one_more(why)
+        try:
+            run.skipped.one_more(why)
+        except NonFiniteLoss as error:
+            run.spikes.instead_of(error, progress)
+            raise
     numbers = {"loss": losses.total, **losses, "gradient_norm": run.engine.gradient_norm, **said}
 
     def more() -> dict[str, float | Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from trainer.addresses import all_without_secrets
 from trainer.errors import ConfigError
 from trainer.settings.data import CaptionConfig, DataConfig
 from trainer.settings.errors import explain
@@ -19,6 +20,7 @@ from trainer.settings.period import Every, Period
 from trainer.settings.recipe import RecipeConfig
 from trainer.settings.recipe_files import config_class, recipe_config
 from trainer.settings.section import Frozen, LocalPath, PositiveInt
+from trainer.settings.spikes import SpikesConfig
 from trainer.settings.text import read_mapping
 
 _WITHOUT_AN_END = {
@@ -79,6 +81,8 @@ class RunConfig(Frozen):
     waits for the disk. The last save, and the one of a stop, always waits."""
     max_skipped_steps: int = Field(default=20, ge=0)
     """The run stops when this many steps in a row had a gradient that is not finite."""
+    spikes: SpikesConfig | None = None
+    """Go back where the loss jumps; the run goes on as it is where None."""
     comm_timeout_seconds: float = Field(default=1800.0, gt=0)
     """Seconds that a rank waits for the others before it gives up."""
     hang_seconds: float = Field(default=1800.0, gt=0)
@@ -149,6 +153,27 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _no_spikes_that_can_not_be_left_out(self) -> RunConfig:
+        if self.spikes is None:
+            return self
+        if self.data.reader == "webdataset":
+            raise ValueError(
+                "spikes: the webdataset reader draws other samples after a start anew, so none can "
+                "be left out; drop spikes, or use data.reader: indexed"
+            )
+        if getattr(self.recipe, "episode_samples", None) is not None:
+            raise ValueError(
+                f"spikes: an episode of {self.recipe.name} is clustered for the samples that it "
+                "trains on, so none of them can be left out; drop spikes"
+            )
+        if self.spikes.window >= self.steps:
+            raise ValueError(
+                f"spikes.window is {self.spikes.window}, and the run has {self.steps} steps; none "
+                "would be looked at"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_keys_of_a_tower_that_is_not_there(self) -> RunConfig:
         model = self.recipe.model
         for tower in ("image", "text"):
@@ -185,9 +210,13 @@ def parse_run(text: str, overrides: Sequence[str] = (), *, source: str = "YAML")
         raise ConfigError(f"{where}: {_explain(error, values)}") from error
 
 
-def dump_run(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `parse_run(dump_run(c)) == c`."""
+def dump_run(config: RunConfig, *, secrets: bool = True) -> str:
+    """The resolved configuration as YAML; `parse_run(dump_run(c)) == c`.
+
+    Without `secrets` its URLs have lost their passwords and signatures.
+    """
     values = config.model_dump(mode="json")
+    values = values if secrets else all_without_secrets(values)
     for section in [values, *values["evals"]]:
         for key, value in section.items():
             if isinstance(value, dict) and set(value) == {"count", "unit"}:
