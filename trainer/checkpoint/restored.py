@@ -16,6 +16,9 @@ from torch import Tensor
 from trainer.checkpoint.manifest import STATE, FileEntry, Manifest
 from trainer.errors import CheckpointError
 
+_KINDS = {"progress": dict, "losses": list, "left_out": list, "evaluations_due": list}
+"""Of the keys of a state that a run reads."""
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -112,4 +115,9 @@ def open_checkpoint(folder: Path, manifest: Manifest) -> Restored:
         raise ValueError(f"{STATE}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{STATE} is not a mapping")
+    for key, kind in _KINDS.items():
+        if key in state and not isinstance(state[key], kind):
+            raise ValueError(f"{STATE} has {key} that is a {type(state[key]).__name__}")
+    if not all(type(count) is int and count >= 0 for count in state.get("progress", {}).values()):
+        raise ValueError(f"{STATE} has a progress that is no count")
     return Restored(folder, manifest, state, texts)

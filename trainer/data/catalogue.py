@@ -170,9 +170,27 @@ def open_catalogue(path: str) -> Catalogue:
         raise DataError(f"no catalogue {path}; {_mend(path)}") from None
     if blake2b(text, digest_size=16).digest() != digest:
         raise _damaged(path, "table of shards")
-    table = _Table(**json.loads(text))
+    table = _table_of(text)
+    if table is None:
+        raise DataError(f"{path} contradicts itself; {_mend(path)}")
     shards = [_absolute(shard, Path(path).parent) for shard in table.shards]
     return Catalogue(path, table._replace(shards=shards), ids_at, ids_digest)
+
+
+def _table_of(text: bytes) -> _Table | None:
+    """None where the table is none, though its sum is right, as nobody writes it here."""
+    try:
+        table = _Table(**json.loads(text))
+        texts = [*table.shards, *table.sets, *table.digests]
+        counts = [*table.sizes, *table.starts]
+    except (ValueError, TypeError, RecursionError):
+        return None
+    good = all(isinstance(each, str) and "\0" not in each for each in texts)
+    good = good and all(type(each) is int and 0 <= each < 2**62 for each in counts)
+    even = {len(table.shards), len(table.sets), len(table.digests), len(table.sizes)}
+    if not good or len(even) != 1 or len(table.starts) != len(table.shards) + 1:
+        return None
+    return table if table.starts == sorted(table.starts) else None
 
 
 def _relative(path: str, folder: Path) -> str:

@@ -213,7 +213,7 @@ def _file(folder: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values")

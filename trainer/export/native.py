@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -197,7 +197,7 @@ def _native(folder: Path, kind: type[Form]) -> tuple[Form, dict[str, Tensor]]:
     try:
         values = kind.model_validate_json((folder / NATIVE / "model.json").read_text())
         return values, load_file(folder / NATIVE / "model.safetensors")
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder} is no exported model: {reason}") from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ RAISED = (
 
 _RANDOM = ("drop", "jitter", "mask_ratio", "mask_time_prob", "mask_feature_prob", "noise_std")
 _RANDOM_IF_GIVEN = ("pos_embed_rescale", "pos_embed_shift", "pos_embed_jitter")
+_KERNELS = re.compile(r'"_?(?:attn|experts)_implementation[^"]*"\s*:[^}]*?"([^"]*/[^"]*)"')
 _LONGEST_SENTENCE = 240
 _FETCHED = ("*.json", "*.txt", "*.model", "*.safetensors")
 """Of a hub's files: no pickles."""
@@ -115,6 +117,7 @@ def folder_settings(path: Path | str, *, local_files_only: bool = False) -> Any:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ConfigError(f"no model at {path}: it has no config.json")
+    _refuse_kernels(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(
             path, local_files_only=local_files_only, trust_remote_code=False
@@ -125,6 +128,20 @@ def folder_settings(path: Path | str, *, local_files_only: bool = False) -> Any:
         raise ConfigError(
             f"transformers can't load a model from {path}: {first_line(error)}"
         ) from error
+
+
+def _refuse_kernels(path: Path) -> None:
+    """ConfigError where attention or experts are computed by code of a hub, which transformers
+    fetches and runs where the package `kernels` is installed."""
+    try:
+        said = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return  # transformers says what is wrong with it
+    if found := _KERNELS.search(said):
+        raise ConfigError(
+            f"{path} names {found[1]!r}, code of a hub, for its implementation; take the key out: "
+            "no code of a model's folder is run here"
+        )
 
 
 def settings_hash(settings: Any, **further: Any) -> str:

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from safetensors.torch import load_file
 from torch import nn
 
 from trainer.errors import ConfigError
+from trainer.tensor_files import read_tensors
 
 _POOLING = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
 _POOLING |= {"lasttoken": "last"}
@@ -117,7 +117,9 @@ def _dense(place: Path) -> nn.Module:
     file = place / "model.safetensors"
     if not file.exists():
         raise ConfigError(f"{place} has no model.safetensors; save it anew, without pickles")
-    weights = {k.removeprefix("linear."): v.float() for k, v in load_file(file).items()}
+    weights = {
+        k.removeprefix("linear."): v.float() for k, v in read_tensors(file, of="a map").items()
+    }
     try:
         layer.load_state_dict(weights)
     except RuntimeError as error:
@@ -132,5 +134,5 @@ def _optional(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no readable JSON: {error}") from error

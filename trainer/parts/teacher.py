@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.cluster.kmeans import KMeansConfig, KMeansResult, cluster
@@ -33,6 +33,7 @@ from trainer.parts.teacher_points import teacher_points
 from trainer.recipe import Context
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
+from trainer.tensor_files import read_tensors
 
 Student = Literal["image", "text"]
 MOST_ON_DEVICE = 100_000_000
@@ -219,7 +220,8 @@ def _kept_groups(
         labels = ClusterLabels.open(folder / name)
         if len(labels) <= MOST_ON_DEVICE:
             labels = labels.to(comm.device)
-        centroids = load_file(folder / name / "centroids.safetensors")["centroids"]
+        file = folder / name / "centroids.safetensors"
+        centroids = read_tensors(file, of="centroids")["centroids"]
         first, last = comm.row_range(config.clusters)
         shard = centroids[first:last].to(comm.device)
         groups[name] = TeacherGroups(config, config.weight / len(names), labels, shard)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from trainer.cluster.duplicates import without_duplicates
 from trainer.cluster.problem import KMeansConfig
@@ -36,6 +35,7 @@ from trainer.long_work import counted
 from trainer.programs.cluster import CENTROIDS, ClusterJob, cluster_store
 from trainer.store import EmbeddingStore
 from trainer.store.header import write_whole
+from trainer.tensor_files import read_tensors
 
 CLUSTERS, RANDOM, DISTINCT = "clusters", "random", "distinct.npy"
 Say = Callable[[str], None]
@@ -154,7 +154,7 @@ def _clustering(
             per_sample=1,
         )
         labels = cluster_store(scan / IMAGES, out / CLUSTERS, job, comm, say=say)
-    centroids = load_file(labels / CENTROIDS)["centroids"]
+    centroids = read_tensors(labels / CENTROIDS, of="centroids")["centroids"].numpy()
     return Clustering(labels, groups_of(centroids, policy.merge_cosine))
 
 

@@ -19,12 +19,12 @@ def made_of(folder: Path) -> dict[str, str]:
     if header is not None:
         return {name: entry.source for name, entry in header.shards.items()}
     try:
-        found = json.loads((folder / SOURCES).read_text())
+        found = dict(json.loads((folder / SOURCES).read_text()))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / SOURCES} can't be read: {error}; make it anew") from None
-    return {str(name): str(digest) for name, digest in dict(found).items()}
+    return {str(name): str(digest) for name, digest in found.items()}
 
 
 def write_sources(folder: Path, header: StoreHeader) -> None:

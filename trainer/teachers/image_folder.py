@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 
 from trainer.config import IMAGE_FIELDS
 from trainer.data.pixels import Pixels, folder_pixels
@@ -20,6 +19,7 @@ from trainer.teachers.image import ImageTeacher, VisionFeatures
 from trainer.teachers.on_disk import placed, settings_of, took, weights_hash
 from trainer.teachers.pinned import WEIGHTS
 from trainer.teachers.section import TeacherSpec
+from trainer.tensor_files import read_tensors
 
 _LITE_MEAN, _LITE_DEVIATION = 127 / 255, 128 / 255
 
@@ -29,7 +29,7 @@ def lite_teacher(
 ) -> ImageTeacher:
     size = SIZES[spec.model]
     model = EfficientNetLite(size)
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model.load_state_dict(read_tensors(folder / WEIGHTS, of="weights"))
     pixels = Pixels(
         size=spec.image_size or size.image_size,
         mean=(_LITE_MEAN,) * 3,

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+
+from trainer.tensor_files import read_tensors
 
 ORDERS = ((2, 0), (3, 1), (5, 2))
 """Tokens that a branch's convolutions see, and how many of them are to the left."""
@@ -98,7 +100,7 @@ def load_universal(folder: Path) -> UniversalEncoder:
     """The encoder that `convert_universal` wrote."""
     settings = json.loads((folder / "config.json").read_text())
     model = UniversalEncoder(settings["vocab_size"], settings["epsilon"])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(read_tensors(folder / "model.safetensors", of="weights"))
     return model.eval()
 
 
