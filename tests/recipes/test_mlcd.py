@@ -166,7 +166,7 @@ def renamed(config: RunConfig, name: str, dropped: str, *overrides: str) -> RunC
 
     values = yaml.safe_load(dump_run(config))
     values["recipe"]["name"] = name
-    for key in (dropped, "tokens", "momentum_copy"):  # the latter two are keys of mlcd alone
+    for key in (dropped, "tokens", "momentum_copy", "overuse"):  # the others are of mlcd alone
         del values["recipe"][key]
     return parse_run(yaml.safe_dump(values), overrides)
 

@@ -21,10 +21,18 @@ from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, key_of
 from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.way import Way
-from trainer.losses.learned_prototypes import ActiveRows, LogitOptions, negative_figures
+from trainer.losses.learned_prototypes import (
+    ActiveRows,
+    LogitOptions,
+    gathered_units,
+    negative_figures,
+)
 from trainer.losses.margin import Margin, MarginKind, coordinate_subset
 from trainer.losses.multilabel import LossKind, MultilabelLoss, MultilabelOptions
 from trainer.losses.prototype_loss import prototype_loss, slots_loss
+from trainer.losses.units import lean_unit_rows
+from trainer.losses.usage import prototype_overuse
+from trainer.parts.overuse import OveruseConfig
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.parts.sampling import rate_with_negatives
 from trainer.recipe import Context
@@ -132,6 +140,7 @@ class PrototypesTerm:
     def __init__(self, config: PrototypesConfig, context: Context, *, dim: int) -> None:
         self.config, self.context, self.dim = config, context, dim
         self.weight = config.weight if isinstance(config, WeightedPrototypesConfig) else 1.0
+        self.overuse: OveruseConfig | None = None
         self.labels = _labels(config, context)
         self._looked_up = self.labels.beside(context.comm.device)
         self.head = _head(config, config.num_prototypes or self.labels.num_clusters, context, dim)
@@ -153,20 +162,24 @@ class PrototypesTerm:
         """One loss over the batch of all ranks; its terms and figures, which have no weight."""
         rows = compared_rows(features)
         labels = self._chosen(batch.sample_id, step)
-        result, more = self._compared(rows, labels, step)
+        each = self.config.negatives == "each"
+        chosen = self.head.active_each(labels, step) if each else [self.head.active(labels, step)]
+        rows, chosen = self._subspace(rows, chosen, step)
+        result, more = self._compared(rows, labels, chosen, step)
         figures = {**result.figures, "labelled": (labels >= 0).any(dim=1).float().mean(), **more}
         losses = Losses().with_term(self.config.loss, result.loss, self.weight)
+        if self.overuse is not None:
+            value = self._overused(rows, chosen[0])
+            losses = losses.with_term("overuse", value, self.overuse.weight_at(step))
         for name, value in figures.items():
             losses = losses.with_term(name, value, 0.0)
         return losses
 
     def _compared(
-        self, rows: Tensor, labels: Tensor, step: int
+        self, rows: Tensor, labels: Tensor, chosen: list[ActiveRows], step: int
     ) -> tuple[MultilabelLoss, dict[str, Tensor]]:
         """The loss, and the figures that are not due in every step."""
         each, comm = self.config.negatives == "each", self.head.comm
-        chosen = self.head.active_each(labels, step) if each else [self.head.active(labels, step)]
-        rows, chosen = self._subspace(rows, chosen, step)
         usual, options = self._usual_negatives, self._options
         if each:
             result = slots_loss(rows, labels, chosen, comm, options, usual_negatives=usual)
@@ -180,6 +193,13 @@ class PrototypesTerm:
             for column, active in zip(columns, chosen, strict=True)
         ]
         return result, {"negative_cosine": torch.stack(seen).mean(), **self.head.figures()}
+
+    def _overused(self, rows: Tensor, active: ActiveRows) -> Tensor:
+        """Of the rows that the step compares with, without margins."""
+        everyones = gathered_units(rows, self.head.comm, gather_dtype=self.head.gather_dtype)
+        directions = lean_unit_rows(active.rows.to(everyones.dtype))
+        scale = everyones.new_tensor(self.config.scale)
+        return prototype_overuse(everyones, directions, scale, self.head.comm)
 
     def _chosen(self, sample_id: Tensor, step: int) -> Tensor:
         """[batch, labels]: the nearest clusters of each sample, or drawn ones of all it has."""

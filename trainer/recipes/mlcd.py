@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from trainer.parts.image_prototypes import ImagePrototypes, ImagePrototypesConfig, build_model
 from trainer.parts.known_groups import KnownGroups, KnowsGroups
+from trainer.parts.overuse import OveruseConfig
 from trainer.parts.prototypes import compared_rows
 from trainer.parts.token_selection import SelectsTokens, token_parts
 from trainer.recipe import Context
@@ -27,11 +30,22 @@ class Config(SelectsTokens, KnowsGroups, ImagePrototypesConfig):
     """Defaults are MLCD's."""
 
     name: Literal["mlcd"] = "mlcd"
+    overuse: OveruseConfig | None = None
+    """A penalty on prototypes that everything uses, of the rows that a step compares with."""
+
+    @model_validator(mode="after")
+    def _one_draw_of_negatives(self) -> Config:
+        if self.overuse is not None and self.negatives == "each":
+            raise ValueError(
+                "overuse is of one draw of prototypes a step; set negatives: shared, or drop it"
+            )
+        return self
 
 
 class Recipe(ImagePrototypes):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
+        self.term.overuse = config.overuse
         self.parts |= token_parts(config, context, self.model)
         self.groups = KnownGroups(config, context, dim=config.model.compared_dim)
         self.parts |= self.groups.parts

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -29,12 +29,15 @@ from trainer.data.labels import ClusterLabels
 from trainer.errors import ConfigError
 from trainer.losses.constant_prototypes import prototype_cross_entropy
 from trainer.losses.contrastive import info_nce
+from trainer.losses.units import at_least_float32
+from trainer.losses.usage import prototype_overuse
 from trainer.models.config import HeadedTwoTower
 from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from trainer.parts.back_translation import TableOptions, softness
 from trainer.parts.episode import EpisodeTables, Term
 from trainer.parts.episodes import Episodes, Extracted, extract, timed
 from trainer.parts.known_groups import KnownGroups, KnowsGroups
+from trainer.parts.overuse import OveruseConfig
 from trainer.parts.teacher import Student, TeacherConfig, load_teachers, overlap, training_ids
 from trainer.parts.teacher_digests import TeacherDigests
 from trainer.parts.token_selection import SelectsTokens, token_parts
@@ -58,6 +61,8 @@ class Config(SelectsTokens, KnowsGroups, RecipeConfig):
     """Of the internal pair: text groups teach images, image groups teach texts."""
     target_temperature: float = 0.01
     """Of the internal pair's soft targets; 0 or less means one-hot."""
+    overuse: OveruseConfig | None = None
+    """A penalty on prototypes that everything uses, half of it for each term of a pair."""
     teachers: tuple[TeacherConfig, ...] = ()
     warmup_episodes: int = Field(default=1, ge=0)
     """Episodes of plain CLIP at the start."""
@@ -83,6 +88,15 @@ class Config(SelectsTokens, KnowsGroups, RecipeConfig):
     """Last episodes of plain CLIP with a locked image tower; the original has 2."""
     classes: str | None = None
     """json key of known classes, to log how well clusters agree with them."""
+
+    @model_validator(mode="after")
+    def _overuse_of_something(self) -> Config:
+        if self.overuse is not None and not (self.prototype_weight or self.teachers):
+            raise ValueError(
+                "overuse is of prototypes, and prototype_weight: 0 without teachers makes none; "
+                "leave it out, or give prototype_weight"
+            )
+        return self
 
     def knows_the_end(self) -> str | None:
         return (
@@ -153,6 +167,11 @@ class Recipe:
         losses = Losses().with_term("clip", clip, self.config.clip_weight)
         for term in self.episode.tables:
             losses = losses.with_term(term.name, *self._prototype_term(term, features, batch))
+            if self.config.overuse is not None:
+                weight = self.config.overuse.weight_at(step) / 2
+                losses = losses.with_term(
+                    f"{term.name}_overuse", self._overused(term, features), weight
+                )
         return losses + self.groups.losses(image, batch, step)
 
     def _prototype_term(self, term: Term, features: Features, batch: Batch) -> tuple[Tensor, float]:
@@ -169,6 +188,17 @@ class Recipe:
             self.comm,
         )
         return value, weight / 2
+
+    def _overused(self, term: Term, features: Features) -> Tensor:
+        table = self.episode.tables[term]
+        rows = at_least_float32(features.tensor(f"{term.student}_projected"))
+        return prototype_overuse(
+            self.comm.all_gather(rows),
+            table.prototypes.to(rows.dtype),
+            features.tensor("prototype_scale").to(rows.dtype),
+            self.comm,
+            valid=table.valid,
+        )
 
     # -- episodes -------------------------------------------------------------------------------
 
