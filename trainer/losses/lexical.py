@@ -9,12 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from trainer.kernels.patch_maximum import elu1p
 from trainer.losses.units import at_least_float32
 
-
-def elu1p(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x + 1 where x is not negative, else exp(x): positive, smooth and never decreasing."""
-    return torch.where(scores >= 0, scores + 1, scores.clamp_max(0).exp())
+__all__ = ["elu1p", "largest_sparse", "lexical_rows", "threshold_sparse"]
 
 
 def lexical_rows(scores: Float[Tensor, "rows words"]) -> Float[Tensor, "rows words"]:

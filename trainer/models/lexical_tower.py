@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, normalize, scaled_dot_product_attention
 from transformers import CLIPVisionModel
 
 from trainer.config import Frozen, PositiveInt
-from trainer.kernels.patch_maximum import patch_maximum
-from trainer.losses.lexical import largest_sparse, lexical_rows, threshold_sparse
+from trainer.kernels.patch_maximum import elu1p, patch_maximum
+from trainer.losses.lexical import largest_sparse, threshold_sparse
+from trainer.losses.units import at_least_float32
 from trainer.models.patches import reading_only
 from trainer.models.tower import Tower
 from trainer.models.two_tower import TwoTower
@@ -87,10 +88,10 @@ class Codebook(nn.Module):
     def forward(
         self, states: Float[Tensor, "n dim"] | Float[Tensor, "n states dim"]
     ) -> Float[Tensor, "n words"]:
-        """Scores of the words; of several states the largest."""
+        """How loudly each word is said; of several states the loudest. In float32 or better."""
         if states.dim() == 3:
-            return patch_maximum(states, self.weight)
-        return states @ self.weight.T
+            return patch_maximum(states, self.weight, activated=True)
+        return elu1p(at_least_float32(states @ self.weight.T))
 
 
 class LexicalTowers(TwoTower):
@@ -114,8 +115,8 @@ class LexicalTowers(TwoTower):
             mask = torch.ones_like(batch.tokens, dtype=torch.bool) if mask is None else mask
             text = self.text_words(self.text(batch.tokens, mask))
         return Features(
-            image=None if image is None else self.kept(lexical_rows(image)),
-            text=None if text is None else self.kept(lexical_rows(text)),
+            image=None if image is None else self.kept(normalize(image, dim=-1)),
+            text=None if text is None else self.kept(normalize(text, dim=-1)),
             logit_scale=self.logit_scale(),
         )
 
