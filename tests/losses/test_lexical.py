@@ -15,7 +15,7 @@ from trainer.comm import Comm
 from trainer.kernels.patch_maximum import patch_maximum
 from trainer.losses.contrastive import info_nce
 from trainer.losses.lexical import elu1p, largest_sparse, lexical_rows, threshold_sparse
-from trainer.losses.usage import usage_penalty, warm_up
+from trainer.losses.usage import UsageKind, usage_penalty, warm_up
 
 SOLO = Comm.solo()
 
@@ -120,10 +120,11 @@ def penalties_of_a_share(comm: Comm) -> dict[str, np.ndarray]:
     return {"value": value.detach().numpy(), "gradient": (rows.grad / comm.world_size).numpy()}
 
 
-def test_penalty_of_the_global_batch_on_one_rank_and_on_two() -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_penalty_of_the_global_batch_on_one_rank_and_on_several(world_size: int) -> None:
     """Gradients are those of the mean of the ranks' losses, as the engine makes them."""
     alone = penalties_of_a_share(SOLO)
-    ranks = run_ranks(penalties_of_a_share, 2, timeout_seconds=200)
+    ranks = run_ranks(penalties_of_a_share, world_size, timeout_seconds=200)
     for rank in ranks:
         np.testing.assert_allclose(rank["value"], alone["value"], rtol=1e-12)
     gradients = np.concatenate([rank["gradient"] for rank in ranks])
@@ -157,3 +158,65 @@ def test_sparse_forms() -> None:
     assert not threshold_sparse(uniform).any()
     strict = (threshold_sparse(rows) > 0).sum(dim=1)
     assert ((strict >= 1) & (strict < 30)).all()
+
+
+def test_the_activation_meets_itself_at_zero_and_never_falls() -> None:
+    near = torch.tensor([-1e-9, 0.0, 1e-9], dtype=torch.float64, requires_grad=True)
+    values = elu1p(near)
+    values.sum().backward()
+    assert float(values[1]) == 1.0
+    torch.testing.assert_close(values, torch.ones(3).double(), rtol=0, atol=2e-9)
+    torch.testing.assert_close(near.grad, torch.ones(3).double(), rtol=0, atol=2e-9)
+    many = elu1p(torch.linspace(-30, 30, 20_001))
+    assert (many.diff() >= 0).all()
+    assert (many > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_activation_after_the_maximum_has_the_gradients_of_the_one_before(
+    dtype: torch.dtype,
+) -> None:
+    """The fused form, whose slope is told by its value, against autograd; to the bit."""
+    draw = torch.Generator().manual_seed(8)
+    parts = [torch.randn(*shape, generator=draw).to(dtype) for shape in ((4, 5, 7), (23, 7))]
+    probe = torch.randn(4, 23, generator=draw)
+    found = []
+    for fused in (True, False):
+        patches, words = (part.clone().requires_grad_() for part in parts)
+        rows = patch_maximum(patches, words, activated=fused, block_words=9)
+        if not fused:
+            rows = elu1p(rows.to(torch.promote_types(dtype, torch.float32)))
+        (rows * probe).sum().backward()
+        found.append((rows.detach(), patches.grad, words.grad))
+    assert (found[0][0] < 1).any()
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_overuse_is_never_below_flops_and_both_are_of_degree_two() -> None:
+    """Chebyshev's inequality, with equality for equal use alone; and the form of equation 8."""
+    draw = torch.Generator().manual_seed(4)
+    for spread in (0.0, 0.1, 3.0):
+        rows = lexical_rows(spread * torch.randn(6, 40, generator=draw).double())
+        over, flops = (float(usage_penalty(rows, SOLO, kind=kind)) for kind in KINDS)
+        assert over >= flops * (1 - 1e-12)
+        assert (over == pytest.approx(flops, rel=1e-12)) == (spread == 0)
+        for kind in KINDS:
+            thrice = float(usage_penalty(3 * rows, SOLO, kind=kind))
+            assert thrice == pytest.approx(9 * float(usage_penalty(rows, SOLO, kind=kind)))
+        used = rows.mean(dim=0)
+        weights = used / used.sum()
+        assert over == pytest.approx(float(40 * (weights * used.square()).sum()), rel=1e-12)
+
+
+KINDS: tuple[UsageKind, ...] = ("overuse", "flops")
+
+
+def test_all_words_and_no_threshold_are_the_dense_product() -> None:
+    draw = torch.Generator().manual_seed(6)
+    images, texts = (lexical_rows(torch.randn(count, 50, generator=draw)) for count in (12, 9))
+    dense = texts @ images.T
+    assert torch.equal(largest_sparse(texts, 50) @ largest_sparse(images, 50).T, dense)
+    rough = threshold_sparse(texts) @ threshold_sparse(images).T
+    assert not torch.equal(rough, dense)
+    assert (rough <= dense + 1e-6).all()

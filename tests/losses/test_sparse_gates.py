@@ -135,3 +135,28 @@ def test_of_equal_gates_the_later_ones_close() -> None:
     gate = is_open(torch.zeros(2, 10))
     assert gate.sum(dim=1).tolist() == [8, 8]
     assert gate[0].tolist() == [1] * 8 + [0] * 2
+
+
+def test_the_share_of_open_gates_is_a_sum_over_pairs_and_every_gate_moves_it() -> None:
+    """The closed form against the published outer product of a hidden and an inner gate."""
+    draw = torch.Generator().manual_seed(2)
+    shapes = ((8,), (3, 2), (3, 32))
+    log_alpha = Gates(*(torch.randn(shape, generator=draw).double() for shape in shapes))
+    leaves = Gates(*(part.requires_grad_() for part in log_alpha))
+    shares = Gates(*map(open_probability, leaves))
+    kept = kept_weights(shares, head_dim=4)
+    by_pairs = 4 * 4 * torch.outer(shares.hidden, shares.heads.flatten()).sum()
+    by_pairs = by_pairs + 2 * torch.outer(shares.hidden, shares.neurons.flatten()).sum()
+    torch.testing.assert_close(kept, by_pairs, rtol=1e-13, atol=0)
+    kept.backward()
+    for part in leaves:
+        assert part.grad is not None
+        assert (part.grad > 0).all(), "opening a gate never makes a model smaller"
+
+
+def test_with_all_gates_open_the_published_count_says_a_little_is_gone_and_ours_nothing() -> None:
+    """The published form leaves a neuron's and a projection's biases out of what is kept."""
+    vit_b = Gates(torch.ones(768), torch.ones(12, 12), torch.ones(12, 3072))
+    published = published_kept_weights(vit_b, head_dim=64) / published_prunable_weights(vit_b)
+    assert 1 - float(published) == pytest.approx(0.00056, abs=2e-5)
+    assert float(kept_weights(vit_b, head_dim=64)) == prunable_weights(vit_b, head_dim=64)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.models.small import LENGTH, small_batch, small_config, word_tokenizer
@@ -16,6 +20,7 @@ from trainer.models.narrow import NarrowShape, narrow
 from trainer.models.tower import Tower
 from trainer.models.two_tower import seeded
 from trainer.parts.inheritance import Units, kept_places
+from trainer.recipes.tinyclip import open_units
 
 
 def tower_of(kind: str, **sizes: int) -> Tower:
@@ -122,3 +127,38 @@ def test_other_towers_are_refused(saved: dict[str, str]) -> None:
     tower = text_tower(small_config(**values), word_tokenizer())
     with pytest.raises(ConfigError, match="gates are for CLIP's towers, not for a BertModel"):
         GatedTower(tower)
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_cut_tower_that_is_saved_loaded_and_cut_again_is_itself(
+    kind: str, tmp_path: Path
+) -> None:
+    """With gates that are 1 or 0: no weight is multiplied twice, and open gates cut nothing."""
+    large = tower_of(kind)
+    once = cut(dict(large.named_parameters()), HARD, kind)
+    save_file({name: value.contiguous() for name, value in once.items()}, tmp_path / "cut")
+    loaded = load_file(tmp_path / "cut")
+    open_gates = Gates(
+        torch.ones(int(HARD.hidden.sum())),
+        HARD.heads.sort(dim=1, descending=True).values,
+        HARD.neurons.sort(dim=1, descending=True).values,
+    )
+    twice = cut(loaded, open_gates, kind)
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(twice[name], once[name]) for name in once)
+    assert sum(map(torch.numel, once.values())) < sum(p.numel() for p in large.parameters())
+
+
+def cut(weights: Mapping[str, Tensor], gates: Gates, kind: str) -> dict[str, Tensor]:
+    """What a cut keeps of these weights, under the names of the smaller tower."""
+    units = open_units(gates)
+    small = tower_of(kind, width=len(units.hidden), heads=1, mlp_width=24)
+    shape = NarrowShape(
+        len(units.hidden), 8, tuple(map(len, units.heads)), tuple(map(len, units.neurons))
+    )
+    narrow(small, shape)
+    kept = {name: kept_places(name, units, head_dim=8) for name, _ in small.named_parameters()}
+    found = {name: place.of(weights[place.name].detach()) for name, place in kept.items()}
+    for name, value in small.named_parameters():
+        assert found[name].shape == value.shape
+    return found

@@ -22,6 +22,8 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.export.native import load_exported
 from trainer.export.transformers_folder import export_model
+from trainer.losses.contrastive import info_nce
+from trainer.losses.distill import soft_distillation
 from trainer.programs.workdir import evaluate_workdir, logged_results, open_workdir
 
 SOLO = Comm.solo()
@@ -61,6 +63,21 @@ def test_the_first_step_of_a_pair_that_is_its_own_teacher(tmp_path: Path) -> Non
         float(p.grad.abs().max()) for p in recipe.model.parameters() if p.grad is not None
     )
     assert largest < 1e-4
+
+
+def test_its_other_term_is_clip_to_the_bit_and_a_sure_teacher_says_the_same(
+    tmp_path: Path,
+) -> None:
+    recipe = built(config_of(tmp_path, "recipe.weight=1"))
+    batch = batch_of()
+    features = recipe.model(batch)
+    image, text, scale = map(features.tensor, ("image", "text", "logit_scale"))
+    losses = recipe.losses(features, batch, 0)
+    assert torch.equal(losses["clip"], info_nce(image, text, scale, SOLO))
+    assert losses.weights["clip"] == 1.0
+    sure = torch.eye(len(image))
+    soft = soft_distillation(image, text, scale, sure, sure, 1e4, SOLO).loss
+    torch.testing.assert_close(soft, losses["clip"], rtol=1e-6, atol=0)
 
 
 def test_a_fixed_scale_is_the_students_whatever_it_learns(tmp_path: Path) -> None:
