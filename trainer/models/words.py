@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trainer.errors import ConfigError
 from trainer.models.folder import RAISED, first_line, folder_settings
-from trainer.models.load import is_causal_kind
+from trainer.models.pools import is_causal_kind
 
 BEGINS = ("Ġ", "▁")
 """How byte-level and sentencepiece tokenizers write the space before a word."""

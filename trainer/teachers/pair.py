@@ -16,18 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from trainer.data.pixels import Pixels, folder_pixels
 from trainer.data.tokenize import load_tokenizer, tokenizer_digest
 from trainer.errors import ConfigError
+from trainer.models.fitting import check_length
 from trainer.models.folder import folder_settings, load_pair, settings_hash
+from trainer.models.folder_tower import own_image_tower, own_text_tower, pair_scales
 from trainer.models.inspection import inspect_images, inspect_text
-from trainer.models.load import (
-    check_length,
-    own_image_tower,
-    own_text_tower,
-    pair_scales,
-)
 from trainer.models.tower import Tower
 from trainer.teachers.frozen import TORCH_DTYPES, Precision
+from trainer.teachers.on_disk import weights_hash
 from trainer.teachers.own_vectors import OwnVectors
-from trainer.teachers.spec import weights_hash
 
 
 class FrozenPair(nn.Module):

@@ -14,8 +14,8 @@ from trainer.data.corpus.wheels import sha256_of
 from trainer.data.tokenize import load_tokenizer, tokenizer_digest
 from trainer.errors import ConfigError
 from trainer.models.folder import Loaded, load_folder
+from trainer.models.folder_tower import own_text_tower, said_otherwise
 from trainer.models.inspection import Reach, inspect_text
-from trainer.models.load import own_text_tower, said_otherwise
 from trainer.models.sentence_folder import (
     SentenceFolder,
     load_maps,
