@@ -23,10 +23,11 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import Period
 from trainer.errors import ConfigError, TrainerError
+from trainer.log.files import EVENTS, METRICS, Files, evaluated
 from trainer.log.meter import Meter
 from trainer.log.printed import Printed
 from trainer.log.rank_times import RankTimes, Spread
-from trainer.log.records import JsonLines, TensorBoard, plain, read_lines
+from trainer.log.records import plain
 from trainer.log.terminal import (
     Display,
     Speed,
@@ -40,8 +41,8 @@ from trainer.long_work import speaking_to
 from trainer.periods import Clock
 from trainer.types import Progress
 
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
+__all__ = ["EVENTS", "METRICS", "MetricLog", "evaluated"]
+
 _EVERY_TEN_STEPS = Period.model_construct(count=10.0, unit="steps")
 
 
@@ -84,7 +85,7 @@ class MetricLog:
         self._clock = Clock(comm, epoch_size=epoch_size or 1)
         self._last: Progress | None = None
         self._pending: _Pending | None = None
-        self._files: _Files | None = None
+        self._files: Files | None = None
         self._display: Display | None = None
         self._meter = meter or Meter(comm)
         self._tracker = tracker
@@ -124,7 +125,7 @@ class MetricLog:
         self._speedometer = Speedometer(progress, self._started)
         self._rank_times.begin(progress.step)
         if self._comm.is_main:
-            self._files = _Files(
+            self._files = Files(
                 self._workdir, progress, phase_begun=phase_begun, tracker=self._tracker
             )
 
@@ -259,102 +260,7 @@ class MetricLog:
             self.say(f"step {pending.progress.step}  {slow}")
 
 
-def evaluated(workdir: Path, progress: Progress) -> set[str]:
-    """Names of the events at this step, evaluations among them, that a resume leaves in place."""
-    path = workdir / EVENTS
-    records = read_lines(path) if path.exists() else []
-    return {
-        str(record.get("event"))
-        for record in records
-        if record.get("step") == progress.step
-        and record.get("samples", 0) <= progress.samples
-        and not record.get("after_save")
-    }
-
-
-class _Files:
-    """All files that rank 0 writes."""
-
-    def __init__(
-        self,
-        workdir: Path,
-        resumed: Progress,
-        *,
-        phase_begun: bool,
-        tracker: WeightsAndBiases | None,
-    ) -> None:
-        self._tracker = tracker
-        workdir.mkdir(parents=True, exist_ok=True)
-        last = (resumed.samples, phase_begun)
-
-        def is_past(record: dict[str, Any]) -> bool:
-            return (record["samples"], record.get("after_save", False)) <= last
-
-        self._metrics = JsonLines(workdir / METRICS, keep=is_past)
-        self._events = JsonLines(workdir / EVENTS, keep=is_past)
-        self.tensorboard = TensorBoard(
-            workdir / "tensorboard", first_step=resumed.step + 1 + phase_begun
-        )
-
-    def step(
-        self,
-        progress: Progress,
-        values: Mapping[str, float],
-        timing: Mapping[str, float],
-        seconds: float,
-        ranks: Spread,
-    ) -> None:
-        clock = {**timing, "seconds": seconds, "time": time.time(), "ranks": ranks._asdict()}
-        self._metrics.append({**_place(progress), "values": values, "timing": clock})
-        scalars = {f"train/{name}": value for name, value in values.items()}
-        scalars |= {f"speed/{name}": value for name, value in timing.items()}
-        scalars |= ranks.scalars() if len(ranks.data_seconds) > 1 else {}
-        self._scalars(progress.step, scalars)
-
-    def image(
-        self, progress: Progress, name: str, pixels: UInt8[np.ndarray, "height width 3"]
-    ) -> None:
-        self.tensorboard.image(progress.step, name, pixels)
-        if self._tracker is not None:
-            self._tracker.image(progress.step, name, pixels)
-
-    def _scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.tensorboard.scalars(step, scalars)
-        if self._tracker is not None:
-            self._tracker.scalars(step, scalars)
-
-    def event(
-        self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
-    ) -> None:
-        place = {**_place(progress), "after_save": after_save, "event": name}
-        # `samples` is the run's cursor, by which a resume cuts; an evaluation counts its own.
-        named = {"num_samples" if key == "samples" else key: v for key, v in figures.items()}
-        self._events.append({**place, **named, "timing": {"time": time.time()}})
-        scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
-        if scalars:
-            # After a save it belongs to the step to come, with which a resume takes it back.
-            self._scalars(progress.step + int(after_save), scalars)
-
-    def flush(self) -> None:
-        for file in (self._metrics, self._events, self.tensorboard):
-            file.flush()
-
-    def close(self) -> None:
-        for file in (self._metrics, self._events, self.tensorboard):
-            file.close()
-        if self._tracker is not None:
-            self._tracker.close()
-
-
-def _place(progress: Progress) -> dict[str, int]:
-    return {"step": progress.step, "samples": progress.samples, "skipped": progress.skipped}
-
-
 def _scalar(value: float | int | Tensor, device: torch.device) -> Float64[Tensor, ""]:
     if isinstance(value, Tensor):
         return value.detach().to(device, torch.float64).reshape(())
     return torch.full((), value, dtype=torch.float64, device=device)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
