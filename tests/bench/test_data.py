@@ -10,6 +10,7 @@ from tests.fixtures import emoji
 from trainer.bench.data import run
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to gc
 def test_two_rows_with_ratios(tmp_path):
     rows = run(emoji.write_shards(tmp_path, count=20, per_shard=10), seconds=0.01, size=16)

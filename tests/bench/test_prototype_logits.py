@@ -28,6 +28,7 @@ def test_ours_and_naive_return_the_same_loss_and_gradients():
                 torch.testing.assert_close(value, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.heavy
 def test_rows_name_shape_pass_time_and_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(prototype_logits_worker, "_sgemm_peak", lambda device: Lap(1e-11, 1e-11))
     rows = measure(CASE)
@@ -45,6 +46,7 @@ def test_rows_name_shape_pass_time_and_memory(monkeypatch, tmp_path):
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
+@pytest.mark.heavy
 def test_a_matrix_that_is_too_large_and_a_package_that_is_absent_are_said_so(monkeypatch):
     monkeypatch.setattr(prototype_logits_worker, "_sgemm_peak", lambda device: Lap(1e-11, 1e-11))
     monkeypatch.setitem(__import__("sys").modules, "cut_cross_entropy", None)

@@ -226,6 +226,7 @@ def test_same_bits_for_every_world_size(world_size: int, single: dict[str, Any])
         assert rank["error"][0].startswith("1 of the points")
 
 
+@pytest.mark.heavy
 def test_odd_points_get_finite_centroids_and_exact_labels(single: dict[str, Any]) -> None:
     for name, (points, config) in odd_sets(data_sets()["mixture"][0]).items():
         rows, labels, bits, counts, _, (_, inertia) = single[name]
@@ -239,6 +240,7 @@ def test_odd_points_get_finite_centroids_and_exact_labels(single: dict[str, Any]
             assert (((lengths - 1).abs() < 1e-5) | (lengths == 0)).all(), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("assignment", ["exact", "two_level"])
 def test_same_bits_for_every_number_of_threads(assignment: str) -> None:
     points = mixture(3000, 37, components=40, spread=0.3, seed=2)
@@ -300,6 +302,7 @@ def test_every_label_is_the_argmin(
     assert labels.tolist() == naive_labels(points, centroids).tolist()
 
 
+@pytest.mark.heavy
 def test_labels_do_not_depend_on_blocks_where_rounding_decides() -> None:
     """Points on the bisector of many pairs of centroids: any rounding of the scan shows."""
     generator = torch.Generator().manual_seed(0)

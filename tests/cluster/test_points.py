@@ -87,6 +87,7 @@ def test_a_store_is_clustered_as_if_it_were_in_memory_on_any_ranks(folder: Path)
             assert all(rank[name][1:] == whole[1:] for rank in ranks), name
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(
     first=st.integers(0, 600),

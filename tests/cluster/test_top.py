@@ -26,6 +26,7 @@ def naive(points: Tensor, centroids: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(ids, (0, count), value=-1)[:, :count]
 
 
+@pytest.mark.heavy
 @settings(max_examples=100, deadline=None)
 @given(
     num=st.integers(1, 40),

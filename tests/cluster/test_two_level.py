@@ -96,6 +96,7 @@ def test_launches_are_of_cells_and_blocks_not_of_points() -> None:
     assert rows_at_once(768, "cuda") == 32 * (1 << 22) // 768
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("clusters", [255, 256, 700, 1300])
 def test_wide_cells(clusters: int) -> None:
     """Columns are compared in groups, and some are left over."""

@@ -142,6 +142,7 @@ def call(monkeypatch, *arguments) -> None:
     tool.main()
 
 
+@pytest.mark.heavy
 def test_bank_count_balance_and_report_as_commands(tmp_path, monkeypatch, capsys):
     spec = write_shards(tmp_path / "data", count=40, per_shard=20)
     bank, counts = tmp_path / "bank.jsonl", tmp_path / "counts"

@@ -110,6 +110,7 @@ def test_the_binomial_model_is_scikit_learns_without_a_penalty():
     assert 0 < found["standard_error"] < 0.5
 
 
+@pytest.mark.heavy
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for seed in range(60):

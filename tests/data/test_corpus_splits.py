@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,6 +55,7 @@ def corpora(draw: st.DrawFn) -> list[Pair]:
     return pairs
 
 
+@pytest.mark.heavy
 @settings(max_examples=200, deadline=None)
 @given(corpora())
 def test_no_test_repeats_what_trains(pairs: list[Pair]) -> None:
@@ -71,6 +73,7 @@ def test_no_test_repeats_what_trains(pairs: list[Pair]) -> None:
         assert pair.domain == "icon" or not is_unseen(pair.concept)
 
 
+@pytest.mark.heavy
 @settings(max_examples=200, deadline=None)
 @given(corpora())
 def test_held_out_drawings_are_known_by_another_one(pairs: list[Pair]) -> None:

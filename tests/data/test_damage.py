@@ -65,6 +65,7 @@ def test_a_cut_while_the_shard_is_open(shard):
     path.write_bytes(whole)
 
 
+@pytest.mark.heavy
 def test_every_header_flip_is_read_right_or_reported(shard):
     path, samples = shard
     whole = path.read_bytes()

@@ -123,6 +123,7 @@ def test_every_key_has_a_proof() -> None:
     assert set(keys_of(DataConfig)) == CHANGES.keys() | PROOFS.keys()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_key_changes_the_batches(spec: str, key: str) -> None:
     before, after = ({"augment": OFF, **config} for config in CHANGES[key])

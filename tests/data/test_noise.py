@@ -26,6 +26,7 @@ def noisy(shards, share, **more):
     return NoisyShards.over(shards, NoiseConfig(share=share, **more), IMAGES)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("group_shards", [1, 3, 10, 99])
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
 def test_texts_are_moved_within_their_group_and_none_is_lost(shards, share, group_shards):

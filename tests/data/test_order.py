@@ -47,6 +47,7 @@ def test_a_window_of_shards_is_finished_before_the_next_begins(sizes, window, se
     assert windows == sorted(windows)
 
 
+@pytest.mark.heavy
 @settings(max_examples=100, deadline=None)
 @given(
     sizes=sizes_of_shards,
@@ -95,6 +96,7 @@ def test_positions_can_be_asked_in_any_order():
     assert max(len(backward._epochs), len(backward._windows)) <= 4
 
 
+@pytest.mark.heavy
 def test_epochs_and_seeds_differ():
     sizes = [40, 40, 40]
     orders = {

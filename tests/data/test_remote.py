@@ -23,6 +23,7 @@ def _short_delays(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 0.001)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("faults", [("reset",), ("busy",), ("short",)])
 def test_a_fifth_of_the_requests_fails_and_every_sample_comes_once(tmp_path, faults):
     local = write_shards(tmp_path, [9, 0, 14, 5])

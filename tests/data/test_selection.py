@@ -65,6 +65,7 @@ def test_an_epoch_holds_the_selected_samples_once_each_on_any_number_of_ranks_an
         part.close()
 
 
+@pytest.mark.heavy
 def test_shares_between_draw_as_many_every_epoch_and_each_sample_at_its_rate(tmp_path):
     spec = write_shards(tmp_path / "data", [12, 20])
     shares = [[0.25] * 8 + [0.0] * 2 + [1.0] * 2, [0.5] * 10 + [0.0625] * 10]
@@ -133,6 +134,7 @@ def test_a_selection_of_other_shards_or_of_nothing_is_refused(tmp_path):
         Selection.open(tmp_path, ShardSet.open(other), seed=0).rows(0, 0)
 
 
+@pytest.mark.heavy
 def test_systematic_draws_have_the_asked_probabilities():
     shares = np.array([0.9, 0.1, 0.4, 0.6, 1.0, 0.0])
     starts = (np.arange(2000) + 0.5) / 2000

@@ -76,6 +76,7 @@ def test_pipes_need_permission(tmp_path):
     stream.close()
 
 
+@pytest.mark.heavy
 def test_mistakes_end_the_stream(tmp_path):
     spec = write_shards(tmp_path, [5])
     with pytest.raises(ConfigError, match=r"data\.epoch_samples"):
@@ -149,6 +150,7 @@ def taken(stream, steps: int) -> int:
     return sum(len(stream.take()[0].sample_id) for _ in range(steps))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
 def test_compressed_shards_are_streamed(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     spec = write_shards(tmp_path, [10])

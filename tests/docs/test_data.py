@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.data.tars import write_tar
@@ -27,6 +28,7 @@ def test_every_section_that_the_page_shows_is_read() -> None:
     assert read[3].weights == {"cc3m": 2.0, "cc12m": 0.5}
 
 
+@pytest.mark.heavy
 def test_an_index_has_the_size_that_the_page_says(tmp_path: Path) -> None:
     samples = {f"{n:09d}": {"jpg": b"j", "txt": b"t", "json": b"{}"} for n in range(10_000)}
     shard = write_tar(tmp_path / "00000.tar", samples)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from trainer.programs.troubleshooting_page import first_words, messages, troubleshooting_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 
 
+@pytest.mark.heavy
 def test_every_message_of_the_code_stands_in_the_page():
     written = " ".join(PAGE.read_text().split())
     found = list(messages())

@@ -101,6 +101,7 @@ def config(inside: str, test: str, outside: str, **more) -> EvalConfig:
     )  # fmt: skip
 
 
+@pytest.mark.heavy
 def test_every_score_is_measured_and_shown(tmp_path):
     inside, test, outside = (
         write_shards(tmp_path / name, count=count)

@@ -81,6 +81,7 @@ def weak_directions(count: int, *, dim: int, classes: int) -> tuple[torch.Tensor
     return torch.from_numpy(rows), torch.from_numpy(labels)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("penalty", [1e-4, 1e-6])
 def test_converges_where_few_directions_are_strong(penalty: float) -> None:
     """In a tenth of the iterations that scikit-learn takes, to its objective."""

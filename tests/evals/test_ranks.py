@@ -59,6 +59,7 @@ def test_every_world_size_gives_the_same(
     assert len(ranks[0]["calls"]) < len(alone["calls"])
 
 
+@pytest.mark.heavy
 def test_calls_have_one_size_and_shared_shards_are_encoded_once(alone: dict[str, Any]) -> None:
     calls = alone["calls"]
     assert {size for _, size in calls} == {64}

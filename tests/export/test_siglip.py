@@ -90,6 +90,7 @@ def test_a_trained_siglip_is_transformers_own_again(tmp_path: Path) -> None:
     assert [scores[name] for name in NAMES[:2]] == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_what_was_exported_is_loaded_and_trained_on_as_it_was(tmp_path: Path) -> None:
     model = trained(tmp_path / "first", bias=True)
@@ -107,6 +108,7 @@ def test_what_was_exported_is_loaded_and_trained_on_as_it_was(tmp_path: Path) ->
         torch.testing.assert_close(found.tensor(name), expected.tensor(name), rtol=0, atol=1e-5)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("changes", "why"),

@@ -184,6 +184,7 @@ def test_a_model_of_no_known_form_is_refused(tmp_path: Path) -> None:
         export_model(Stranger(), None, tmp_path)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["clip", "llama", "bert"])
 @pytest.mark.parametrize("trained", [True, False])

@@ -54,6 +54,7 @@ def fits(grid: Grid) -> bool:
     return all(0 < size <= limit for size, limit in zip(grid, LIMITS, strict=False))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_rows", [1, 125_000, 8_388_481, 10 * MILLION, 16 * MILLION])
 @pytest.mark.parametrize("num_queries", [1, 512, 32_768])
 def test_grids_of_the_head_fit_up_to_16_million_rows(

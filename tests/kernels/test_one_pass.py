@@ -66,6 +66,7 @@ def test_gradients_equal_the_dense_form(
     torch.testing.assert_close(ours, pulled_back(dense, problem, leaves))
 
 
+@pytest.mark.heavy
 def test_both_forms_take_a_fifteenth_of_the_memory_of_all_logits() -> None:
     """Over the inputs and the rows' gradient, which every form has."""
     with FakeTensorMode():

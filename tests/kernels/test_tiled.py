@@ -59,6 +59,7 @@ def test_rows_that_are_not_valid_can_hold_anything() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_million_rows_at_scale_100_are_finite_whatever_the_tile(dtype) -> None:
     """Cosines of +1, -1 and between; a constant shift would overflow or vanish in float32."""

@@ -42,6 +42,7 @@ def launches(loss: Loss, num_ranks: int) -> int:
         dist.destroy_process_group()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", LOSSES)
 def test_launches_do_not_grow_with_the_ranks(name: str) -> None:
     """At 512 rows a rank, forward and backward: blocks are of pairs, of which 64 ranks have a few;

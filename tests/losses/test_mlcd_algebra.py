@@ -263,6 +263,7 @@ def test_angular_margin_at_one_has_a_gradient() -> None:
     assert cosine.grad.isfinite().all()
 
 
+@pytest.mark.heavy
 def test_negative_term_of_a_random_table() -> None:
     """log(1e5) plus half the variance of 64 cosines in 768 dimensions: 14.2."""
     draw = torch.Generator().manual_seed(0)

@@ -56,6 +56,7 @@ def as_on_a_gpu(left: Tensor, right: Tensor) -> Tensor:
     return torch.empty(left.shape[0], right.shape[1])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("num_rows", [125_000, 10_000_000 // RANKS])
 def test_a_step_needs_little_memory(comm: Comm, num_rows: int, backend: Backend) -> None:
@@ -106,6 +107,7 @@ class Traffic(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.heavy
 def test_bytes_per_collective_at_64_ranks(comm: Comm) -> None:
     """Features in halves, one sum for everything, and back; nothing grows with K."""
     with FakeTensorMode(), Traffic() as traffic:

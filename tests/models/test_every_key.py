@@ -87,6 +87,7 @@ def test_every_key_of_every_section_is_walked() -> None:
     assert both - {"image", "text"} == set(MODEL)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["built", "clip", "loose"])
 def test_keys_of_towers_show_or_are_refused(kind: str, tmp_path: Path) -> None:
     """Built by size; loaded from one pair; and from two folders that are no pair."""
@@ -101,6 +102,7 @@ def test_keys_of_towers_show_or_are_refused(kind: str, tmp_path: Path) -> None:
             verdict((kind, part, key, value), before, changed)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["built", "clip", "loose"])
 def test_keys_of_a_model_show_or_are_refused(kind: str, tmp_path: Path) -> None:
     start = values_of(kind, tmp_path)
@@ -140,6 +142,7 @@ def test_keys_of_heads_show_or_are_refused() -> None:
     refused(two_towers, {**BUILT, "head": {"layers": 0, "norm": "none"}})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["built", "clip"])
 def test_keys_of_a_tower_whose_patches_are_read_show_or_are_refused(
     kind: str, tmp_path: Path

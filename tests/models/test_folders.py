@@ -53,6 +53,7 @@ def test_an_image_tower_says_what_the_model_says_in_every_pass(kind: str, tmp_pa
     assert type(model).__name__ in tower.note
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2 with registers", "dinov3"])
 @pytest.mark.parametrize("size", [40, 64])
 def test_models_that_interpolate_positions_see_other_sizes(

@@ -169,6 +169,7 @@ def test_models_whose_patches_cannot_be_chosen_are_refused() -> None:
         patches_per_side(backbone("ViT"), 36)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_tower_computes_as_many_tokens_as_are_kept(checkpointing: bool) -> None:
     """Counted products of a training step: those of blocks fall with the tokens, backward too."""

@@ -23,6 +23,7 @@ def scale_at(log: float, *, largest: float = 100.0) -> LearnedScale:
     return scale
 
 
+@pytest.mark.heavy
 @given(log=st.floats(-50, 50), largest=st.floats(1.5, 1000))
 def test_any_parameter_gives_a_value_within_the_bounds(log: float, largest: float) -> None:
     value = number(scale_at(log, largest=largest)())

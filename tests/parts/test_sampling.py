@@ -65,6 +65,7 @@ def test_blocks_are_whole_and_ragged_at_the_end_only():
     assert int(counts[-1]) in {0, 17, BLOCK}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sampling", ["rows", "blocks"])
 def test_18_every_row_is_drawn_as_often_as_the_rate_says(sampling):
     """Within five standard deviations, each row over the steps and each step over the rows."""

@@ -163,6 +163,7 @@ def episode(folder: Path, entry: str) -> tuple[object, Features, Batch, Tensor, 
     return recipe, encode(batch), batch, ids, rows
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("temperature", [-1.0, 0.05])
 def test_a_teacher_s_term_is_the_papers(tmp_path: Path, temperature: float) -> None:
     """The image term in float64 by the paper's formula: own groups' means, hard or soft targets."""

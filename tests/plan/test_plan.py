@@ -84,6 +84,7 @@ def test_planned_traffic_is_that_of_a_step_of_the_engine(as_launched):
             assert sent.bytes == expected
 
 
+@pytest.mark.heavy
 def test_planned_products_are_those_that_torch_counts():
     """Towers, heads and loss of a run against torch's counter; nothing is computed twice."""
     config = run_file(

@@ -197,6 +197,7 @@ def _die_after(events: int) -> None:
     sys.addaudithook(watch)
 
 
+@pytest.mark.heavy
 def test_killed_at_thirty_moments_it_ends_with_the_same_bytes(
     store: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
