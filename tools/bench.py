@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.bench import BENCHES
 from trainer.bench.table import format_rows
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 
 
 def main() -> None:
@@ -37,9 +37,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of the benchmark")
     return parser

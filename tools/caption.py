@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from transformers.utils.logging import disable_progress_bar
 
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command, said_once
 from trainer.curation.captioner import FolderCaptioner, write_captions
 
 
@@ -34,11 +34,7 @@ def main() -> None:
         beams=arguments.beams,
         rows=arguments.rows,
     )
-
-    def say(line: str) -> None:
-        if comm.is_main:
-            print(line, flush=True)
-
+    say = said_once(comm)
     write_captions(
         arguments.data,
         arguments.out,
@@ -51,9 +47,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, is_launched=True)
     parser.add_argument("--data", required=True, metavar="SHARDS")
     parser.add_argument("--model", type=Path, required=True, help="folder, image to text")
     parser.add_argument("--out", type=Path, required=True)
@@ -62,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--most-tokens", type=int, default=30, help="of a caption")
     parser.add_argument("--beams", type=int, default=3)
     parser.add_argument("--rows", type=int, default=16, help="images at a time")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -23,7 +23,7 @@ from trainer.bench.table import format_rows
 from trainer.cluster.plan import Plan, measured_peak, plan
 from trainer.cluster.problem import KMeansConfig
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command, said_once
 from trainer.errors import ConfigError
 from trainer.programs.cluster import ClusterJob, cluster_store, read_figures
 from trainer.programs.cluster_report import measure_quality, write_page
@@ -38,11 +38,7 @@ def main() -> None:
     if arguments.store is None or arguments.out is None:
         raise ConfigError("give STORE and --out FOLDER, or --plan")
     comm = Comm.from_environment()
-
-    def say(line: str) -> None:
-        if comm.is_main:
-            print(line, flush=True)
-
+    say = said_once(comm)
     say(str(_plan(arguments, comm)))
     out: Path = arguments.out
     cluster_store(arguments.store, out, _job(arguments), comm, say=say)
@@ -112,9 +108,7 @@ def _plan(arguments: argparse.Namespace, comm: Comm) -> Plan:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, is_launched=True)
     parser.add_argument("store", type=Path, nargs="?", help="folder written by tools/embed.py")
     parser.add_argument("--clusters", type=int, required=True)
     parser.add_argument("--out", type=Path, help="folder for the result and the state")
@@ -154,7 +148,6 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--ranks", type=int, help="likewise")
     cost.add_argument("--peak-tflops", type=float, help="of one rank; measured if not given")
     cost.add_argument("--share-of-peak", type=float, default=0.4)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command, said_once
 from trainer.concepts import Bank
 from trainer.concepts.balance import tail_share, thresholds_of_languages
 from trainer.concepts.count import Captions, count_shards, pairs_of, told_captions
@@ -42,11 +42,7 @@ from trainer.programs.concepts import (
 def main() -> None:
     arguments = _parser().parse_args()
     comm = Comm.from_environment()
-
-    def say(line: str) -> None:
-        if comm.is_main:
-            print(line, flush=True)
-
+    say = said_once(comm)
     if arguments.task == "bank":
         bank = _bank(arguments)
         bank.save(arguments.out)
@@ -117,9 +113,7 @@ def _captions(arguments: argparse.Namespace) -> Captions:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, is_launched=True)
     tasks = parser.add_subparsers(dest="task", required=True)
     study = tasks.add_parser("study", help="count, evaluate and report for a run")
     study.add_argument("--run", type=Path, required=True, metavar="WORKDIR")
@@ -153,7 +147,6 @@ def _parser() -> argparse.ArgumentParser:
         task.add_argument("--resamples", type=int, default=RESAMPLES)
     for task in (study, bank, count, report):
         task.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

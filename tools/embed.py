@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.bench.table import format_rows
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 from trainer.config import load_run
 from trainer.data.texts import TextSet
 from trainer.errors import ConfigError
@@ -140,9 +140,7 @@ def _line(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, is_launched=True)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the teacher")
     parser.add_argument("--teacher", default="minilm", help="pinned name, folder, workdir or YAML")
     parser.add_argument("--data", help="shards: braces, globs and :: lists")
@@ -166,7 +164,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="bytes per sample and per corpus")
     parser.add_argument("--verify", action="store_true", help="compare the store with the teacher")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from transformers.utils.logging import disable_progress_bar
 
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 from trainer.config import Weights
 from trainer.errors import TrainerError
 from trainer.evals.table import format_table
@@ -88,9 +88,7 @@ def _complete_card(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("workdir", type=Path, help="of a run: the folder that has checkpoints/")
     parser.add_argument("overrides", nargs="*", help="key=value, for folders that have moved")
     parser.add_argument("--out", type=Path, help="WORKDIR/export where not given")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 from trainer.errors import ConfigError, DataError
 from trainer.programs.make_shards import make_shards
 from trainer.programs.shard_sources import (
@@ -71,9 +71,7 @@ def _items(arguments: argparse.Namespace) -> Iterator[Item]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     kinds = ("folder", "table", "parquet", "coco", "datasets", "let-it-wag")
     parser.add_argument("kind", choices=kinds, help="what the source is")
     parser.add_argument("source", type=Path, help="file or folder")

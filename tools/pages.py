@@ -5,13 +5,12 @@ Example: python tools/pages.py     (after a key or an error's sentence was added
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 from trainer.programs.configuration_page import configuration_page
 from trainer.programs.run_schema import run_schema
 from trainer.programs.troubleshooting_page import troubleshooting_page
@@ -25,9 +24,7 @@ PAGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=DOCS, help="folder; docs/ by default")
     out = parser.parse_args().out
     for name, page in PAGES.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command, said_once
 from trainer.curation.policy import PRESETS, read_policy
 from trainer.programs.reduce import reduce_scan, table_of, write_comparison, write_shards
 
@@ -28,11 +28,7 @@ from trainer.programs.reduce import reduce_scan, table_of, write_comparison, wri
 def main() -> None:
     arguments = _parser().parse_intermixed_args()
     comm = Comm.from_environment()
-
-    def say(line: str) -> None:
-        if comm.is_main:
-            print(line, flush=True)
-
+    say = said_once(comm)
     given = PRESETS[arguments.preset] if arguments.preset else {}
     if arguments.clusters is not None:
         given = {**given, "clusters": arguments.clusters}
@@ -51,9 +47,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, is_launched=True)
     parser.add_argument("scan", type=Path, help="folder of tools/scan.py")
     parser.add_argument("--data", required=True, metavar="SHARDS", help="those that were scanned")
     parser.add_argument("--out", type=Path, required=True)
@@ -64,7 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, metavar="YAML", help="to compare with and without")
     parser.add_argument("--seeds", type=int, default=3, help="of the comparison")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the policy")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer.bench.table import format_rows
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command, said_once
 from trainer.curation.cost import Corpus, cost
 from trainer.errors import ConfigError
 from trainer.programs.scan import calibrate_from, scan_from
@@ -38,11 +38,7 @@ def main() -> None:
     if arguments.data is None or arguments.model is None:
         raise ConfigError("give --data SHARDS and --model, or --plan")
     comm = Comm.from_environment()
-
-    def say(line: str) -> None:
-        if comm.is_main:
-            print(line, flush=True)
-
+    say = said_once(comm)
     if arguments.calibrate is not None:
         say(json.dumps(calibrate_from(arguments, comm), indent=1))
         say(f"next: --bank {arguments.bank} --tags {arguments.calibrate}")
@@ -54,9 +50,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, is_launched=True)
     parser.add_argument("--data", metavar="SHARDS")
     parser.add_argument("--model", metavar="FOLDER", help="a run's workdir, or a pair of towers")
     parser.add_argument("--out", type=Path)
@@ -82,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     for name in Corpus._fields:
         kind = type(Corpus._field_defaults[name])
         plan.add_argument(f"--{name.replace('_', '-')}", type=kind, help="of a plan")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -5,19 +5,16 @@ it at a random moment: a rank is killed, stands still, or is asked to stop; the 
 damaged. At the end the weights must be the fault-free run's bytes.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 from trainer.programs.soak import soak
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("run", nargs="?", default="launch/runs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="folder of both runs")

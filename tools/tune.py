@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from transformers.utils.logging import disable_progress_bar
 
 from trainer.comm import Comm
-from trainer.command import run_command
+from trainer.command import parser_of, run_command, said_once
 from trainer.errors import ConfigError
 from trainer.programs.tune import METHODS, TRAIN, compare_methods, embed_sets, open_sets
 from trainer.teachers.spec import read_spec
@@ -35,11 +35,7 @@ def main() -> None:
     if (arguments.model is None) == (arguments.features is None):
         raise ConfigError("give --model, whose features are computed, or --features FOLDER")
     folder = arguments.features or arguments.out / "features"
-
-    def say(line: str) -> None:
-        if comm.is_main:
-            print(line, flush=True)
-
+    say = said_once(comm)
     if arguments.model is not None:
         spec = read_spec(arguments.model, ["kind=image", *arguments.settings])
         embed_sets(spec, shards, folder, comm, views=arguments.views, say=say)
@@ -63,9 +59,7 @@ def _tests(given: list[str]) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, is_launched=True)
     parser.add_argument("--train", required=True, metavar="SHARDS", help="to fit on")
     parser.add_argument("--test", action="append", required=True, metavar="NAME=SHARDS")
     parser.add_argument("--target", required=True, metavar="KEY", help="json key of the class")
@@ -77,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="of --model")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer.addresses import without_secrets
 from trainer.errors import LostRank, TrainerError
+
+if TYPE_CHECKING:  # torch is imported where it is wanted
+    from trainer.comm import Comm
+
+
+def parser_of(text: str | None, *, is_launched: bool = False) -> argparse.ArgumentParser:
+    """For the options of a command, whose help begins with its file's docstring, line by line.
+
+    `is_launched`: on several ranks. DeepSpeed's launcher passes --local_rank then, which the
+    environment says as well.
+    """
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if is_launched:
+        parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def said_once(comm: Comm) -> Callable[[str], None]:
+    """Prints a line on rank 0, at once."""
+
+    def say(line: str) -> None:
+        if comm.is_main:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+
+    return say
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
