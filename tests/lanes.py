@@ -200,8 +200,8 @@ def _module(path: Path) -> str:
 
 
 def needed_files(path: Path, root: Path, modules: Mapping[str, Path]) -> set[Path]:
-    """What a file imports; as strings: files by their path, `trainer` as a program, and of
-    `f"trainer.recipes.{name}"` all that it may mean."""
+    """What a file imports; as strings: files by their path, `trainer` and modules of `tests` as
+    programs, and of `f"trainer.recipes.{name}"` all that it may mean."""
     names, needed = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -214,6 +214,8 @@ def needed_files(path: Path, root: Path, modules: Mapping[str, Path]) -> set[Pat
                 names.add("trainer.__main__")
             elif text.endswith(".") and text.startswith("trainer."):
                 names |= {name for name in modules if name.startswith(text)}
+            elif text.startswith("tests.") and text in modules:
+                names.add(text)
             elif re.fullmatch(r"[\w./-]+\.\w+", text):
                 needed.add(root / text)
     packages = {name[:place] for name in names for place in range(len(name)) if name[place] == "."}

@@ -59,6 +59,8 @@ FILES = {
     "tests/test_train.py": "['-m', 'trainer']",
     "tests/test_draw.py": "['tools/draw.py']",
     "tests/test_masks.py": "from trainer.masks import a",
+    "tests/drawn.py": "import trainer.masks",
+    "tests/test_drawn.py": "['-m', 'tests.drawn']",
     "tests/house/test_rules.py": "",
     "docs/page.md": "words",
     "run.yaml": "a: 1",
@@ -69,12 +71,12 @@ FILES = {
     ("changed", "expected"),
     [
         ("trainer/losses.py", {"losses", "train"}),
-        ("trainer/masks.py", {"masks", "draw"}),
+        ("trainer/masks.py", {"masks", "draw", "drawn"}),
         ("trainer/recipes/clip.py", {"train"}),
-        ("trainer/__init__.py", {"losses", "train", "masks", "draw"}),
+        ("trainer/__init__.py", {"losses", "train", "masks", "draw", "drawn"}),
         ("tests/test_masks.py", {"masks"}),
         ("docs/page.md", set()),
-        ("run.yaml", {"losses", "train", "masks", "draw"}),
+        ("run.yaml", {"losses", "train", "masks", "draw", "drawn"}),
     ],
 )
 def test_a_change_asks_for_the_tests_that_import_it(tmp_path, changed, expected) -> None:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from tests.cluster.test_kmeans import mixture
+from tests.kernels.interpreter import rows_of
 from trainer.cluster.kmeans import KMeansConfig, kmeans
 from trainer.cluster.search.assign import assign, prepare
 from trainer.cluster.search.top import nearest
@@ -20,22 +14,10 @@ from trainer.comm import Comm
 
 pytest.importorskip("triton", reason="Triton's wheel is for Linux")
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_the_interpreted_kernels_give_the_exact_labels() -> None:
     """Ties, copies, overflow, ragged sizes, splits of the columns, all three precisions."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_assign"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    rows: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
+    rows = rows_of("tests.kernels.interpreted_assign")
     cases = [row for row in rows if "case" in row]
     assert len(cases) == 31
     for row in cases:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.kernels.interpreter import rows_of
 from trainer.kernels.autotune import KernelSizes
 from trainer.kernels.prototype_logits import prototype_logits
 from trainer.kernels.way import Way
 
 pytest.importorskip("triton", reason="Triton's wheel is for Linux")
 
-ROOT = Path(__file__).parents[2]
 TOLERANCES = {
     # Probabilities are written in the operands' precision: 11 and 8 bits. The gradient of the scale
     # is one number, what is left of terms that cancel.
@@ -33,17 +26,7 @@ TOLERANCES = {
 def test_values_and_gradients_equal_float64_on_ragged_shapes() -> None:
     """Fixed reference and running maximum, ceilings, weights, several blocks and splits,
     sizes of all architectures, and the same bits twice."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    rows: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
+    rows = rows_of("tests.kernels.interpreted")
     assert rows.pop()["repeats"]
     assert len(rows) >= 19
     for row in rows:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 from unittest.mock import PropertyMock, patch
 
@@ -14,41 +9,31 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.kernels.interpreter import rows_of
 from tests.launches import launches_of
 from trainer.parts import row_optimizer
 from trainer.parts.half_rows import HalfRowOptimizer
 from trainer.parts.row_optimizer import RowOptimizer, RowOptimizerConfig
 
 pytest.importorskip("triton", reason="Triton's wheel is for Linux")
-ROOT = Path(__file__).parents[2]
 
 
-def interpreted(program: str) -> list[dict[str, Any]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{program}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    rows: list[dict[str, Any]] = [json.loads(line) for line in finished.stdout.splitlines()]
+def eight_rows(program: str) -> list[dict[str, Any]]:
+    rows = rows_of(program)
     assert len(rows) == 8
     return rows
 
 
 def test_rows_move_as_one_operation_after_another_moves_them_to_the_last_bit() -> None:
     """Drawn rows that owe decay, and all; widths that are no power of two, or of several tiles."""
-    for row in interpreted("interpreted_rows"):
+    for row in eight_rows("tests.kernels.interpreted_rows"):
         assert row["moved"], row
         assert row["bits"] == [], row
         assert row["difference"] < 1e-6, row
 
 
 def test_rows_in_bfloat16_move_and_are_rounded_as_torch_does_it_to_the_last_bit() -> None:
-    for row in interpreted("interpreted_half_rows"):
+    for row in eight_rows("tests.kernels.interpreted_half_rows"):
         assert row["moved"], row
         assert row["bits"] == [], row
 
