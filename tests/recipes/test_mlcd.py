@@ -166,8 +166,8 @@ def renamed(config: RunConfig, name: str, dropped: str, *overrides: str) -> RunC
 
     values = yaml.safe_load(dump_run(config))
     values["recipe"]["name"] = name
-    for key in (dropped, "tokens", "momentum_copy", "overuse"):  # the others are of mlcd alone
-        del values["recipe"][key]
+    for key in (dropped, "tokens", "momentum_copy", "overuse", "known_groups"):  # of mlcd alone
+        values["recipe"].pop(key, None)
     return parse_run(yaml.safe_dump(values), overrides)
 
 

@@ -9,9 +9,10 @@ from trainer.losses.usage import warm_up
 
 
 class OveruseConfig(Frozen):
-    """(K / prototypes in use)^2 of all ranks' samples: 1 where all K are used equally."""
+    """(K / prototypes in use)^2 of all ranks' samples: 1 where all K are used equally. N samples
+    that each choose one sharply use N prototypes at most."""
 
-    weight: float = Field(default=0.1, gt=0)
+    weight: float = Field(default=1e-3, gt=0)
     """Of the penalty in the loss."""
     steps: int = Field(default=0, ge=0)
     """Steps over which the weight grows from 0, with the square of the step."""

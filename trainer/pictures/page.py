@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from trainer.pictures.montage import Pixels, Sample, fitted
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1180px;padding:20px;color:#202226}
@@ -70,7 +70,7 @@ def cluster_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><p>{len(sizes)} clusters, {sum(sizes)} samples</p>"
         f"<table>{rows}</table>{size_histogram(sizes)}"
@@ -123,12 +123,13 @@ def _card(card: ClusterCard, shown: set[int]) -> str:
 def _figure(image: Pixels, caption: str) -> str:
     text = html.escape(caption, quote=True)
     return (
-        f'<figure><img src="{_data_url(image)}" alt="{text}" title="{text}">'
+        f'<figure><img src="{data_url(image)}" alt="{text}" title="{text}">'
         f"<figcaption>{text}</figcaption></figure>"
     )
 
 
-def _data_url(image: Pixels) -> str:
+def data_url(image: Pixels) -> str:
+    """The image, 96 pixels a side, inside of the page."""
     buffer = io.BytesIO()
     fitted(image, 96).save(buffer, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -31,8 +31,13 @@ PUBLISHED: dict[str, dict[str, Sizes]] = {
         "image": Sizes(*_B, patch_size=32),
         "text": Sizes(512, 12, 8, 2048, vocabulary=49408),
     },
+    "CLIP-ViT-B-16-laion2B": {
+        "image": Sizes(*_B, patch_size=16),
+        "text": Sizes(512, 12, 8, 2048, vocabulary=49408),
+    },
     "dinov2-base": {"image": Sizes(*_B, patch_size=14)},
     "Llama-2-7b-hf": {"text": Sizes(4096, 32, 32, 16512, vocabulary=32000)},
+    "Qwen2-1.5B": {"text": Sizes(1536, 28, 12, 13440, vocabulary=151936)},
     "smollm2-135m": {"text": Sizes(576, 30, 9, 2304, vocabulary=49152)},
 }
 """By the last part of a folder's name."""
