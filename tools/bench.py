@@ -1,4 +1,8 @@
-"""Measure speed and memory as ratios: python tools/bench.py BENCH [options], or BENCH --help.
+"""Measure speed and memory as ratios.
+
+Examples:
+  python tools/bench.py step --json rows.json
+  python tools/bench.py kmeans --help
 
 Every benchmark prints a table and takes `--json FILE`. What to look at on a machine that is busy
 with other things is CPU time; what to believe is a ratio, never the seconds.

@@ -2,10 +2,10 @@
 
   python tools/embed.py --teachers
   python tools/embed.py --data 'shards/train-{000..013}.tar' --out cache/embeddings/minilm
-  python tools/embed.py --teacher smollm2 --data ... --out ... fields='[txt, "long,txt"]'
+  python tools/embed.py --teacher smollm2 --data SHARDS --out STORE fields='[txt, "long,txt"]'
   python tools/embed.py --teacher llm.yaml --plan
-  python tools/embed.py --teacher smollm2 --data ... --out ... --verify
-  python tools/embed.py --teacher smollm2 --class-names RUN.yaml --out ...   (for zero_shot)
+  python tools/embed.py --teacher smollm2 --data SHARDS --out STORE --verify
+  python tools/embed.py --teacher smollm2 --class-names RUN.yaml --out STORE   (for zero_shot)
 
 Any launcher spreads the shards over its processes: torchrun --nproc-per-node 4 tools/embed.py ...
 A teacher larger than a card is dealt to the processes by `sharded=true`, or laid over the devices

@@ -1,4 +1,11 @@
-"""Scaling studies: python tools/scaling.py plan | sweep | fit | report STUDY.yaml."""
+"""Scaling studies: what one would cost, its trainings, its laws, and their report.
+
+Examples:
+  python tools/scaling.py plan launch/runs/scaling_laion400m.yaml --card h100 --world-size 64
+  python tools/scaling.py sweep STUDY.yaml --part 2/8
+  python tools/scaling.py fit STUDY.yaml
+  python tools/scaling.py report STUDY.yaml --points points.csv
+"""
 
 from __future__ import annotations
 
@@ -17,7 +24,9 @@ from trainer.scaling.study import load_study
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=("plan", "sweep", "fit", "report"))
     parser.add_argument("study", type=Path, help="such as launch/runs/scaling_laion400m.yaml")
     parser.add_argument("--card", default="h100", help="of `plan`: what the study would run on")
