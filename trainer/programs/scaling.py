@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from trainer.config import dump_run
 from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.long_work import counted
 from trainer.plan.cards import UTILISATION, Card, card_of
 from trainer.plan.plan import Plan, planned
 from trainer.programs.compare import is_finished, run_logged
@@ -44,10 +45,11 @@ class Costed(NamedTuple):
 def costs(study: Study, *, card: Card, world_size: int, utilisation: float) -> list[Costed]:
     """Every cell's, cheapest first. Sizes that differ in steps, seed and data alone are planned
     once."""
+    every = list(cells(study))
     return sorted(
         (
             _cost(study, cell, card, world_size, utilisation, planner=_planner())
-            for cell in cells(study)
+            for cell in counted(every, "planning", total=len(every), unit="trainings")
         ),
         key=lambda each: (each.flops, each.cell.name),
     )
