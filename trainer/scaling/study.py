@@ -163,8 +163,8 @@ def _amounts(study: Study, base: RunConfig) -> Mapping[str, tuple[str, ...]]:
     if most > len(ordered):
         raise ConfigError(
             f"nested_shards asks for {most} shards, and {base.data.train} has {len(ordered)}; name "
-            "the shards themselves in the base run (a catalogue counts as one), or give each amount "
-            "of data a catalogue of its own under `data`"
+            "the shards themselves in the base run (a catalogue counts as one), or give each "
+            "amount of data a catalogue of its own under `data`"
         )
     return {
         name: (f"data.train={json.dumps('::'.join(sorted(ordered[:count])))}",)
