@@ -136,7 +136,7 @@ def test_mixed_sets_come_by_their_weights_whoever_reads_them(tmp_path: Path) -> 
     own = {name: ShardSet.open(f"{name}={specs[name]}").ids.tolist() for name in specs}
     options = {"weights": {"a": 2, "b": 0.5}, "global_batch": 12}
     whole: list[torch.Tensor] = []
-    for world_size, workers in ((1, 0), (1, 2), (2, 0), (4, 0)):
+    for world_size, workers in ((1, 0), (1, 2), (2, 0), (2, 2), (4, 0), (4, 2)):
         steps: list[list[Batch]] = [[] for _ in range(5)]
         for rank in range(world_size):
             stream = open_stream(spec, rank=rank, world_size=world_size, workers=workers, **options)
