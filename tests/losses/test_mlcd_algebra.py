@@ -56,7 +56,7 @@ def sums(statistics: Statistics, scale: float) -> tuple[Tensor, Tensor]:
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, SCALES)
-def test_and_3_products_bounds_and_the_excess_of_one_label(seed: int, scale: float) -> None:
+def test_products_bounds_and_the_excess_of_one_label(seed: int, scale: float) -> None:
     statistics = drawn(seed)
     pulls, pushes = sums(statistics, scale)
     mlcd, mlc = rows_of(statistics, "mlcd", scale), rows_of(statistics, "mlc", scale)
@@ -159,7 +159,7 @@ def whole(features: Tensor, rows: Tensor, labels: Tensor, **options) -> Statisti
     return prototype_statistics(features, labels, active, Comm.solo(), LogitOptions(**options))
 
 
-def test_and_32_one_label_is_the_cross_entropy_of_all_classes() -> None:
+def test_one_label_is_the_cross_entropy_of_all_classes() -> None:
     features, rows, labels = a_table()
     one = labels[:, :1]
     statistics = whole(features, rows, one, scale=20.0)
@@ -308,7 +308,7 @@ def test_coordinates() -> None:
         coordinate_subset(16, 17, 1)
 
 
-def test_and_26_equal_bits_again_and_micro_batches_are_one_batch() -> None:
+def test_equal_bits_again_and_micro_batches_are_one_batch() -> None:
     features, rows, labels = a_table(batch=8)
 
     def gradients(parts: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ WORLD_SIZES = (1, 2, 3, 4)
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", CASES)
-def test_9_11_12_steps_are_those_of_a_whole_table(name, world_size):
+def test_steps_are_those_of_a_whole_table(name, world_size):
     """Losses, rows, and W times the features' gradient, over unequal batches and shards."""
     expected = dense_steps(name)
     for rank in results(world_size):
@@ -79,7 +79,7 @@ def test_labels_with_negatives_of_their_own_move_rows_as_on_one_table(world_size
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_10_13_ranges_cover_the_table_and_it_starts_the_same(name):
+def test_ranges_cover_the_table_and_it_starts_the_same(name):
     expected = results(1)[0][name]["start"]
     for world_size in WORLD_SIZES:
         ranks = results(world_size)
@@ -93,7 +93,7 @@ def test_10_13_ranges_cover_the_table_and_it_starts_the_same(name):
     assert len(expected.unique(dim=0)) == len(expected)
 
 
-def test_12_16_17_active_rows_are_the_sample_and_all_positives():
+def test_active_rows_are_the_sample_and_all_positives():
     for name in ("sampled", "union", "all rows", "positives only", "no negatives"):
         config, count = config_of(name), count_of(name)
         head = new_head(Comm.solo(), config, count)
@@ -127,7 +127,7 @@ def test_figures_are_counts_over_all_ranks(world_size):
                 assert figures["head_gradient_norm"] > 0
 
 
-def test_7_gradients_are_tangent_and_shorter_for_longer_rows():
+def test_gradients_are_tangent_and_shorter_for_longer_rows():
     gradients = []
     for factor in (1.0, 4.0):
         head = new_head(Comm.solo(), config_of("sampled"), 17)
@@ -322,7 +322,7 @@ def load_and_go_on(comm: Comm, folder: Path, changes: dict[str, Any]) -> dict[st
 @pytest.mark.parametrize(
     "changes", [ADAMW, {"momentum": 0.9}, ADAMW | {"dense": True}], ids=["adamw", "sgd", "dense"]
 )
-def test_27_saved_at_four_ranks_goes_on_at_any_number(tmp_path, changes):
+def test_saved_at_four_ranks_goes_on_at_any_number(tmp_path, changes):
     saved = run_ranks(save_in_the_middle, 4, tmp_path, changes)[0]
     expected = uninterrupted(Comm.solo(), changes)
     compare(saved, expected)

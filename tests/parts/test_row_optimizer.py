@@ -55,7 +55,7 @@ def peer_step(optimizer: torch.optim.Optimizer, rows: Tensor, gradient: Tensor, 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_19_dense_mode_is_torch_s_optimizer_on_gradients_filled_with_zeros(name, dtype):
+def test_dense_mode_is_torch_s_optimizer_on_gradients_filled_with_zeros(name, dtype):
     table, steps = problem(dtype)
     expected = table.clone().requires_grad_()
     optimizer = peer(expected, SETTINGS[name])
@@ -88,7 +88,7 @@ def test_all_rows_in_order_need_no_places(name, dense):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_19_each_row_lives_through_its_own_steps_alone(name):
+def test_each_row_lives_through_its_own_steps_alone(name):
     """Without decay: a row is what torch.optim makes of it in the steps that touch it."""
     settings = SETTINGS[name] | {"weight_decay": 0.0}
     table, steps = problem()
@@ -111,7 +111,7 @@ def test_19_each_row_lives_through_its_own_steps_alone(name):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_19_untouched_rows_keep_weight_moments_and_count(name):
+def test_untouched_rows_keep_weight_moments_and_count(name):
     table, steps = problem()
     ours = RowOptimizer(table.clone(), RowOptimizerConfig(**SETTINGS[name]))
     for places, gradient in steps:

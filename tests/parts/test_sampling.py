@@ -24,7 +24,7 @@ def whole(count, **changes):
     sampling=st.sampled_from(["rows", "blocks"]),
     rate=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
 )
-def test_12_every_division_of_the_rows_draws_the_same_sample(cuts, sampling, rate):
+def test_every_division_of_the_rows_draws_the_same_sample(cuts, sampling, rate):
     edges = [0, *sorted(cuts), 1000]
     how = {"rate": rate, "sampling": sampling, "seed": 5, "step": 7}
     parts = [sampled_ids(a, b, **how) for a, b in pairwise(edges)]
@@ -52,7 +52,7 @@ def test_other_steps_and_seeds_draw_others_and_ids_ascend():
     assert all(bool((s.diff() > 0).all()) for s in samples)
 
 
-def test_16_a_rate_of_one_is_every_row_and_zero_is_none():
+def test_a_rate_of_one_is_every_row_and_zero_is_none():
     for sampling in ("rows", "blocks"):
         assert torch.equal(whole(300, rate=1.0, sampling=sampling), torch.arange(300))
         assert len(whole(300, rate=0.0, sampling=sampling)) == 0
@@ -67,7 +67,7 @@ def test_blocks_are_whole_and_ragged_at_the_end_only():
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("sampling", ["rows", "blocks"])
-def test_18_every_row_is_drawn_as_often_as_the_rate_says(sampling):
+def test_every_row_is_drawn_as_often_as_the_rate_says(sampling):
     """Within five standard deviations, each row over the steps and each step over the rows."""
     rate, steps, count = 0.1, 600, 1024
     drawn = torch.zeros(steps, count)
@@ -80,13 +80,13 @@ def test_18_every_row_is_drawn_as_often_as_the_rate_says(sampling):
 
 
 @given(cuts=st.lists(st.integers(0, 300), max_size=4), dim=st.sampled_from([1, 6, 7]))
-def test_13_every_division_starts_with_the_same_table(cuts, dim):
+def test_every_division_starts_with_the_same_table(cuts, dim):
     edges = [0, *sorted(cuts), 300]
     parts = [normal_rows(a, b, dim, deviation=0.01, seed=3) for a, b in pairwise(edges)]
     assert torch.equal(torch.cat(parts), normal_rows(0, 300, dim, deviation=0.01, seed=3))
 
 
-def test_13_the_table_is_normal_and_no_two_rows_are_alike():
+def test_the_table_is_normal_and_no_two_rows_are_alike():
     """Moments, the share within one deviation, and correlations, at five standard errors."""
     rows = normal_rows(0, 4000, 15, deviation=2.0, seed=1).double() / 2
     count = rows.numel()

@@ -109,7 +109,7 @@ def check_end(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(value, expected["weights"][name], rtol=1e-3, atol=1e-5)
 
 
-def test_14_a_gradient_that_is_not_finite_stops_all_ranks_engine_and_head():
+def test_a_gradient_that_is_not_finite_stops_all_ranks_engine_and_head():
     """One rank's, in the head or in the engine; afterwards the run goes on as if never stopped."""
     for rank in run_ranks(every_stage, 2, ("head", "engine"), timeout_seconds=400):
         for stage, found in zip(STAGES, rank, strict=True):
@@ -119,5 +119,5 @@ def test_14_a_gradient_that_is_not_finite_stops_all_ranks_engine_and_head():
                 check_end(found, on_one_rank()[0])
 
 
-def test_26_micro_batches_do_not_change_the_step_of_the_head():
+def test_micro_batches_do_not_change_the_step_of_the_head():
     check_end(on_one_rank()[1], on_one_rank()[0])
