@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.house.test_rules import ROOMS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -80,6 +83,15 @@ def test_the_help_of_a_run_names_files_that_exist():
     named = set(re.findall(r"\b[\w/]+\.yaml", done.stdout)) - {"RUN.yaml"}
     assert named
     assert all((ROOT / path).exists() for path in named)
+
+
+def test_the_floors_of_the_architecture_are_those_of_the_code():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.findall(r"^((?:\w+ {1,2})*\w+) {2,}\S.* .*$", page.split("```")[1], re.M)
+    floors = [[ROOMS.index(room) for room in line.split()] for line in reversed(drawn)]
+    assert len(floors) > 8
+    for lower, upper in itertools.pairwise(floors):
+        assert max(lower) < min(upper), [ROOMS[place] for place in (*lower, *upper)]
 
 
 def test_every_folder_of_golden_arrays_says_where_it_is_from():
