@@ -32,6 +32,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(tool.Comm, "from_environment", tool.Comm.solo)
 
 
+@pytest.mark.heavy
 def test_plan_build_verify_project_and_pack(tmp_path, monkeypatch, capsys):
     llm = save_llama(tmp_path / "llm")
     spec = write_shards(tmp_path / "shards", count=24, per_shard=10)
@@ -102,6 +103,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
         call(monkeypatch, "--teacher", tmp_path / "run", "--plan")
 
 
+@pytest.mark.heavy
 def test_a_runs_image_tower_is_a_teacher(tmp_path, monkeypatch, capsys):
     """The vectors are the features that the run's model gives for the same pixels."""
     model = moved_model()

@@ -46,6 +46,7 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.heavy
 def test_a_tiny_grid_with_teachers_trains_and_draws(tmp_path: Path) -> None:
     """Two real cells of 100 steps: the cell with teachers has their terms in its metrics, its
     groups are kept in its workdir, and not a byte of the teachers' vectors has changed."""

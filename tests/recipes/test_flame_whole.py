@@ -165,6 +165,7 @@ def test_from_a_language_model_to_zero_shot_and_an_exported_folder(
     torch.testing.assert_close(printed, ours, atol=1e-5, rtol=0)
 
 
+@pytest.mark.heavy
 def test_mistakes_with_class_names_are_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

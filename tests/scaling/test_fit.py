@@ -159,6 +159,7 @@ def test_a_law_in_parameters_and_samples_without_noise_is_found_again(form):
         assert law.numbers[name] == pytest.approx(value, rel=1e-6), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["floor", "shifted"])
 def test_a_power_law_is_a_law_with_a_floor_of_zero(form):
     law = fit(along_compute(KNOWN["power"][1]), form, resamples=10)

@@ -79,6 +79,7 @@ def test_cells_are_every_combination_with_budgets_in_whole_steps(tmp_path):
         cells(load_study(study_in(tmp_path, samples_seen=[1])))
 
 
+@pytest.mark.heavy
 def test_twice_the_samples_are_planned_with_twice_the_products(tmp_path):
     text = plan_study(load_study(study_in(tmp_path)), card="a100", world_size=2)
     assert "4 trainings" in text
@@ -139,6 +140,7 @@ def points_file(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.heavy
 def test_a_table_of_points_becomes_laws_and_one_page_that_escapes_names(tmp_path):
     changes = {"fit": {"laws": ["power"], "resamples": 200, "frontier": "all"}}
     study = load_study(study_in(tmp_path, **changes))

@@ -172,6 +172,7 @@ def test_a_folder_for_the_other_kind_is_refused(tmp_path: Path) -> None:
         image_teacher(path)
 
 
+@pytest.mark.heavy
 def test_words_behind_a_long_caption_are_never_cut(tmp_path: Path) -> None:
     path, _ = save(tmp_path / "llm", TEXTS["llama"])
     readings = [{"template": "word1 {} word2 word3"}]

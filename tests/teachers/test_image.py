@@ -37,6 +37,7 @@ def load(folder: Path, **changes: object) -> ImageTeacher:
     return teacher
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("layer", "pooling"), [(-1, "cls"), (-1, "mean"), (2, "mean")])
 def test_vectors_are_those_of_a_full_forward_pass_of_one_image(vit, spec, layer, pooling):
     teacher = load(vit, layer=layer, pooling=pooling, batch_images=5)
@@ -77,6 +78,7 @@ def test_the_embedding_of_a_pair_is_the_pairs_own(tmp_path):
         load(tmp_path, pooling="last")
 
 
+@pytest.mark.heavy
 def test_images_end_up_in_a_store_and_a_bad_one_is_left_out(vit, spec, tmp_path):
     teacher = load(vit)
     teacher.chunk = 4

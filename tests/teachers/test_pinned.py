@@ -149,6 +149,7 @@ def test_the_multilingual_encoder_is_the_published_one():
     assert float((apple * engine).sum()) < 0.3
 
 
+@pytest.mark.heavy
 @pytest.mark.network
 def test_minilm_knows_what_is_like_what():
     """And groups captions: leave-one-out neighbours among 200 names of 20 subgroups."""

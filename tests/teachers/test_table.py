@@ -53,6 +53,7 @@ def with_pixels(folder: Path) -> None:
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ALONE)
 def test_a_text_tower_alone_says_its_own_as_tower_and_as_teacher(kind: str, tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_a_text_tower_alone_says_its_own_as_tower_and_as_teacher(kind: str, tmp_
     close(found, wanted if "projection" in kind else tower.projection(wanted))
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_a_vision_tower_saved_with_its_projection_teaches_its_embedding(tmp_path: Path) -> None:
     settings = hf.CLIPVisionConfig(**SQUARE, projection_dim=16)
@@ -78,6 +80,7 @@ def test_a_vision_tower_saved_with_its_projection_teaches_its_embedding(tmp_path
     close(teacher.encode(list(PIXELS))[:, 0], own)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_batch_norm_teaches_and_stays_frozen_with_its_own_statistics(tmp_path: Path) -> None:
     path, model = save(tmp_path, small_resnet)
@@ -125,6 +128,7 @@ def test_a_random_order_of_patches_teaches_nothing(tmp_path: Path) -> None:
         image_teacher(path)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["cls_token", "mean_tokens", "lasttoken"])
 def test_a_sentence_folder_pools_as_it_says(mode: str, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_facets_in_one_pass_are_what_separate_passes_give(folders, tmp_path):
     assert (teacher.encode(items) - found).abs().max() < 1e-5
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_facets_are_packed_unless_the_model_ignores_mask_or_positions(folders, precision):
     """Rounding must not be taken for another attention, nor another attention for rounding."""
@@ -164,6 +165,7 @@ def test_facets_are_packed_unless_the_model_ignores_mask_or_positions(folders, p
         assert not teacher._obeys_masks(), ignored
 
 
+@pytest.mark.heavy
 def test_a_model_that_has_no_positions_to_set_gets_its_facets_one_by_one(folders, tmp_path):
     teacher = faceted(folders["t5"], tmp_path)
     assert not teacher.packs
@@ -171,6 +173,7 @@ def test_a_model_that_has_no_positions_to_set_gets_its_facets_one_by_one(folders
     assert teacher.identity.mask == "padding"
 
 
+@pytest.mark.heavy
 def test_a_long_caption_is_cut_but_never_the_prompt_behind_it(folders, tmp_path):
     teacher = faceted(folders["llama"], tmp_path)
     long, longer = " ".join(CAPTIONS[:20]), " ".join(CAPTIONS[:40])
@@ -203,6 +206,7 @@ class Hungry(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask)
 
 
+@pytest.mark.heavy
 def test_a_batch_that_does_not_fit_shrinks_and_changes_nothing(folders):
     plain = load(folders["bert"])
     expected = plain.encode_texts(CAPTIONS)
