@@ -74,7 +74,7 @@ class RecipeConfig(Frozen):
         return ()
 
     def join(self, seed: int) -> Any:
-        """What data workers read beside the images (`trainer.data.feed.Join`), if anything."""
+        """What data workers read beside the images (`trainer.data.prepare.Join`), if anything."""
         return None
 
     def prompted(self, tokenizer: Any) -> Any:
