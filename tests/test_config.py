@@ -82,6 +82,7 @@ def test_a_missing_key_says_what_it_is():
     assert "global_batch: is missing (Samples per optimizer step over all ranks)" in said
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -94,6 +94,7 @@ def test_a_change_asks_for_the_tests_that_import_it(tmp_path, changed, expected)
     assert {path.stem.removeprefix("test_") for path in found} == expected
 
 
+@pytest.mark.heavy
 def test_the_project_s_own_imports_are_followed() -> None:
     root = Path(__file__).parents[1]
     found = dependants(root, [root / "trainer/losses/sigmoid.py"])

@@ -214,6 +214,7 @@ def test_units_of_compute_change_neither_exponent_nor_prediction():
     np.testing.assert_allclose(first.predicted(table)[0], second.predicted(other)[0], rtol=1e-7)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("form", "frontier", "draws"),
     [

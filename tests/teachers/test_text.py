@@ -297,6 +297,7 @@ def test_one_two_and_four_ranks_write_the_same_store_and_leave_the_model_as_it_i
     assert len(contents[0]) == 9
 
 
+@pytest.mark.heavy
 def test_captions_end_up_in_a_store_as_they_are_live(folders, tmp_path):
     spec = write_shards(tmp_path / "shards", count=30, per_shard=10)
     teacher = load(folders["bert"])

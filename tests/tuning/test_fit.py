@@ -74,6 +74,7 @@ def naive_mlp(data, config, *, seed):
     return lambda rows: head(scale * inner(rows) + rows)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("method", ["linear", "mlp", "paper", "repo"])
 def test_classes_that_a_plane_separates_are_learnt_whole(tmp_path, method):
     data = opened(made_store(tmp_path / "store"))
