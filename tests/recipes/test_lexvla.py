@@ -265,3 +265,27 @@ def test_any_ranks_and_stage_learn_the_same_and_go_on_at_another_number(tmp_path
             torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-5)
     found = logged_results(tmp_path / "run")["names"]
     assert found == pytest.approx(evaluate_workdir(tmp_path / "run", SOLO)["names"])
+
+
+@pytest.mark.slow
+def test_four_ranks_under_every_stage_too(tmp_path: Path) -> None:
+    """With checkpointing; and four that go on from what one rank had saved."""
+    kept = ["save_every=2 steps", "keep_checkpoints=3"]
+    run_ranks(train_once, 1, config_in(tmp_path, *kept), timeout_seconds=900)
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    for checkpoint in (tmp_path / "moved" / "checkpoints").glob("*4*"):
+        shutil.rmtree(checkpoint)
+    four = [
+        config_in(
+            *(tmp_path, f"workdir={tmp_path}/{name}", f"deepspeed=ds_configs/zero{stage}.json"),
+            *kept,
+        )
+        for name, stage in (("zero0", 0), ("zero2", 2), ("zero3", 3), ("moved", 2))
+    ]
+    run_ranks(train_once, 4, *four, timeout_seconds=900)
+    ours = weights(tmp_path / "run")
+    for folder in ("zero0", "zero2", "zero3", "moved"):
+        theirs = weights(tmp_path / folder)
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-5)
