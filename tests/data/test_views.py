@@ -255,7 +255,7 @@ def test_the_four_changes_come_in_every_order():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.floats(-0.5, 0.5))
 def test_the_short_form_of_the_hue_turn_equals_kornias(seed, turns):
-    from trainer.data.views import _hue
+    from trainer.data.colour import hue as _hue
 
     generator = torch.Generator().manual_seed(seed)
     batch = torch.rand(2, 3, 6, 6, generator=generator)

@@ -31,7 +31,10 @@ RECIPES = {
         f"head: {{hidden: 24, dim: 8, norm: batch}}}}"
     ),
     "mlcd": f"{LABELS}, head: {{sample_rate: 0.5}}, {ALONE}",
-    "slots": f"loss: slots, negatives: each, {LABELS}, head: {{sample_rate: 0.5}}, {ALONE}",
+    "slots": (
+        f"loss: slots, negatives: each, {LABELS}, "
+        f"head: {{sample_rate: 0.5, rows: bfloat16}}, {ALONE}"
+    ),
     "partial_fc": f"{LABELS}, head: {{sample_rate: 0.5, clip_norm: 1.0}}, {ALONE}",
     "unicom": f"{LABELS}, features_kept: 8, head: {{sample_rate: 1.0, logq: true}}, {ALONE}",
     "rice": f"{LABELS}, head: {{sampling: blocks, optimizer: sgd}}, {ALONE}",

@@ -30,12 +30,20 @@ from trainer import loop
 from trainer.comm import Comm
 from trainer.config import RunConfig
 from trainer.engine import zero
-from trainer.kernels import triton_assign, triton_logits, triton_rows
+from trainer.kernels import (
+    triton_assign,
+    triton_colour,
+    triton_half_rows,
+    triton_logits,
+    triton_rows,
+)
 
 KERNELS = {
     triton_logits: ("exponential_product",),
     triton_assign: ("maxima_of_groups", "scores_of_groups"),
     triton_rows: ("adamw_of_rows",),
+    triton_half_rows: ("adamw_of_half_rows",),
+    triton_colour: ("contrast_sums", "colours", "blurred_along"),
 }
 
 

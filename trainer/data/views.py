@@ -14,22 +14,16 @@ from itertools import permutations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from kornia.color import rgb_to_grayscale
-from kornia.enhance import (
-    adjust_brightness_accumulative,
-    adjust_saturation_with_gray_subtraction,
-)
 from kornia.filters import get_gaussian_kernel1d
 from torch import Tensor
 from torch.nn import functional
 
 from trainer.config import AugmentConfig
+from trainer.data.colour import CHANGES, Three, constants
 from trainer.data.decode import Box
 from trainer.hashing import hash_bits, key_of, uniform, uniform_of
-
-Three = tuple[float, float, float]
-"""A number for each channel of pixels between 0 and 1."""
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -110,7 +104,11 @@ def augment(
     The four changes of a jitter come in a random order, as in torchvision's ColorJitter; hue is
     in turns of the colour circle. The draws are on the host, so nothing waits for a device.
     """
-    stream = _Draws(draws, images.device)
+    if images.device.type == "cuda":
+        from trainer.data.device_views import augmented  # Triton is where GPUs are
+
+        return _standardized(augmented(images, draws, config=config), mean, deviation)
+    stream = Draws(draws, images.device)
     pixels = _between_zero_and_one(images)
     turned = stream.rows("flip", config.flip)
     if turned.numel():
@@ -124,7 +122,7 @@ def augment(
 
 def flipped(draws: Float64[Tensor, "batch 11"], config: AugmentConfig) -> Int64[Tensor, " flipped"]:
     """The rows of a batch that `augment` flips."""
-    return _Draws(draws, draws.device).rows("flip", config.flip)
+    return Draws(draws, draws.device).rows("flip", config.flip)
 
 
 def normalize(
@@ -137,7 +135,7 @@ def normalize(
     return _standardized(_between_zero_and_one(images), mean, deviation)
 
 
-class _Draws:
+class Draws:
     """The numbers of some rows: known on the host, and brought to the images' device."""
 
     def __init__(self, draws: Tensor, device: torch.device) -> None:
@@ -148,7 +146,11 @@ class _Draws:
 
     def chosen(self, name: str, probability: float) -> Tensor:
         """Indices, on the host, of the rows to which something of this probability happens."""
-        return (self.uniform(name) < probability).nonzero().flatten()
+        return self.happens(name, probability).nonzero().flatten()
+
+    def happens(self, name: str, probability: float) -> Bool[Tensor, " batch"]:
+        """To which rows, on the host."""
+        return self.uniform(name) < probability
 
     def rows(self, name: str, probability: float) -> Tensor:
         """The same where the images are."""
@@ -157,17 +159,17 @@ class _Draws:
     def sent(self, values: Tensor) -> Tensor:
         return values.to(self._device, non_blocking=True)
 
-    def of(self, rows: Tensor) -> _Draws:
-        return _Draws(self._draws[rows], self._device)
+    def of(self, rows: Tensor) -> Draws:
+        return Draws(self._draws[rows], self._device)
 
 
 def _on_rows(
     pixels: Tensor,
-    stream: _Draws,
+    stream: Draws,
     name: str,
     probability: float,
     config: AugmentConfig,
-    change: Callable[[Tensor, _Draws, AugmentConfig], Tensor],
+    change: Callable[[Tensor, Draws, AugmentConfig], Tensor],
 ) -> None:
     chosen = stream.chosen(name, probability)
     if chosen.numel():
@@ -175,14 +177,10 @@ def _on_rows(
         pixels[rows] = change(pixels[rows], stream.of(chosen), config)
 
 
-def _jitter(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
-    ranges = [(max(0.0, 1.0 - x), 1.0 + x) for x in config.jitter[:3]]
-    ranges.append((-config.jitter[3], config.jitter[3]))
-    names = ("brightness", "contrast", "saturation", "hue")
-    factors = [_between(r, stream.uniform(n)).float() for n, r in zip(names, ranges, strict=True)]
-    orders = _ORDERS[(stream.uniform("order") * len(_ORDERS)).long()]
+def _jitter(pixels: Tensor, stream: Draws, config: AugmentConfig) -> Tensor:
+    factors, orders = jitter_factors(stream, config), jitter_orders(stream)
     for turn in range(4):
-        for index, change in enumerate(_CHANGES):
+        for index, change in enumerate(CHANGES):
             chosen = (orders[:, turn] == index).nonzero().flatten()
             if chosen.numel() and config.jitter[index]:
                 rows, factor = stream.sent(chosen), stream.sent(factors[index][chosen])
@@ -190,59 +188,43 @@ def _jitter(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
     return pixels
 
 
-def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Away from the mean gray. It is summed in integers: exact, so in no particular order."""
-    gray = (rgb_to_grayscale(pixels) * 2**24).long()
-    mean = (gray.sum((1, 2, 3), keepdim=True).double() / (2**24 * gray[0].numel())).float()
-    factor = factor[:, None, None, None]
-    return (pixels * factor + mean * (1 - factor)).clamp(0.0, 1.0)
+def jitter_factors(stream: Draws, config: AugmentConfig) -> list[Float[Tensor, " batch"]]:
+    """Of brightness, contrast, saturation and hue."""
+    ranges = [(max(0.0, 1.0 - x), 1.0 + x) for x in config.jitter[:3]]
+    ranges.append((-config.jitter[3], config.jitter[3]))
+    names = ("brightness", "contrast", "saturation", "hue")
+    return [_between(r, stream.uniform(n)).float() for n, r in zip(names, ranges, strict=True)]
 
 
-def _hue(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue, keeping value and chroma: kornia's `adjust_hue` in a third of its passes.
-
-    A channel is value - chroma * clamp(min(k, 4 - k), 0, 1), where k is the hue in sextants plus
-    5, 3, 1 for red, green, blue, modulo 6.
-    """
-    red, green, blue = pixels.unbind(1)
-    value = pixels.amax(1)
-    chroma = value - pixels.amin(1)
-    hue = torch.where(
-        green == value, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
-    )
-    hue = torch.where(red == value, green - blue, hue).div_(chroma.clamp(min=1e-12))
-    hue.add_(6 * turns[:, None, None])
-    sextant = hue[:, None] + _constants((5.0, 3.0, 1.0), pixels.device)
-    sextant.sub_((sextant / 6).floor_().mul_(6))
-    share = torch.minimum(sextant, 4 - sextant).clamp_(0, 1)
-    return value[:, None] - share.mul_(chroma[:, None])
+def jitter_orders(stream: Draws) -> Int64[Tensor, "batch 4"]:
+    """Which of the four changes comes in which turn."""
+    return _ORDERS[(stream.uniform("order") * len(_ORDERS)).long()]
 
 
-_CHANGES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    adjust_brightness_accumulative,
-    _contrast,
-    adjust_saturation_with_gray_subtraction,
-    _hue,
-)
-
-
-def _gray(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
+def _gray(pixels: Tensor, stream: Draws, config: AugmentConfig) -> Tensor:
     return rgb_to_grayscale(pixels).expand_as(pixels)
 
 
-def _blur(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
-    table = _blur_weights(pixels.shape[-1], config.blur_sigma)
-    weights = stream.sent(table[(stream.uniform("sigma") * len(table)).long()])
+def _blur(pixels: Tensor, stream: Draws, config: AugmentConfig) -> Tensor:
+    weights = stream.sent(blur_weights(pixels.shape[-1], config.blur_sigma, stream))
     return _filtered(_filtered(pixels, weights).mT, weights).mT
 
 
-def _solarize(pixels: Tensor, stream: _Draws, config: AugmentConfig) -> Tensor:
+def _solarize(pixels: Tensor, stream: Draws, config: AugmentConfig) -> Tensor:
     """Pillow's, at half of the largest value."""
     return torch.where(pixels >= 0.5, 1 - pixels, pixels)
 
 
+def blur_weights(
+    size: int, sigma: tuple[float, float], stream: Draws
+) -> Float[Tensor, "batch taps"]:
+    """Each image's own, on the host."""
+    table = _blur_table(size, sigma)
+    return table[(stream.uniform("sigma") * len(table)).long()]
+
+
 @lru_cache(maxsize=16)
-def _blur_weights(size: int, sigma: tuple[float, float]) -> Float[Tensor, "strengths taps"]:
+def _blur_table(size: int, sigma: tuple[float, float]) -> Float[Tensor, "strengths taps"]:
     """Gaussian kernels of many strengths; a table, so that a row's never depends on its batch."""
     radius = max(1, round(_REFERENCE_KERNEL * size / _REFERENCE_SIZE) // 2)
     strengths = (torch.arange(_BLUR_STRENGTHS) + 0.5) / _BLUR_STRENGTHS
@@ -279,11 +261,5 @@ def _between_zero_and_one(images: Tensor) -> Tensor:
 
 
 def _standardized(pixels: Tensor, mean: Three, deviation: Three) -> Tensor:
-    means, deviations = (_constants(row, pixels.device) for row in (mean, deviation))
+    means, deviations = (constants(row, pixels.device) for row in (mean, deviation))
     return pixels.sub_(means).div_(deviations)
-
-
-@lru_cache(maxsize=64)
-def _constants(values: Three, device: torch.device) -> Float[Tensor, "3 1 1"]:
-    """A number for each channel, sent to the device once."""
-    return torch.tensor(values, device=device)[:, None, None]
