@@ -7,6 +7,8 @@ from_caller() {
 }
 # torchrun and accelerate kill ranks 30 s after a request to stop; a step and a save may take longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+# GradCache runs two shapes of forward pass: without this a GPU's memory falls into pieces.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # Where this is set every rank would compile torch and transformers anew, for half a minute.
 unset PYTHONDONTWRITEBYTECODE
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -10,6 +10,7 @@ from trainer.checkpoint.run_state import Place, undone_unless_done
 from trainer.comm import stop_together
 from trainer.config import RunConfig
 from trainer.engine.accumulate import accumulate
+from trainer.engine.products import fast_float32_products
 from trainer.engine.schedule import learning_rate_factor
 from trainer.engine.zero import Engine
 from trainer.errors import ConfigError, DataError, NonFiniteLoss
@@ -107,13 +108,14 @@ def train_step(
         return not (asked and engine.comm.any(False in votes))
 
     batches = prepared(recipe, batches)
-    losses = accumulate(
-        *(engine, loss_of, batches),
-        all_finite=all_finite,
-        check=check,
-        said=said,
-        term_norms=config.log_term_gradients,
-    )
+    with fast_float32_products(engine.comm.device):
+        losses = accumulate(
+            *(engine, loss_of, batches),
+            all_finite=all_finite,
+            check=check,
+            said=said,
+            term_norms=config.log_term_gradients,
+        )
     factor = learning_rate_factor(progress.step, config.optim, total_steps=config.steps)
     applied = engine.step(factor, recipe.locked_towers(progress))
     for part in recipe.parts.values():
