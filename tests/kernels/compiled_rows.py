@@ -17,7 +17,7 @@ import triton
 from triton.compiler import ASTSource
 
 from tests.kernels.compiled import TARGETS, amd_code, nvidia_code
-from trainer.kernels.triton_half_rows import adamw_of_half_rows
+from trainer.kernels.triton_half_rows import SQUARE_LOWEST, SQUARE_SHIFT, adamw_of_half_rows
 from trainer.kernels.triton_rows import adamw_of_rows
 
 WARPS = 4
@@ -36,9 +36,10 @@ KERNELS: dict[str, tuple[Any, dict[str, str]]] = {
         adamw_of_half_rows,
         {
             **dict.fromkeys(("rows", "means"), "*bf16"),
-            **dict.fromkeys(("gradient", "kepts", "sizes"), "*fp32"),
+            **dict.fromkeys(("gradient", "kepts", "sizes", "corrections"), "*fp32"),
             **dict.fromkeys(("places", "noises"), "*i64"),
-            "share": "fp32",
+            **dict.fromkeys(("share", "beta_square", "square_share", "epsilon"), "fp32"),
+            "squares": "*u8",
         },
     ),
 }
@@ -53,13 +54,17 @@ class Build(NamedTuple):
 
 
 def builds() -> Iterator[Build]:
-    yield from map(Build._make, product(TARGETS, KERNELS, (False, True), (512, 1024)))
+    for architecture, rows, has_places in product(TARGETS, KERNELS, (False, True)):
+        for numbers in (256, 512) if rows == "bfloat16" else (512, 1024):
+            yield Build(architecture, rows, has_places, numbers)
 
 
 def report(build: Build) -> dict[str, Any]:
     kernel, types = KERNELS[build.rows]
     names = kernel.arg_names
     constants = {"HAS_PLACES": build.has_places, "NUMBERS": build.numbers}
+    if build.rows == "bfloat16":
+        constants |= {"SHIFT": SQUARE_SHIFT, "LOWEST": SQUARE_LOWEST}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or n == "dim"]
     source = ASTSource(

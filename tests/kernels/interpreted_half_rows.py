@@ -10,9 +10,11 @@ import json
 import sys
 from unittest.mock import PropertyMock, patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.parts import half_rows
 from trainer.parts.half_rows import HalfRowOptimizer
 from trainer.parts.row_optimizer import Places, RowOptimizerConfig
 
@@ -26,7 +28,10 @@ def after(
 ) -> dict[str, Tensor]:
     config = RowOptimizerConfig(learning_rate=0.05, weight_decay=0.3, rows="bfloat16")
     held = HalfRowOptimizer(rows, config, first=100, seed=5)
-    with patch.object(HalfRowOptimizer, "_by_kernel", PropertyMock(return_value=by_kernel)):
+    with (
+        patch.object(HalfRowOptimizer, "_by_kernel", PropertyMock(return_value=by_kernel)),
+        patch.object(half_rows, "root", lambda values: torch.from_numpy(np.sqrt(values.numpy()))),
+    ):
         for step, (some, gradient) in enumerate(zip(places, gradients, strict=True)):
             held.update(some, gradient.clone(), factor=1.0 / (1 + step))
     return {"rows": held.rows, "steps": held.steps, **held.moments}

@@ -39,8 +39,8 @@ class RowOptimizerConfig(Frozen):
     momentum: Annotated[float, OnlyWhere("optimizer", "sgd"), Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
     rows: Annotated[Literal["float32", "bfloat16"], OnlyWhere("optimizer", "adamw")] = "float32"
-    """`bfloat16`: 4 bytes a number, moments included, instead of 12. Rows and their mean gradients
-    are rounded up or down by a hash of seed, row and step; a row has one mean square."""
+    """`bfloat16`: 5 bytes a number, moments included, instead of 12. Rows and their mean gradients
+    are halves and mean squares bytes, rounded up or down by a hash of seed, row and step."""
     dense: bool = False
     """Move all rows in every step, with a gradient of zero where there is none: torch.optim."""
 

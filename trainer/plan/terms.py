@@ -156,7 +156,7 @@ def _learned(name: str, section: Any, rows: int, labels: int, sizes: Sizes) -> T
     width = sizes.projected or sizes.dim
     state = 4.0 * owned * width * (3 if head.optimizer == "adamw" else 2)
     if head.rows == "bfloat16":
-        state = 4.0 * owned * (width + 1)
+        state = 5.0 * owned * width
     sent = {collective: count * columns for collective, count in term.sent.items()}
     return Term(
         *(name, term.flops * columns, term.scratch + 4.0 * touched * dim, sent),
