@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from trainer.data.colour import Three
 from trainer.data.decode import LONGEST, decode_image, decode_whole
-from trainer.data.views import IMAGE_MEAN, IMAGE_STD, Three, normalize
+from trainer.data.views import IMAGE_MEAN, IMAGE_STD, normalize
 from trainer.errors import ConfigError
 
 FILES = ("preprocessor_config.json", "processor_config.json")
