@@ -55,7 +55,7 @@ RECIPES = {
     "mlcd": f"{{name: mlcd, model: {{{SIZES}}}, classes: [concept_id, subgroup],"
     " head: {sample_rate: 1.0}}",
     "palm": f"{{name: palm, model: {{{SIZES}, head: {{hidden: 16, dim: 8, norm: none}}}},"
-    " classes: subgroup, warmup_samples: 0}",
+    " classes: subgroup}",
     "flame": f"{{name: flame, store: '{{folder}}/store', head_hidden: 24, model: {{{SIZES}}}}}",
 }
 LOADED_AS = {
