@@ -176,10 +176,32 @@ def test_an_image_comes_back_from_tensorboard(tmp_path: Path) -> None:
     with MetricLog(tmp_path, Comm.solo(), total_steps=1, console=quiet()) as log:
         log.image(at(1), "clusters/largest", pixels)
     accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    (event,) = accumulator.Images("clusters/largest")
+    (event,) = accumulator.Images("pictures/clusters/largest")
     found = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
     assert event.step == 1
     assert np.array_equal(found, pixels)
+
+
+def test_headings_of_tensorboard_keep_evaluations_pictures_and_the_start_apart(
+    tmp_path: Path,
+) -> None:
+    """An evaluation may be called as a picture is; what a run was started from is a page."""
+    (tmp_path / "run.yaml").write_text("steps: 7\n")
+    starts = [{"commit": "old"}, {"commit": "new"}]
+    (tmp_path / "environment.json").write_text(json.dumps(starts))
+    with MetricLog(tmp_path, Comm.solo(), total_steps=1, console=quiet()) as log:
+        log.evaluation(at(1), "retrieval", {"top1": 50.0})
+        log.image(at(1), "retrieval", np.zeros((4, 4, 3), np.uint8))
+        log.event(at(1), "episode", episode=3, seconds=2.0)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {"eval: retrieval/top1", "episode/seconds"}
+    assert board.Tags()["images"] == ["pictures/retrieval"]
+    pages = {tag: board.Tensors(tag)[0].tensor_proto for tag in board.Tags()["tensors"]}
+    assert {tag.split("/text_summary")[0] for tag in pages} == {"run/configuration", "run/start"}
+    texts = b" ".join(page.string_val[0] for page in pages.values()).decode()
+    assert "steps: 7" in texts
+    assert '"commit": "new"' in texts
+    assert "old" not in texts
 
 
 def test_resuming_after_the_first_number_is_a_mistake(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def test_clusters_and_retrieval_are_drawn_during_training_and_after_it(tmp_path:
 
     board = EventAccumulator(str(config.workdir / "tensorboard"))
     board.Reload()
-    assert {"clusters", "captions"} <= set(board.Tags()["images"])
-    assert [event.step for event in board.Images("captions")] == [4, 8]
-    picture = Image.open(io.BytesIO(board.Images("clusters")[-1].encoded_image_string))
+    assert {"pictures/clusters", "pictures/captions"} <= set(board.Tags()["images"])
+    assert [event.step for event in board.Images("pictures/captions")] == [4, 8]
+    picture = Image.open(io.BytesIO(board.Images("pictures/clusters")[-1].encoded_image_string))
     assert len(np.unique(np.asarray(picture))) > 50, "drawings have colours"
 
     written = inspect_workdir(config.workdir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from tests.fixtures.emoji import write_shards
 from tests.test_launch import RUN
 from trainer.errors import ConfigError, TrainerError
 from trainer.programs.compare import (
+    Spread,
     cells,
     format_comparison,
     load_comparison,
     run_comparison,
+    run_logged,
+    steps_taken,
     write_table,
 )
 
@@ -39,9 +43,19 @@ def grid_in(folder: Path, **changes: object) -> Path:
     return path
 
 
-def test_a_grid_trains_each_cell_once_and_writes_its_table(tmp_path):
+def test_a_grid_trains_each_cell_once_and_writes_its_table(tmp_path, capsys):
+    """Two cells at a time, each of two ranks with the cards that are its own."""
     comparison = load_comparison(grid_in(tmp_path))
-    table = run_comparison(comparison)
+    with pytest.raises(ConfigError, match=r"no cell of .* has finished"):
+        write_table(comparison)
+    table = run_comparison(comparison, Spread(ranks=2, devices=("4", "5", "6", "7")))
+    said = capsys.readouterr()
+    told = said.out + said.err
+    assert "protoclip, seed 0: finished" in told
+    assert "(2 of 2 cells have ended)" in told
+    starts = [json.loads((c.workdir / "environment.json").read_text()) for c in cells(comparison)]
+    assert [start[-1]["ranks"] for start in starts] == [2, 2]
+    assert [steps_taken(cell.workdir) for cell in cells(comparison)] == [2, 2]
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert rows == ["chance", "clip", "protoclip"]
     found = json.loads((tmp_path / "grid/table.json").read_text())
@@ -54,6 +68,27 @@ def test_a_grid_trains_each_cell_once_and_writes_its_table(tmp_path):
     begun.mkdir(parents=True)
     (begun / "events.jsonl").touch()
     assert write_table(more) == table, "a cell that is not finished has no figures yet"
+
+
+def test_cards_are_shared_out_to_cells():
+    assert Spread().places(3) == [None, None, None]
+    assert Spread(devices=("0", "1", "3")).places(1) == ["0", "1", "3"]
+    assert Spread(ranks=2, devices=("0", "1", "2", "3")).places(1) == ["0,1", "2,3"]
+    with pytest.raises(ConfigError, match="3 devices can't be shared out to cells of 2 ranks"):
+        Spread(ranks=2, devices=("0", "1", "2")).places(1)
+
+
+def test_a_cell_sees_the_cards_of_its_place_and_no_others(tmp_path):
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    seen = {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert run_logged([sys.executable, "-c", code], tmp_path, "one", environment=seen) == ""
+    assert (tmp_path / "output.log").read_text() == "2,3\n"
+
+
+def test_steps_are_those_of_the_newest_whole_line(tmp_path):
+    assert steps_taken(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 12}\n{"st')
+    assert steps_taken(tmp_path) == 12
 
 
 def test_a_cell_that_fails_is_named_with_its_log(tmp_path):

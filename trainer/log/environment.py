@@ -45,6 +45,18 @@ def write_start(config: RunConfig, comm: Comm, *, step: int) -> None:
             sys.stderr.write(f"can't write {config.workdir / ENVIRONMENT}: {error.strerror}\n")
 
 
+def pages_of_start(workdir: Path) -> dict[str, str]:
+    """Both files as Markdown, of the last start, by a name for each; none where they are not."""
+    pages = {}
+    try:
+        pages["configuration"] = f"```yaml\n{(workdir / RUN).read_text()}\n```"
+        start = json.loads((workdir / ENVIRONMENT).read_text())[-1]
+        pages["start"] = f"```json\n{json.dumps(start, indent=2)}\n```"
+    except (OSError, ValueError, LookupError):
+        return pages
+    return pages
+
+
 def _write(config: RunConfig, comm: Comm, step: int, hosts: list[Any]) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
     write_whole(config.workdir / RUN, dump_run(config, secrets=False).encode())

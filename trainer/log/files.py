@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from trainer.log.environment import pages_of_start
 from trainer.log.rank_times import Spread
 from trainer.log.records import JsonLines, TensorBoard, read_lines
 from trainer.log.tracker import WeightsAndBiases
 from trainer.types import Progress
 
+PICTURES = "pictures/"
+"""Where TensorBoard shows them: a card of their own beside the curves."""
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 
@@ -42,6 +45,8 @@ class Files:
         self.tensorboard = TensorBoard(
             workdir / "tensorboard", first_step=resumed.step + 1 + phase_begun
         )
+        for name, page in pages_of_start(workdir).items():
+            self.tensorboard.text(resumed.step, f"run/{name}", page)
 
     def step(
         self,
@@ -71,13 +76,24 @@ class Files:
             self._tracker.scalars(step, scalars)
 
     def event(
-        self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
+        self,
+        progress: Progress,
+        name: str,
+        figures: Mapping[str, Any],
+        *,
+        after_save: bool,
+        group: str,
     ) -> None:
+        """`group` is the heading of its curves, where those of evaluations stand together."""
         place = {**_place(progress), "after_save": after_save, "event": name}
         # `samples` is the run's cursor, by which a resume cuts; an evaluation counts its own.
         named = {"num_samples" if key == "samples" else key: v for key, v in figures.items()}
         self._events.append({**place, **named, "timing": {"time": time.time()}})
-        scalars = {f"{name}/{key}": v for key, v in figures.items() if _is_number(v)}
+        scalars = {
+            f"{group}/{key}": value
+            for key, value in figures.items()
+            if _is_number(value) and key != name  # the number of an episode counts itself
+        }
         if scalars:
             # After a save it belongs to the step to come, with which a resume takes it back.
             self._scalars(progress.step + int(after_save), scalars)

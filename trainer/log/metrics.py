@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import Period
 from trainer.errors import ConfigError, TrainerError
-from trainer.log.files import EVENTS, METRICS, Files, evaluated
+from trainer.log.files import EVENTS, METRICS, PICTURES, Files, evaluated
 from trainer.log.meter import Meter
 from trainer.log.printed import Printed
 from trainer.log.rank_times import RankTimes, Spread
@@ -166,13 +166,21 @@ class MetricLog:
         """An evaluation's figures. After a save too they stay where they are when the run goes on
         from there, and `evaluated` tells that they need not be found again."""
         self._begun()
-        self._event(progress, label, figures, after_save=False)
+        self._event(progress, label, figures, after_save=False, group=f"eval: {label}")
 
     def _event(
-        self, progress: Progress, name: str, figures: Mapping[str, Any], *, after_save: bool
+        self,
+        progress: Progress,
+        name: str,
+        figures: Mapping[str, Any],
+        *,
+        after_save: bool,
+        group: str | None = None,
     ) -> None:
         if self._files is not None:
-            self._files.event(progress, name, plain(figures), after_save=after_save)
+            self._files.event(
+                progress, name, plain(figures), after_save=after_save, group=group or name
+            )
         self.say(
             episode_line(progress, plain(figures))
             if name == "episode" and name in figures
@@ -182,10 +190,10 @@ class MetricLog:
     def image(
         self, progress: Progress, name: str, pixels: UInt8[np.ndarray, "height width 3"]
     ) -> None:
-        """A picture for TensorBoard; what rank 0 passes is written."""
+        """A picture for TensorBoard, under `pictures/`; what rank 0 passes is written."""
         self._begun()
         if self._files is not None:
-            self._files.image(progress, name, pixels)
+            self._files.image(progress, PICTURES + name, pixels)
 
     def say(self, text: str) -> None:
         """Show a line; what rank 0 passes is shown."""

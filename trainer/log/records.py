@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainer.addresses import all_without_secrets
@@ -51,7 +52,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars and images; events of steps from `first_step` on in older files no longer count.
+    """Scalars, images and texts; events of steps from `first_step` on in older files do not count.
 
     TensorBoard's own writer does not come back from an error, and its records are plain: so they
     are framed by its `RecordWriter` and written as everything else here is.
@@ -75,6 +76,9 @@ class TensorBoard:
             height=height, width=width, colorspace=channels, encoded_image_string=file.getvalue()
         )
         self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        self._add(Event(step=step, summary=text_pb(name, markdown)))
 
     def flush(self) -> None:
         self._file.flush()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -16,6 +19,8 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import Frozen, LocalPath, PositiveInt, parse_run
 from trainer.errors import ConfigError, TrainerError
+from trainer.log.metrics import METRICS
+from trainer.long_work import LongWork, tell
 from trainer.programs.compare_plot import plot_comparison
 from trainer.programs.workdir import logged_results
 from trainer.settings.errors import explain
@@ -27,6 +32,9 @@ FLOORS = {
 }
 """What costs no training: how evaluations call it, where that is not `<floor>_<figure>`."""
 PLOT = "table.png"
+LOOK_SECONDS = 1.0
+"""Between two looks at how far the cells are."""
+_LONGEST_LINE = 256 * 1024
 
 
 class Comparison(Frozen):
@@ -43,7 +51,7 @@ class Comparison(Frozen):
     figures: tuple[str, ...] = ("top1", "image_to_text_r1", "text_to_image_r1")
     """Which numbers of each evaluation the table shows."""
     at_a_time: PositiveInt = 1
-    """Cells that run beside each other, each in a process of its own."""
+    """Cells that run beside each other, each in processes of its own."""
 
 
 class Cell(Frozen):
@@ -52,7 +60,34 @@ class Cell(Frozen):
     variant: str
     seed: int
     workdir: Path
-    command: tuple[str, ...]
+    overrides: tuple[str, ...]
+    """Of the base run."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}, seed {self.seed}"
+
+
+class Spread(Frozen):
+    """Where cells run."""
+
+    ranks: PositiveInt = 1
+    """Processes of each cell, started by torchrun where there are several."""
+    devices: tuple[str, ...] = ()
+    """Cards that the cells share out, `ranks` to each that runs; where none is named, as many cells
+    as `at_a_time` run beside each other, and each sees all cards."""
+
+    def places(self, at_a_time: int) -> list[str | None]:
+        """One for each cell that runs at a time: what it sees of the cards, or None for all."""
+        if not self.devices:
+            return [None] * at_a_time
+        if len(self.devices) % self.ranks:
+            raise ConfigError(
+                f"{len(self.devices)} devices can't be shared out to cells of {self.ranks} ranks; "
+                "name a multiple of them, each rank has one"
+            )
+        starts = range(0, len(self.devices), self.ranks)
+        return [",".join(self.devices[start : start + self.ranks]) for start in starts]
 
 
 def load_comparison(path: Path) -> Comparison:
@@ -72,29 +107,78 @@ def cells(comparison: Comparison) -> list[Cell]:
             variant=name,
             seed=seed,
             workdir=(workdir := comparison.workdir / name / f"seed-{seed}"),
-            command=(
-                sys.executable,
-                "-m",
-                "trainer",
-                str(comparison.base),
-                *comparison.shared,
-                *overrides,
-                f"seed={seed}",
-                f"workdir={workdir}",
-            ),
+            overrides=(*comparison.shared, *overrides, f"seed={seed}", f"workdir={workdir}"),
         )
         for seed in comparison.seeds
         for name, overrides in comparison.variants.items()
     ]
 
 
-def run_comparison(comparison: Comparison) -> str:
+def run_comparison(comparison: Comparison, spread: Spread | None = None) -> str:
     """Train what is not finished, then write `table.md`, `.json` and `.png`; returns the table."""
-    with ThreadPoolExecutor(comparison.at_a_time) as pool:
-        failures = [line for line in pool.map(_run, cells(comparison)) if line]
+    spread = spread or Spread()
+    places: SimpleQueue[str | None] = SimpleQueue()
+    for place in (several := spread.places(comparison.at_a_time)):
+        places.put(place)
+    every = cells(comparison)
+    front = launcher(spread.ranks)
+
+    def run(cell: Cell) -> str:
+        place = places.get()
+        try:
+            return _run(cell, (*front, str(comparison.base)), place)
+        finally:
+            places.put(place)
+
+    ends = {cell.workdir: _steps(comparison.base, cell) for cell in every}
+    with ThreadPoolExecutor(len(several)) as pool:
+        failures = _watched({pool.submit(run, cell): cell for cell in every}, ends)
     if failures:
         raise TrainerError(f"{len(failures)} cells failed; the first: {failures[0]}")
     return write_table(comparison)
+
+
+def launcher(ranks: int) -> tuple[str, ...]:
+    """What starts a training of so many ranks on this machine."""
+    if ranks == 1:
+        return (sys.executable, "-m", "trainer")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    return (sys.executable, "-m", *torchrun, "-m", "trainer")
+
+
+def _steps(base: Path, cell: Cell) -> int:
+    return parse_run(base.read_text(encoding="utf-8"), cell.overrides, source=str(base)).steps
+
+
+def _watched(running: Mapping[Future[str], Cell], ends: Mapping[Path, int]) -> list[str]:
+    """Tell how many steps all cells have taken, until they have ended; why some failed."""
+    begun = {folder: min(end, steps_taken(folder)) for folder, end in ends.items()}
+    left, seen = set(running), sum(begun.values())
+    failures: list[str] = []
+    with LongWork(f"{len(running)} cells", total=sum(ends.values()) - seen, unit="steps") as work:
+        while left:
+            ended, left = wait(left, timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED")
+            for future in ended:
+                failure = future.result()
+                failures += [failure] if failure else []
+                done = f"{len(running) - len(left)} of {len(running)} cells have ended"
+                tell(f"{running[future].name}: {'failed' if failure else 'finished'} ({done})")
+            taken = sum(min(end, steps_taken(folder)) for folder, end in ends.items())
+            if taken > seen:
+                work.done(taken - seen)
+                seen = taken
+    return failures
+
+
+def steps_taken(workdir: Path) -> int:
+    """By the newest line of a run's metrics; 0 where there is none yet."""
+    try:
+        with (workdir / METRICS).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
+            lines = file.read().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def write_table(comparison: Comparison) -> str:
@@ -106,6 +190,11 @@ def write_table(comparison: Comparison) -> str:
             results = logged_results(cell.workdir)
             found[cell.variant].append(_figures(results, comparison.figures))
             floors = {name: [_floor(results, comparison.figures, name)] for name in FLOORS}
+    if not any(found.values()):
+        raise ConfigError(
+            f"no cell of {comparison.workdir} has finished, so there is no table yet; run the "
+            "comparison without --table first"
+        )
     rows = {**floors, **found}
     table = format_comparison({name: runs for name, runs in rows.items() if any(runs)})
     (comparison.workdir / "table.md").write_text(table + "\n")
@@ -134,18 +223,32 @@ def format_comparison(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str
     return "\n".join(lines)
 
 
-def _run(cell: Cell) -> str:
-    return run_logged(cell.command, cell.workdir, f"{cell.variant}, seed {cell.seed}")
+def _run(cell: Cell, front: Sequence[str], cards: str | None) -> str:
+    seen = {} if cards is None else {"CUDA_VISIBLE_DEVICES": cards}
+    return run_logged((*front, *cell.overrides), cell.workdir, cell.name, environment=seen)
 
 
-def run_logged(command: Sequence[str], workdir: Path, name: str) -> str:
+def run_logged(
+    command: Sequence[str],
+    workdir: Path,
+    name: str,
+    *,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Run a training whose output goes to `output.log` in its workdir; why it failed, or nothing.
 
     What was begun goes on from its newest checkpoint, and what is finished ends at once.
+    `environment` is what it has besides this process's own.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "output.log").open("a") as log:
-        result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        result = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+            env={**os.environ, **environment},
+        )
     if result.returncode == 0:
         return ""
     return f"{name} (exit {result.returncode}): {workdir}/output.log"

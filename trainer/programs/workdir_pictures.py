@@ -11,6 +11,7 @@ from PIL import Image
 
 from trainer.comm import Comm
 from trainer.data.labels import ClusterLabels
+from trainer.log.files import PICTURES
 from trainer.log.records import TensorBoard
 from trainer.pictures.montage import Pixels
 from trainer.pictures.page import cluster_page
@@ -74,5 +75,5 @@ def _episode_labels(trained: Trained) -> ClusterLabels | None:
 
 def _save(path: Path, pixels: Pixels, board: TensorBoard, step: int) -> Path:
     Image.fromarray(pixels).save(path)
-    board.image(step, path.stem, pixels)
+    board.image(step, PICTURES + path.stem, pixels)
     return path
