@@ -12,10 +12,11 @@ from transformers import CLIPModel
 
 from tests.models.small import small_batch, small_config, word_tokenizer
 from trainer.errors import ConfigError
+from trainer.export.card_facts import OWN
 from trainer.export.cut import heads_that_hold
 from trainer.export.equality import compare_forms
 from trainer.export.native import load_exported
-from trainer.export.transformers_folder import NATIVE_ALONE, export_model
+from trainer.export.transformers_folder import export_model
 from trainer.models.narrow import NarrowShape, narrowed, shape_of
 from trainer.models.two_tower import TwoTower, build_two_tower
 
@@ -75,7 +76,7 @@ def test_a_cut_model_is_filled_up_with_zeros_and_says_the_same(
 def test_a_cut_model_that_no_class_holds_is_exported_by_our_own_names(tmp_path: Path) -> None:
     model, tokenizer = cut_model(tmp_path / "whole", image=TIGHT, text=ROOMY), word_tokenizer()
     exported = export_model(model, tokenizer, tmp_path / "out")
-    assert (exported.loads_as, exported.is_whole) == (NATIVE_ALONE, False)
+    assert (exported.loads_as, exported.is_whole) == (OWN, False)
     assert "a layer of the image tower has 4 heads of 8" in exported.why_apart
     (tmp_path / "whole").rename(tmp_path / "gone")
     (tmp_path / "out").rename(tmp_path / "moved")
@@ -100,7 +101,7 @@ def test_graphs_of_a_cut_model_need_no_class(tmp_path: Path) -> None:
         pytest.importorskip(package, reason=f"{package} is not installed")
     model, tokenizer = cut_model(image=TIGHT, text=EMPTY), word_tokenizer()
     export_model(model, tokenizer, tmp_path, onnx=True)
-    found = compare_forms(model, tokenizer, tmp_path, loads_as=NATIVE_ALONE)
+    found = compare_forms(model, tokenizer, tmp_path, loads_as=OWN)
     assert [each.form for each in found] == ["native", "onnxruntime"]
     assert max(found[1].furthest.values()) < 1e-5
 

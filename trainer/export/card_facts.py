@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.data.decode import BadSample
 from trainer.data.fields import json_of
+from trainer.data.remote import expand_shards
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import TrainerError
 
@@ -16,6 +17,9 @@ MOST_SAMPLES = 2000
 """Whose licences are read; about so many, evenly out of a few shards."""
 KEYS = ("licence", "license", "LICENSE", "rights")
 """Keys of a sample's json that say one."""
+
+OWN = "native form alone"
+"""What loads a folder that no library's class does."""
 
 _TASKS = {
     "CLIPModel": "zero-shot-image-classification",
@@ -25,12 +29,14 @@ _TASKS = {
 
 def front_matter(loads_as: str, *, forms: tuple[str, ...] = ()) -> str:
     """The YAML block by which a model hub lists a model."""
+    library = "open_clip" if "open_clip" in forms else "transformers"
     lines = [
         "---",
-        f"library_name: {'open_clip' if 'open_clip' in forms else 'transformers'}",
+        *([] if loads_as == OWN else [f"library_name: {library}"]),
         f"pipeline_tag: {_TASKS.get(loads_as, 'feature-extraction')}",
         "license: other",
         "license_name: see-training-data",
+        "license_link: README.md",
         f"tags: [{', '.join(('protoscale', 'clip', *forms))}]",
         "---",
     ]
@@ -80,8 +86,22 @@ def stated_licences(spec: str) -> str | None:
     rest = f"; {silent:,} state none" if silent else ""
     return (
         f"Trained on `{_short(spec)}`. Licences that its samples state, of {of}: {known}{rest}. "
-        "The weights may be bound by their terms."
+        f"{_manifest_sentence(spec)}The weights may be bound by their terms."
     )
+
+
+def _manifest_sentence(spec: str) -> str:
+    """Which vendor's pictures the shards hold under which licence, by the corpus's own manifest;
+    empty where none that names them lies beside the shards."""
+    try:
+        paths = [Path(path) for path in expand_shards(spec)]
+        said = json.loads((paths[0].parent / "manifest.json").read_text())
+        splits = {said["shards"][path.name]["split"] for path in paths}
+        vendors = sorted({name for split in splits for name in said["splits"][split]["vendors"]})
+        known = ", ".join(f"{name} {said['vendors'][name]['licence']}" for name in vendors)
+    except (OSError, ValueError, LookupError, TypeError, TrainerError):
+        return ""
+    return f"By the manifest beside them: {known}. "
 
 
 def _count(shards: ShardSet) -> tuple[Counter[str], int]:

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedTokenizerFast
 
 from trainer.errors import ConfigError
 from trainer.export.card import image_card, model_card, patch_card
+from trainer.export.card_facts import OWN
 from trainer.export.clip import clip_model, clip_vision_model, clip_vision_tower
 from trainer.export.cut import filled_up, is_cut, why_not_whole
 from trainer.export.inputs import save_inputs
@@ -39,8 +40,6 @@ from trainer.models.tower import Tower
 from trainer.models.two_tower import TwoTower
 from trainer.store import Identity
 
-NATIVE_ALONE = "native form alone"
-"""What is said to load a folder that no class of transformers does."""
 LEGACY_EOS = 2
 """transformers reads this end-of-text id as that of old files, and pools at the largest id."""
 
@@ -159,7 +158,7 @@ def _two_tower(
         data_licence=data_licence,
         left={"image": shape_of(model.image), "text": shape_of(model.text)},
     )
-    loads_as = (NATIVE_ALONE if cut else "towers apart") if apart else form
+    loads_as = (OWN if cut else "towers apart") if apart else form
     beside = "" if bias is None else _sigmoid_sentence(bias, loads_as)
     return Exported(folder, not apart, apart, loads_as, beside), card
 
