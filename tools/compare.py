@@ -9,21 +9,18 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 from trainer.errors import ConfigError
 from trainer.programs.compare import Spread, load_comparison, run_comparison, write_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("grid", type=Path, help="such as launch/runs/compare_protoclip.yaml")
     parser.add_argument("--table", action="store_true", help="show what is finished, run nothing")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each cell; default 1")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer.command import run_command
+from trainer.command import parser_of, run_command
 from trainer.errors import ConfigError
 from trainer.programs.mteb_tasks import measure
 
@@ -41,9 +41,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path, help="what tools/export.py wrote")
     parser.add_argument("--data", required=True, help="shards")
     parser.add_argument("--target", help="key of a sample's json with its class: zero-shot")
