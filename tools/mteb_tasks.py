@@ -1,4 +1,4 @@
-"""Measure an exported pair of towers by the `mteb` package, on shards of one's own.
+r"""Measure an exported pair of towers by the `mteb` package, on shards of one's own.
 
 Examples:
   python tools/mteb_tasks.py runs/quickstart/export --data data/open/val-000000.tar \
