@@ -3,6 +3,9 @@
 A fault-free run comes first. Then the same run is started again and again, and something happens to
 it at a random moment: a rank is killed, stands still, or is asked to stop; the newest checkpoint is
 damaged. At the end the weights must be the fault-free run's bytes.
+
+With --ends N no run is needed: N pairs of ranks meet, train a little, save beside it and end, and
+their exit codes are counted.
 """
 
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer.command import parser_of, run_command
+from trainer.programs.ends import ends
 from trainer.programs.soak import soak
 
 
@@ -21,7 +25,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="of faults")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--ends", type=int, metavar="N", help="end N pairs of ranks instead")
     given = parser.parse_args()
+    if given.ends is not None:
+        codes = ends(given.ends, say=print)
+        print(f"{given.ends} pairs of ranks ended by {dict(codes)}")
+        sys.exit(0 if set(codes) == {"0"} else 1)
     report = soak(
         *(given.run, given.overrides, given.out),
         minutes=given.minutes,

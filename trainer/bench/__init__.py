@@ -13,5 +13,6 @@ BENCHES = {
     "kmeans": "trainer.bench.kmeans",
     "prototype-logits": "trainer.bench.prototype_logits",
     "head-step": "trainer.bench.head_step",
+    "saves": "trainer.bench.saves",
     "embed": "trainer.bench.embed",
 }

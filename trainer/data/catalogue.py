@@ -164,6 +164,8 @@ def open_catalogue(path: str) -> Catalogue:
             if _CRC.unpack(head[_HEADER.size :])[0] != zlib.crc32(header):
                 raise _damaged(path, "header")
             _, ids_at, table_at, table_bytes, ids_digest, digest = _HEADER.unpack(header)
+            if not len(head) <= ids_at <= table_at <= table_at + table_bytes <= _size(file):
+                raise _damaged(path, "table of shards")
             file.seek(table_at)
             text = file.read(table_bytes)
     except FileNotFoundError:
@@ -171,10 +173,14 @@ def open_catalogue(path: str) -> Catalogue:
     if blake2b(text, digest_size=16).digest() != digest:
         raise _damaged(path, "table of shards")
     table = _table_of(text)
-    if table is None:
+    if table is None or table.starts[-1] > ids_at or 8 * sum(table.sizes) > table_at - ids_at:
         raise DataError(f"{path} contradicts itself; {_mend(path)}")
     shards = [_absolute(shard, Path(path).parent) for shard in table.shards]
     return Catalogue(path, table._replace(shards=shards), ids_at, ids_digest)
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _table_of(text: bytes) -> _Table | None:

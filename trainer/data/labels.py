@@ -193,6 +193,9 @@ def _mapped(path: Path) -> Tensor:
     try:
         # copy on write: torch wants a writable array, and the file is never changed
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"can't read the cluster labels in {path}: {error}") from error
+    except Exception as error:  # its header is parsed as Python, which complains in many ways
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"can't read the cluster labels in {path}: {said}") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"can't read the cluster labels in {path}: it is no array but an archive")
     return torch.from_numpy(array)

@@ -108,7 +108,7 @@ def read_shares(folder: Path, name: str) -> Float64[np.ndarray, " rows"]:
     path = folder / f"{name}{SUFFIX}"
     try:
         return np.asarray(np.load(path, allow_pickle=False), np.float64)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its header is parsed as Python, which complains in many ways
         raise DataError(f"{path} can't be read ({error}); run tools/reduce.py again") from None
 
 

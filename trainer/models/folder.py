@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
@@ -25,7 +26,7 @@ Part = Literal["text", "image"]
 
 RAISED = (
     *(OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
-    *(ImportError, NotImplementedError, AssertionError),
+    *(ImportError, NotImplementedError, AssertionError, SafetensorError),
 )
 """What transformers raises on folders and inputs that it does not like."""
 

@@ -48,7 +48,7 @@ class Ranks:
     """Processes of one start, as a launcher makes them."""
 
     def __init__(self, command: Sequence[str], count: int, log: Path) -> None:
-        port = _free_port()
+        port = free_port()
         self._file = log.open("ab")
         self.processes = [
             subprocess.Popen(
@@ -179,7 +179,7 @@ def _refuse_other_bytes(whole: Path, faults: Path) -> None:
             raise CheckpointError(f"{len(other)} tensors of {group} differ, as {other[:1]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
