@@ -55,7 +55,7 @@ def _command(line: str) -> str:
     found = re.search(r"\b(?:python|bash|deepspeed|torchrun|sbatch)\s.*", line)
     if found is None or not PROGRAM.search(found[0]):
         return ""
-    typed = found[0].rstrip("`")
+    typed = re.split(r"[,;] then\b", found[0])[0].rstrip("`")
     return typed if typed.endswith("...") else typed.rstrip(" .")
 
 
