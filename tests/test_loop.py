@@ -167,6 +167,7 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(uninterrupted, tmp_
     again = trainer_command(str(path))
     assert again.returncode == 0, again.stderr
     assert "nothing left to do" in again.stdout
+    assert "nothing left to do" in (uninterrupted.workdir / "log.txt").read_text()
 
     changed = trainer_command(str(path), "steps=20", "optim.learning_rate=0.1")
     assert changed.returncode == 2

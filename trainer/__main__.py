@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from trainer.command import run_command
 from trainer.config import RunConfig, load_run
@@ -21,6 +22,9 @@ from trainer.errors import ConfigError
 from trainer.launchers import refuse_missing_hostfile
 from trainer.log.facts import facts_of
 from trainer.together import Facts, prepared_together
+
+if TYPE_CHECKING:
+    from trainer.loop import Outcome
 
 
 def main() -> None:
@@ -46,17 +50,23 @@ def main() -> None:
         return
     is_main = os.environ.get("RANK", "").strip() in {"", "0"}
     config = prepared_together(partial(_prepared, arguments.run, arguments.overrides))
+    from trainer.log.printed import note
     from trainer.loop import train
 
     outcome = train(config)
     if is_main:
-        step, workdir = outcome.progress.step, config.workdir
-        if not outcome.finished:
-            print(f"stopped at step {step} of {config.steps}; the same command goes on from here")
-        elif outcome.steps_now or outcome.evaluations_owed:
-            print(f"finished {step} steps; checkpoint in {workdir / 'checkpoints'}")
-        else:
-            print(f"nothing left to do: {workdir} already holds step {step} of {config.steps}")
+        said = _ended(outcome, config)
+        print(said)
+        note(config.workdir, said)
+
+
+def _ended(outcome: Outcome, config: RunConfig) -> str:
+    step, workdir = outcome.progress.step, config.workdir
+    if not outcome.finished:
+        return f"stopped at step {step} of {config.steps}; the same command goes on from here"
+    if outcome.steps_now or outcome.evaluations_owed:
+        return f"finished {step} steps; checkpoint in {workdir / 'checkpoints'}"
+    return f"nothing left to do: {workdir} already holds step {step} of {config.steps}"
 
 
 def _prepared(run: str, overrides: list[str]) -> tuple[RunConfig, list[Facts]]:
