@@ -47,7 +47,7 @@ def num_products(index: InvertedIndex, queries: Float[Tensor, "n words"]) -> int
     return int(((queries != 0) * counts).sum())
 
 
-def share_found(found: Int64[Tensor, "n k"], wanted: Int64[Tensor, "n k"]) -> float:
+def share_found(found: Int64[Tensor, "n k"], wanted: Int64[Tensor, "n m"]) -> float:
     """Which share of the wanted rows is among the found ones, over all queries."""
     return float((found[:, :, None] == wanted[:, None, :]).any(dim=1).float().mean())
 
