@@ -161,7 +161,10 @@ def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, fro
                     f"{name} has the shape {list(found.shape)} in the checkpoint and "
                     f"{list(places[name].shape)} here; the checkpoint is of another model"
                 )
-            places[name].copy_(found)
+            if places[name].dtype == found.dtype:
+                places[name].copy_(found)
+            else:  # one that waits in the precision of its file; what is read stays mapped
+                places[name].data = found
 
 
 def load_rest(restored: Restored, engine: Engine, recipe: Recipe, batch: Batch) -> None:
@@ -229,7 +232,10 @@ def frozen_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in frozen:
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = parameter.detach().cpu()
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.float()  # what it will be, wherever it waits
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest() if frozen else ""
 
 

@@ -21,6 +21,7 @@ from trainer.config import OptimConfig
 from trainer.engine.adam import adamw
 from trainer.engine.blocks import gather_whole_blocks
 from trainer.engine.copies import WeightCopy
+from trainer.engine.deal import deal
 from trainer.engine.groups import set_learning_rate
 from trainer.engine.kept import Kept
 from trainer.engine.masters import MOMENTS, Masters, Piece, stretches, write_piece
@@ -29,6 +30,7 @@ from trainer.engine.tower_norms import TowerNorms
 from trainer.engine.zero_file import Decided, completed
 from trainer.errors import CheckpointError
 from trainer.models.model import Model
+from trainer.models.stored import widened
 from trainer.types import Batch, Features, TowerName
 
 
@@ -76,6 +78,10 @@ class Engine:
             # A block is gathered whole: one collective instead of one per Linear, and a fifth less
             # time spent in hooks. What is live at a time is a block, as with checkpointing.
             self._once = OncePerPass(gather_whole_blocks(model))
+            deal(model, self._config)
+        else:
+            for _ in widened(model):
+                pass
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )

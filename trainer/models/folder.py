@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
 from trainer.errors import ConfigError
+from trainer.models.stored import keep_as_stored, stored_type
 
 Part = Literal["text", "image"]
 
@@ -59,8 +61,11 @@ def load_folder(
     part: Part,
     dtype: torch.dtype = torch.float32,
     local_files_only: bool = False,
+    is_tower: bool = False,
 ) -> Loaded:
     """The image or text encoder at `path`, in evaluation mode and without anything random.
+
+    A tower, which somebody will divide, may stay in the precision of its files until then.
 
     Of an encoder-decoder its encoder. Only safetensors are read. ConfigError where weights are
     missing that the output would need.
@@ -68,23 +73,39 @@ def load_folder(
     settings = folder_settings(path, local_files_only=local_files_only)
     calm_settings(settings)
     kind = _class_of(settings)
-    try:
-        model, report = kind.from_pretrained(
-            path,
-            config=settings,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=local_files_only,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except RAISED as error:
-        raise ConfigError(_not_loaded(path, part, error)) from error
+    half = stored_type(path) if is_tower else None
+
+    def load(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+        try:
+            return kind.from_pretrained(  # type: ignore[no-any-return]
+                path,
+                config=deepcopy(settings),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=local_files_only,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except RAISED as error:
+            raise ConfigError(_not_loaded(path, part, error)) from error
+
+    model, report = load(half or dtype)
+    if half is not None and not keep_as_stored(model):
+        model, report = load(dtype)
+    elif half is not None:
+        _say_float32(model)
     decoded = bool(settings.is_encoder_decoder) and hasattr(model, "get_encoder")
     _refuse_made_up(path, model, report["missing_keys"])
     model = model.get_encoder() if decoded else model
     calm_modules(model)
     return _part_of(model.eval(), part, path)._replace(is_decoded=decoded)
+
+
+def _say_float32(model: Any) -> None:
+    """Of all its parts: what a model that is widened later will be."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.dtype = torch.float32
 
 
 @lru_cache(maxsize=16)

@@ -43,7 +43,7 @@ _PROBE_TEXT = "a red apple"
 def loaded_image_tower(config: ModelConfig, path: str) -> Tower:
     began, section = time.perf_counter(), config.image
     refuse_text_pooling(section)
-    loaded = load_folder(path, part="image")
+    loaded = load_folder(path, part="image", is_tower=True)
     check_image_size(loaded.backbone, config)
     learns = section.trained and section.lora is None
     sight = inspect_images(loaded.backbone, path, size=config.image_size, trained=learns)
@@ -74,7 +74,8 @@ def loaded_text_tower(
     began, section = time.perf_counter(), config.text
     words = read_sentence_folder(path)
     refuse_words(words, path)
-    loaded = load_folder(path if words.pooling is None else str(words.model), part="text")
+    folder = path if words.pooling is None else str(words.model)
+    loaded = load_folder(folder, part="text", is_tower=True)
     if loaded.is_decoded:
         raise ConfigError(f"{path} is an encoder-decoder; a tower is one of the two")
     reach = inspect_text(loaded.backbone, tokenizer, path, length=config.text_length)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.models.folder import RAISED, Part, first_line
+from trainer.models.stored import running_as_stored
 
 _CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")
 _PROBE_TOKENS = 8
@@ -116,10 +117,21 @@ def hold_unread(model: nn.Module, output: Callable[[], Tensor]) -> None:
     trained = [value for value in model.parameters() if value.requires_grad]
     if not trained:
         return
-    with torch.enable_grad():
-        found = torch.autograd.grad(output().float().sum(), trained, allow_unused=True)
-    for value, gradient in zip(trained, found, strict=True):
-        if gradient is None:
+    read: set[nn.Parameter] = set()
+
+    def note(value: nn.Parameter) -> None:
+        read.add(value)
+        value.grad = None  # or all gradients would be held at once
+
+    hooks = [value.register_post_accumulate_grad_hook(note) for value in trained]
+    try:
+        with torch.enable_grad(), running_as_stored(model):
+            output().float().sum().backward(inputs=trained)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for value in trained:
+        if value not in read:
             value.requires_grad_(False)
 
 

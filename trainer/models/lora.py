@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import ConfigError
 from trainer.models.config import LoraConfig
+from trainer.models.stored import seeming_wide
 
 
 def add_lora(backbone: Any, config: LoraConfig) -> None:
@@ -28,7 +29,8 @@ def add_lora(backbone: Any, config: LoraConfig) -> None:
         target_modules=list(config.layers) if config.layers else "all-linear",
     )
     try:
-        inject_adapter_in_model(settings, backbone)
+        with seeming_wide(backbone):  # what is added is drawn in float32
+            inject_adapter_in_model(settings, backbone)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

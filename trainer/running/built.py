@@ -34,6 +34,7 @@ from trainer.log.opening_lines import describe
 from trainer.log.skipped_step import SkippedSteps
 from trainer.log.tracker import WeightsAndBiases, tracker_for
 from trainer.long_work import tell
+from trainer.models.stored import towers_as_stored
 from trainer.parts.averaged_weights import AveragedWeights
 from trainer.periods import Clock
 from trainer.pulse import PULSE
@@ -105,7 +106,9 @@ def built(
     tracker = _checked(config, comm, decided)
     tokenizer, stream = _opened(config, comm, restored, decided)
     shape = restored.state.get("shape") if restored else None
-    recipe = _loaded(config, context_of(config, comm, tokenizer, check, shape))
+    context = context_of(config, comm, tokenizer, check, shape)
+    stage = completed(config.deepspeed, comm, decided)["zero_optimization"]["stage"]
+    recipe = _loaded(config, context, divided=stage == 3)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
     averaged = config.average is not None
     needed = bytes_needed(restored, parameters["trained"], averaged=averaged)
@@ -128,7 +131,7 @@ def built(
     log = _log(config, comm, stream, meter, tracker)
     log.resume(start.progress, phase_begun=start.phase_begun)
     notes = loading_notes(config, recipe)
-    size, stage = comm.world_size, engine.stage
+    size = comm.world_size
     log.say(describe(config, parameters, stream, world_size=size, stage=stage, notes=notes))
     spikes = Spikes(config, comm, left_out, restored)
     spikes.tell(log, start.progress)
@@ -170,9 +173,9 @@ def _opened(
     return tokenizer, stream
 
 
-def _loaded(config: RunConfig, context: Context) -> Recipe:
+def _loaded(config: RunConfig, context: Context, *, divided: bool) -> Recipe:
     tell(f"building the model of {config.recipe.name}")
-    with PULSE.phase("building the model"):
+    with PULSE.phase("building the model"), towers_as_stored(divided):
         recipe = load_recipe(config.recipe, context)
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
     return recipe
