@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import random
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.data.bad_server import serve
-from tests.data.streams import open_stream, same, write_shards
+from tests.data.streams import open_stream, png, same, write_shards
 from tests.ranks import run_ranks
 from trainer.comm import Comm
 from trainer.data import remote
+from trainer.data.index import write_index
 from trainer.data.shard_cache import ShardCache
+from trainer.data.shards import ShardSet
 from trainer.errors import DataError
 
 
@@ -124,3 +127,29 @@ def test_a_full_or_missing_disk_is_one_sentence(tmp_path):
         ShardCache(tmp_path / "file/cache", 100).open(f"file://{tmp_path}/a", 10)
     with pytest.raises(FileNotFoundError):
         ShardCache(tmp_path / "cache", 100).open(f"file://{tmp_path}/none", 10)
+
+
+def test_a_parquet_file_of_a_server_is_fetched_once_and_read_from_the_disk(tmp_path):
+    """Ten groups of rows cost ten requests and more from the server; from the folder none."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+    ipc = importlib.import_module("pyarrow.ipc")
+    (tmp_path / "far").mkdir()
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(40)]}
+    rows["text"] = [f"sample {n}" for n in range(40)]
+    table = pyarrow.table(rows)
+    parquet.write_table(table, tmp_path / "far/one.parquet", row_group_size=4)
+    with ipc.new_stream(str(tmp_path / "far/two.arrow"), table.schema) as file:
+        file.write_table(table, max_chunksize=4)
+    for name in ("one.parquet", "two.arrow"):
+        write_index(str(tmp_path / "far" / name))
+        local = ShardSet.open(str(tmp_path / "far" / name))
+        expected = [local.read(index) for index in range(40)]
+        with serve(tmp_path / "far") as server:
+            far = ShardSet.open(f"{server.url}/{name}")
+            far.keep_in(ShardCache(tmp_path / "cache", 1 << 20))
+            found = [far.read(index) for index in range(40)]
+            assert server.count[f"any /{name}"] <= 3
+        assert [raw.fields for raw in found] == [raw.fields for raw in expected]
+        assert [raw.sample_id for raw in found] == [raw.sample_id for raw in expected]
+        far.close()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from trainer.data.remote import file_size, is_remote, read_range
 from trainer.data.tables import USUAL, BadRow, Columns, column_of, picture_bytes
@@ -28,6 +29,8 @@ OPEN_FILES = 64
 _STARTS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 
 Cells = Mapping[str, Any]
+Near = Callable[[], int]
+"""Gives a descriptor."""
 
 
 class Layout(NamedTuple):
@@ -78,13 +81,16 @@ class ColumnarFiles:
         self._files: OrderedDict[str, _Groups] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
-    def read(self, path: str, row: int, *, crc: int, layout: str) -> dict[str, bytes]:
+    def read(
+        self, path: str, row: int, *, crc: int, layout: str, near: Near | None = None
+    ) -> dict[str, bytes]:
         """The sample of one row: its picture by the file's ending, `txt`, and the rest as `json`.
 
+        `near` opens the same bytes on this machine, where the file is a server's and is kept here.
         BadRow where the row differs from the indexed one, or its picture can't be read.
         """
         try:
-            groups = self._file(path)
+            groups = self._file(path, near)
             number, within = groups.place(row)
             cells = self._group(path, number).slice(within, 1).to_pylist()[0]
         except (OSError, ValueError, IndexError) as error:  # what pyarrow raises
@@ -93,18 +99,18 @@ class ColumnarFiles:
             raise BadRow(f"row {row} is damaged, crc32 expected {crc:08x}, found {found:08x}")
         return _fields(cells, Layout(**json.loads(layout)), path)
 
-    def _file(self, path: str) -> _Groups:
+    def _file(self, path: str, near: Near | None) -> _Groups:
         if path not in self._files:
             if len(self._files) >= OPEN_FILES:
                 self._files.popitem(last=False)
-            self._files[path] = _open(path)
+            self._files[path] = _open(path) if near is None else _open_near(path, near())
         self._files.move_to_end(path)
         return self._files[path]
 
     def _group(self, path: str, number: int) -> Any:
         name = (path, number)
         if name not in self._groups:
-            self._groups[name] = self._file(path).group(number)
+            self._groups[name] = self._files[path].group(number)
             while len(self._groups) > 1 and self._bytes() > KEPT_BYTES:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(name)
@@ -133,9 +139,10 @@ class _Groups:
 
 
 class _Parquet(_Groups):
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | BinaryIO) -> None:
         parquet = needed("pyarrow.parquet", "pyarrow")
-        self._file = parquet.ParquetFile(_Ranges(path) if is_remote(path) else path)
+        remote = isinstance(path, str) and is_remote(path)
+        self._file = parquet.ParquetFile(_Ranges(str(path)) if remote else path)
         meta = self._file.metadata
         sizes = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
         super().__init__(self._file.schema_arrow.names, sizes)
@@ -176,7 +183,10 @@ class _Arrow(_Groups):
 
     def __init__(self, path: str) -> None:
         if is_remote(path):
-            raise DataError(f"{path} is Arrow, which has to lie on a disk; copy it there")
+            raise DataError(
+                f"{path} is Arrow, which has to lie on a disk; copy it there, or set "
+                "data.shard_cache"
+            )
         arrow = needed("pyarrow", "pyarrow")
         mapped = arrow.memory_map(path)
         stored = importlib.import_module("pyarrow.ipc")
@@ -203,6 +213,16 @@ def _open(path: str) -> _Groups:
     if not is_remote(path):
         file_size(path)  # FileNotFoundError
     return _Parquet(path) if path.split("?")[0].endswith(".parquet") else _Arrow(path)
+
+
+def _open_near(path: str, descriptor: int) -> _Groups:
+    """As `_open`, of an open file that holds the same bytes; whose descriptor is closed in time."""
+    if path.split("?")[0].endswith(".parquet"):
+        return _Parquet(os.fdopen(descriptor, "rb"))
+    try:
+        return _Arrow(f"/dev/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def _rows(groups: _Groups) -> Iterator[Cells]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -234,9 +234,15 @@ class ShardSet:
         """One row of a Parquet or Arrow file; its one member is named by the layout."""
         columns, name = self._index(shard), self.shards[shard]
         key, layout = columns.keys[row], columns.suffixes[columns.suffix[row]]
+        near = None
+        if self._cache is not None and is_remote(name):
+            near = partial(self._cache.open, name, columns.shard_bytes)
         try:
             fields = self._columnar.read(
-                name, int(columns.offset[row]), crc=int(columns.crc[row]), layout=layout
+                *(name, int(columns.offset[row])),
+                crc=int(columns.crc[row]),
+                layout=layout,
+                near=near,
             )
         except BadRow as error:
             raise DamagedSample(f"{name}: {key}: {error}") from None
