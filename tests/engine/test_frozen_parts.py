@@ -118,6 +118,8 @@ def trained_on_ranks(comm: Comm, path: str, folder: Path) -> list[dict[str, Tens
         values = json.loads((CONFIGS / f"{case.stage}.json").read_text())
         # no parameter is so small here that it would stay whole
         values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        told = case.frozen == "nothing"
+        values |= {"wall_clock_breakdown": told, "memory_breakdown": told}
         file.write_text(json.dumps(values))
         model = model_of(path, case)
         engine = Engine(model, OPTIM, comm, deepspeed_config=file, micro_batch=1)

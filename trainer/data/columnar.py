@@ -15,7 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.data.remote import file_size, is_remote, read_range
 from trainer.data.tables import USUAL, BadRow, Columns, column_of, picture_bytes
@@ -139,10 +139,9 @@ class _Groups:
 
 
 class _Parquet(_Groups):
-    def __init__(self, path: str | BinaryIO) -> None:
+    def __init__(self, path: str) -> None:
         parquet = needed("pyarrow.parquet", "pyarrow")
-        remote = isinstance(path, str) and is_remote(path)
-        self._file = parquet.ParquetFile(_Ranges(str(path)) if remote else path)
+        self._file = parquet.ParquetFile(_Ranges(path) if is_remote(path) else path)
         meta = self._file.metadata
         sizes = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
         super().__init__(self._file.schema_arrow.names, sizes)
@@ -216,11 +215,10 @@ def _open(path: str) -> _Groups:
 
 
 def _open_near(path: str, descriptor: int) -> _Groups:
-    """As `_open`, of an open file that holds the same bytes; whose descriptor is closed in time."""
-    if path.split("?")[0].endswith(".parquet"):
-        return _Parquet(os.fdopen(descriptor, "rb"))
+    """As `_open`, of an open file that holds the same bytes; its descriptor is closed."""
+    kind = _Parquet if path.split("?")[0].endswith(".parquet") else _Arrow
     try:
-        return _Arrow(f"/dev/fd/{descriptor}")
+        return kind(f"/dev/fd/{descriptor}")
     finally:
         os.close(descriptor)
 

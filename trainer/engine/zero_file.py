@@ -138,6 +138,11 @@ def _refuse_another_optimizer(section: Any, optim: OptimConfig, path: Path) -> N
     for key, value in given.items():
         if value not in ("auto", ours.get(key)):
             wrong.append(f"{key} {value!r}")
+    if kind.lower() == "muon":
+        raise ConfigError(
+            f"{path}: optimizer has type {kind!r}, and a run moves its towers by AdamW alone: a "
+            "checkpoint holds two moments of each weight, and Muon has one; remove the section"
+        )
     if wrong:
         raise ConfigError(
             f"{path}: optimizer has {', '.join(wrong)}, and the run's YAML decides it (optim: "

@@ -46,8 +46,8 @@ ELSEWHERE: Mapping[str, str] = {
     "wandb": _FIGURES,
     "csv_monitor": _FIGURES,
     "comet": _FIGURES,
-    "flops_profiler": "it counts one pass of a step; tools/bench.py measures steps",
-    "comms_logger": "nobody would ask for its summary; tools/bench.py measures steps",
+    "flops_profiler": "it counts one pass of a step; --plan tells FLOPs, tools/bench.py seconds",
+    "comms_logger": "nobody would ask for its summary; --plan tells the bytes of a step",
     "autotuning": "set micro_batch and the stage, and compare them with tools/bench.py",
     "activation_checkpointing": "the run decides it (gradient_checkpointing)",
     "data_efficiency": "the order of samples is the run's (data)",
@@ -115,7 +115,10 @@ def refuse_unusable_zero(
         section = zero.get(key) or {}
         device = section.get("device", "none")
         if device == "nvme":
-            raise ConfigError(f'{place}.{key}.device is "nvme", which is not supported; use "cpu"')
+            raise ConfigError(
+                f'{place}.{key}.device is "nvme", which would be compiled at the first launch of '
+                'every host; use "cpu"'
+            )
         if device == "cpu" and stage < lowest:
             raise ConfigError(f"{place}.{key} needs stage {lowest} at least, found {stage}")
         if section.get("ratio", 1.0) != 1.0 or section.get("super_offload"):
