@@ -391,3 +391,21 @@ def test_a_stretch_of_a_stored_tensor_is_that_of_the_whole_in_a_row(tmp_path):
         for begin in range(len(flat) + 1):
             for end in range(begin, len(flat) + 3):  # a share may be filled up beyond the end
                 assert lazily.stretch(name, begin, end).equal(flat[begin:end]), (name, begin, end)
+
+
+def test_who_reads_the_weights_alone_checks_no_byte_of_the_moments(tmp_path: Path) -> None:
+    groups = {"weights": {"a": torch.ones(3)}, "moments": {"m/a": torch.ones(3)}}
+    folder = solo(tmp_path).save(1, groups, {}, {})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (moments,) = (e["name"] for e in manifest["files"] if e["group"] == "moments")
+    (folder / moments).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=moments):
+        solo(tmp_path).latest(warn=lambda line: None)
+    restored = Checkpointer(tmp_path, Comm.solo(), reads=("weights",)).latest()
+    assert restored is not None
+    assert restored.groups == ["weights"]
+    assert restored.tensor("weights", "a").tolist() == [1.0] * 3
+    (weights,) = (e["name"] for e in manifest["files"] if e["group"] == "weights")
+    (folder / weights).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=weights):
+        Checkpointer(tmp_path, Comm.solo(), reads=("weights",)).latest(warn=lambda line: None)

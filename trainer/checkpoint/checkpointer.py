@@ -21,7 +21,7 @@ import secrets
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,14 +55,23 @@ class Checkpointer:
     """Saves into and restores from one folder; every rank calls every method."""
 
     def __init__(
-        self, folder: Path, comm: Comm, *, keep: int = 2, file_bytes: int = 512 << 20
+        self,
+        folder: Path,
+        comm: Comm,
+        *,
+        keep: int = 2,
+        file_bytes: int = 512 << 20,
+        reads: Collection[str] | None = None,
     ) -> None:
+        """`reads`: the groups that will be read. Of others no byte is checked, and none is there:
+        whoever evaluates a model has no use for its moments, two thirds of a checkpoint."""
         if keep < 2:
             raise ValueError("keep at least two: the one before is the way back from damage")
         self._folder = folder
         self._comm = comm
         self._keep = keep
         self._file_bytes = file_bytes
+        self._reads = reads
         self._refused: set[str] = set()
 
     def beside(self) -> Checkpointer:
@@ -290,13 +299,21 @@ class Checkpointer:
         if text is None:
             return None, reason
         try:
-            manifest = parse_manifest(text)
+            manifest = self._wanted(parse_manifest(text))
             problems = self._damages(folder, manifest)
             return (
                 (None, "; ".join(problems)) if problems else (open_checkpoint(folder, manifest), "")
             )
         except ValueError as error:
             return None, str(error)
+
+    def _wanted(self, manifest: Manifest) -> Manifest:
+        """With the files alone that will be read."""
+        if self._reads is None:
+            return manifest
+        wanted = {None, *self._reads}
+        files = tuple(entry for entry in manifest.files if entry.group in wanted)
+        return manifest.model_copy(update={"files": files})
 
     def _damages(self, folder: Path, manifest: Manifest) -> list[str]:
         mine = manifest.files[self._comm.rank :: self._comm.world_size]

@@ -163,8 +163,9 @@ def load_weights(restored: Restored, model: nn.Module, config: RunConfig, *, fro
                 )
             if places[name].dtype == found.dtype:
                 places[name].copy_(found)
-            else:  # one that waits in the precision of its file; what is read stays mapped
+            elif not restored.lazily("moments"):
                 places[name].data = found
+            # Else it waits in the precision of its file: `Engine.restore` writes each rank's part.
 
 
 def load_rest(restored: Restored, engine: Engine, recipe: Recipe, batch: Batch) -> None:

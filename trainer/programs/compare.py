@@ -209,7 +209,8 @@ def write_table(comparison: Comparison) -> str:
 
 def is_finished(workdir: Path) -> bool:
     """Whether a run has taken all of its steps."""
-    restored = Checkpointer(workdir / "checkpoints", Comm.solo()).latest()
+    groups = ("weights", "parts")
+    restored = Checkpointer(workdir / "checkpoints", Comm.solo(), reads=groups).latest()
     return restored is not None and restored.step >= parse_run(restored.texts["run.yaml"]).steps
 
 

@@ -50,7 +50,8 @@ def open_workdir(
     `overrides` are dotted `key=value`, for folders that have moved since. CheckpointError where
     the frozen weights, which no checkpoint holds, are not those that the run was trained with.
     """
-    restored = Checkpointer(workdir / "checkpoints", comm).latest()
+    groups = ("weights", "parts")
+    restored = Checkpointer(workdir / "checkpoints", comm, reads=groups).latest()
     if restored is None:
         raise CheckpointError(f"{workdir}/checkpoints holds no checkpoint; train first")
     source = f"{restored.folder}/run.yaml"
@@ -141,7 +142,7 @@ def evaluate_workdir(
 
 def logged_results(workdir: Path) -> dict[str, Mapping[str, float]]:
     """The last figures of each evaluation that training wrote, by label."""
-    restored = Checkpointer(workdir / "checkpoints", Comm.solo()).latest()
+    restored = Checkpointer(workdir / "checkpoints", Comm.solo(), reads=()).latest()
     if restored is None:
         raise CheckpointError(f"{workdir}/checkpoints holds no checkpoint; train first")
     labels = [entry.label for entry in parse_run(restored.texts["run.yaml"]).evals]
