@@ -7,17 +7,20 @@ for machines that are busy with other things, by seconds of this process's CPU t
 
 from __future__ import annotations
 
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import webdataset
 from torch import Tensor
 
+from trainer.bench.litdata_peer import litdata_batches, write_chunks
 from trainer.bench.options import SHARDS
 from trainer.comm import Comm
 from trainer.config import DataConfig
@@ -36,23 +39,27 @@ def add_options(command: ArgumentParser) -> None:
     command.add_argument("--data", default=SHARDS, help="shards")
     command.add_argument("--seconds", type=float, default=40.0, help="of measuring, both sides")
     command.add_argument("--size", type=int, default=64, help="pixels per side")
+    command.add_argument("--litdata", action="store_true", help="and litdata's, if installed")
 
 
 def measure_options(options: Namespace) -> list[dict[str, Any]]:
-    return run(options.data, seconds=options.seconds, size=options.size)
+    return run(options.data, seconds=options.seconds, size=options.size, litdata=options.litdata)
 
 
-def run(shards: str, *, seconds: float, size: int) -> list[dict[str, Any]]:
+def run(shards: str, *, seconds: float, size: int, litdata: bool = False) -> list[dict[str, Any]]:
     """One row per reader: samples/s on one core, and the ratio to webdataset's loader.
 
-    `seconds` is the measuring time over both sides and all rounds; `size` the image's side.
+    `seconds` is the measuring time over all sides and rounds; `size` the image's side.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         config = DataConfig(train=shards)
         sides = {"indexed": _indexed(config, size), "webdataset": _webdataset(config, size)}
-        best = _best_of_rounds(sides, seconds / (2 * ROUNDS))
+        with tempfile.TemporaryDirectory() as folder:
+            if litdata:
+                sides["litdata"] = _litdata(config, size, Path(folder))
+            best = _best_of_rounds(sides, seconds / (len(sides) * ROUNDS))
     finally:
         torch.set_num_threads(threads)
     theirs = best["webdataset"]
@@ -63,6 +70,7 @@ def run(shards: str, *, seconds: float, size: int) -> list[dict[str, Any]]:
             "size": size,
             "samples_per_second_per_core": round(rate.clock, 1),
             "ratio_to_webdataset": round(rate.clock / theirs.clock, 3),
+            "cpu_samples_per_second": round(rate.cpu, 1),
             "cpu_ratio_to_webdataset": round(rate.cpu / theirs.cpu, 3),
         }
         for name, rate in best.items()
@@ -123,6 +131,15 @@ def _webdataset(config: DataConfig, size: int) -> Iterator[Tensor]:
         dataset.map(decode).batched(BATCH, _stacked), batch_size=None, num_workers=0
     )
     for images, ids, epochs in loader:
+        draws = draw_view(ids, epochs, seed=0, purpose="train")
+        yield augment(images, draws, config=config.augment)
+
+
+def _litdata(config: DataConfig, size: int, folder: Path) -> Iterator[Tensor]:
+    """Shuffled as its documentation does it; its samples are decoded as webdataset's are."""
+    write_chunks(config, folder)
+    decode = partial(_decoded, visits=count(), config=config, size=size)
+    for images, ids, epochs in litdata_batches(folder, decode, BATCH):
         draws = draw_view(ids, epochs, seed=0, purpose="train")
         yield augment(images, draws, config=config.augment)
 
