@@ -91,6 +91,61 @@ def one_size(comm: Comm, folder: Path, layers: int) -> dict[str, float]:
     }
 
 
+def test_a_loaded_tower_costs_a_rank_its_share_and_a_block(tmp_path: Path) -> None:
+    """Bytes a parameter of one of two ranks, of a language model in bfloat16: none while it is
+    loaded and looked at, where float32 took 4; then what a rank holds once it is cut, 6."""
+    for layers in (1, *LAYERS):
+        save_half_llama(tmp_path / str(layers), layers)
+    for sizes in run_ranks(loaded_and_cut, 2, tmp_path, timeout_seconds=400):
+        small, large = sizes[0], sizes[-1]
+        more = large["parameters"] - small["parameters"]
+        grows = {key: (large[key] - small[key]) / more for key in small if key != "parameters"}
+        assert grows["loading"] < 0.6, grows
+        assert grows["loaded"] < 0.3, grows
+        assert grows["cutting"] < 6.6, grows
+
+
+def loaded_and_cut(comm: Comm, folder: Path) -> list[dict[str, float]]:
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is given back
+    return [loaded_of_size(comm, folder / str(layers)) for layers in (1, *LAYERS)][1:]
+
+
+def loaded_of_size(comm: Comm, path: Path) -> dict[str, float]:
+    from trainer.engine.zero import Engine
+    from trainer.models.stored import towers_as_stored
+    from trainer.models.two_tower import build_two_tower
+
+    config = with_small_buckets(path.with_suffix(f".{comm.rank}.json"))
+    gc.collect()
+    before = resident()
+    with highest() as loading, towers_as_stored(True):
+        text = {"path": str(path), "pooling": "last"}
+        model = build_two_tower(small_config(text=text, embed_dim=16), word_tokenizer(), seed=3)
+    gc.collect()
+    loaded = resident() - before
+    parameters = sum(p.numel() for p in model.parameters())
+    with highest() as cutting:
+        engine = Engine(model, OPTIM, comm, deepspeed_config=config, micro_batch=2)
+    accumulate(engine, loss_of_pairs(comm), [small_batch(2)])
+    assert engine.step(1.0)
+    engine._engine.destroy()
+    return {
+        "parameters": parameters,
+        "loading": loading[0] - before,
+        "loaded": loaded,
+        "cutting": cutting[0] - before,
+    }
+
+
+def save_half_llama(path: Path, layers: int) -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
+    vocabulary = {"vocab_size": len(word_tokenizer()), "max_position_embeddings": 64}
+    config = LlamaConfig(**sizes, **vocabulary, num_hidden_layers=layers)
+    LlamaModel(config).bfloat16().save_pretrained(path)
+
+
 def with_small_buckets(path: Path) -> Path:
     values = json.loads((CONFIGS / "zero3.json").read_text())
     few = dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_max_live_parameters"), BUCKET)
