@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.parts.head_cases import batch_of, config_of, new_head, take_step
 from trainer.comm import Comm
+from trainer.errors import CheckpointError
 from trainer.parts.half_rows import HalfRowOptimizer, codes_of, rounded, spread, squares_of
 from trainer.parts.row_optimizer import RowOptimizer, RowOptimizerConfig
 
@@ -158,6 +159,18 @@ def test_a_checkpoint_goes_on_with_other_ranks_to_the_same_bits() -> None:
     head._optimizer.update(places, gradient.clone(), factor=1.0)
     for name, value in head._fields().items():
         assert torch.equal(torch.cat([part[name] for part in parts]), value), name
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_rows_of_the_other_precision_are_refused(kept: str) -> None:
+    """Moments of the two have other meanings, so converting numbers would not do."""
+    asked = "bfloat16" if kept == "float32" else "float32"
+    made, other = (
+        new_head(Comm.solo(), config_of("sampled", optimizer="adamw", rows=each), COUNT)
+        for each in (kept, asked)
+    )
+    with pytest.raises(CheckpointError, match=f"rows in {kept}, and head.rows asks for {asked}"):
+        other.load_state_dict(dict(made.state_share()))
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:

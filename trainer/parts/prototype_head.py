@@ -35,6 +35,10 @@ from trainer.parts.row_ranges import fill_rows, row_pieces
 from trainer.parts.sampling import Sampling, places, sampled_rows
 
 
+HALF_ROWS = "half_rows"
+"""Stands in a checkpoint whose rows and moments are not float32."""
+
+
 class PrototypeHeadConfig(RowOptimizerConfig):
     """How a table of prototypes starts, what it compares with in a step, and how it learns."""
 
@@ -209,6 +213,8 @@ class PrototypeHead:
             yield "gradient_norm", self._norm.cpu()  # a step late, so the next line needs it
             yield "seed", torch.tensor(self._seed)
             yield "shape", torch.tensor([self.num_prototypes, self.rows.shape[1]])
+            if self.config.rows != "float32":
+                yield HALF_ROWS, torch.tensor(True)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         found, own = state["shape"].tolist(), [self.num_prototypes, self.rows.shape[1]]
@@ -216,6 +222,12 @@ class PrototypeHead:
             raise CheckpointError(
                 f"the checkpoint's head has {found[0]} prototypes of {found[1]} numbers, this one "
                 f"{own[0]} of {own[1]}"
+            )
+        if (HALF_ROWS in state) != (self.config.rows != "float32"):
+            kept, asked = ("bfloat16", "float32")[:: 1 if HALF_ROWS in state else -1]
+            raise CheckpointError(
+                f"the checkpoint's head has rows in {kept}, and head.rows asks for {asked}; go on "
+                f"with head.rows={kept}"
             )
         fill_rows(self._fields(), state, first=self._first)
         self._optimizer.log_decay = float(state["log_decay"])
