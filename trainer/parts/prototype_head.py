@@ -34,7 +34,6 @@ from trainer.parts.row_optimizer import Places, RowOptimizerConfig
 from trainer.parts.row_ranges import fill_rows, row_pieces
 from trainer.parts.sampling import Sampling, places, sampled_rows
 
-
 HALF_ROWS = "half_rows"
 """Stands in a checkpoint whose rows and moments are not float32."""
 
