@@ -171,8 +171,15 @@ def test_a_signal_to_the_whole_group_of_a_run_with_readers_saves_it(tmp_path):
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.startswith("step-")]
 
 
-def slurm(tmp_path: Path, path: Path, *, fake: str = "", state: str = "RUNNING"):
-    """launch/slurm.sh under an srun that leads a process group, and an scontrol that notes."""
+def slurm(
+    tmp_path: Path,
+    path: Path,
+    *,
+    fake: str = "",
+    state: str = "RUNNING",
+    script: str = "launch/slurm.sh",
+):
+    """A script of launch/ under an srun that leads a process group, and an scontrol that notes."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     (stubs / "srun").write_text(
@@ -194,7 +201,7 @@ def slurm(tmp_path: Path, path: Path, *, fake: str = "", state: str = "RUNNING")
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NNODES": "1",
     }
-    return started("bash", "launch/slurm.sh", str(path), env=environment)
+    return started("bash", script, str(path), env=environment)
 
 
 def requeued(tmp_path: Path) -> bool:
@@ -226,6 +233,26 @@ def test_a_slurm_job_goes_back_only_where_it_was_stopped(tmp_path, fake, state, 
     said, _ = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert requeued(tmp_path) == again
+
+
+@pytest.mark.parametrize(
+    ("fake", "state", "code", "again"),
+    [
+        ('echo "stopped with 3 of 9 cells done"', "RUNNING", 0, True),
+        ('echo "stopped with 3 of 9 cells done"', "CANCELLED by 1000", 0, False),
+        ('echo "all 9 cells are done"', "RUNNING", 0, False),
+        ('echo "error: 1 cells failed"; exit 2', "RUNNING", 2, False),
+        ('echo "$@" >&2', "RUNNING", 0, False),
+    ],
+)
+def test_a_task_of_an_array_goes_back_only_where_cells_are_left(tmp_path, fake, state, code, again):
+    study = tmp_path / "study.yaml"
+    process = slurm(tmp_path, study, fake=fake, state=state, script="launch/slurm_array.sh")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    found = tmp_path / "scontrol"
+    assert ("requeue 4712" in found.read_text() if found.exists() else False) == again
+    assert "$@" not in fake or f"tools/scaling.py sweep {study}" in said
 
 
 def test_a_batch_script_that_is_told_to_end_waits_for_its_ranks(tmp_path):

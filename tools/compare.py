@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--devices", help="cards by number, as 0,1,2,3: cells run beside each other, a card a rank"
     )
+    parser.add_argument("--minutes", type=float, help="stop then; the same command goes on")
     arguments = parser.parse_args()
     comparison = load_comparison(arguments.grid)
     if arguments.table:
@@ -35,7 +36,8 @@ def main() -> None:
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks is {arguments.ranks}; a cell has at least one")
     devices = tuple(filter(None, (arguments.devices or "").split(",")))
-    print(run_comparison(comparison, Spread(ranks=arguments.ranks, devices=devices)))
+    spread = Spread(ranks=arguments.ranks, devices=devices)
+    print(run_comparison(comparison, spread, minutes=arguments.minutes))
 
 
 if __name__ == "__main__":

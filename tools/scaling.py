@@ -3,6 +3,7 @@
 Examples:
   python tools/scaling.py plan launch/runs/scaling_laion400m.yaml --card h100 --world-size 64
   python tools/scaling.py sweep STUDY.yaml --part 2/8
+  python tools/scaling.py show STUDY.yaml
   python tools/scaling.py fit STUDY.yaml
   python tools/scaling.py report STUDY.yaml --points points.csv
 """
@@ -19,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer.command import run_command
 from trainer.errors import ConfigError
 from trainer.plan.cards import UTILISATION
-from trainer.programs.scaling import fit_study, plan_study, report, sweep, told, write_laws
+from trainer.programs.scaling import fit_study, plan_study, report, told, write_laws
+from trainer.programs.sweep import all_costs, sweep
+from trainer.programs.sweep_table import told_table
 from trainer.scaling.study import load_study
 
 
@@ -27,13 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("plan", "sweep", "fit", "report"))
+    parser.add_argument("action", choices=("plan", "sweep", "show", "fit", "report"))
     parser.add_argument("study", type=Path, help="such as launch/runs/scaling_laion400m.yaml")
     parser.add_argument("--card", default="h100", help="of `plan`: what the study would run on")
     parser.add_argument("--world-size", type=int, default=64, help="of `plan`: devices at once")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of `plan`")
     parser.add_argument(
         "--part", default=None, help="of `sweep`: 2/8 is the second of eight workers"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="of `sweep`: stop then; the same command goes on"
     )
     parser.add_argument("--points", type=Path, help="of `fit`, `report`: a CSV of other points")
     arguments = parser.parse_args()
@@ -47,7 +53,9 @@ def main() -> None:
         )
     elif arguments.action == "sweep":
         part, parts = _part(arguments.part)
-        print(sweep(study, part=part, parts=parts))
+        print(sweep(study, part=part, parts=parts, minutes=arguments.minutes))
+    elif arguments.action == "show":
+        print(told_table(all_costs(study)))
     else:
         found = fit_study(study, arguments.points)
         print(told(found))

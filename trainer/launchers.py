@@ -1,4 +1,5 @@
-"""The processes that started this one: `deepspeed`, `torchrun`, `accelerate`, an ssh session.
+"""The processes that started this one: `deepspeed`, `torchrun`, `accelerate`, an ssh session, or a
+sweep of many trainings.
 
 A launcher that dies may leave its ranks behind: `deepspeed`'s runner ends of a SIGTERM without a
 word to them. So every rank looks now and then whether its launchers are still there. Where there is
@@ -17,6 +18,7 @@ from trainer.errors import ConfigError
 
 _LAUNCHER = re.compile(
     r"deepspeed|torchrun|torch\.distributed\.(run|launch)|accelerate|^sshd.*@notty"
+    r"|tools/(scaling|compare)\.py"
 )
 
 

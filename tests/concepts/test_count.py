@@ -39,6 +39,17 @@ def counted(comm: Comm, spec: str, out: Path) -> list[int]:
     return count_shards(spec, BANK, ENGLISH, out, comm).any_text.tolist()
 
 
+def test_shards_of_two_sets_may_have_one_name(tmp_path):
+    specs = [write_shards(tmp_path / name, count=24, per_shard=24) for name in ("one", "two")]
+    one = counted(SOLO, specs[0], tmp_path / "counts")
+    both = "::".join(f"{name}={spec}" for name, spec in zip("ab", specs, strict=True))
+    assert counted(SOLO, both, tmp_path / "both") == [2 * count for count in one]
+    assert sum(one) > 0
+    kept = {path.stem for path in (tmp_path / "both/shards").iterdir()}
+    (name,) = {path.stem for path in (tmp_path / "counts/shards").iterdir()}
+    assert kept == {f"a={name}", f"b={name}"}
+
+
 def test_counts_are_those_of_a_plain_search_and_ranks_and_kills_change_no_byte(tmp_path):
     spec = write_shards(tmp_path / "data", count=120, per_shard=25)
     shards, lemmas = ShardSet.open(spec), Lemmas()

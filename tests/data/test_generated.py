@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from tests.data.streams import open_stream, write_shards
 from trainer.config import CaptionConfig
 from trainer.data.captions import choose_caption
-from trainer.data.generated import GeneratedCaptions, write_generated
+from trainer.data.generated import GeneratedCaptions, write_generated, write_parts
 from trainer.data.shards import ShardSet
 from trainer.errors import DataError
 
@@ -42,6 +44,30 @@ def test_texts_are_found_by_id_and_an_empty_one_is_a_text(tmp_path):
     assert {i: found.of(i) for i in texts} == texts
     assert found.of(4) is None
     assert found.added({"txt": b"x"}, 4) == {"txt": b"x"}
+
+
+def test_captions_in_parts_are_the_bytes_of_all_at_once_and_never_in_memory_together(tmp_path):
+    def part(number: int) -> dict[int, str]:
+        ids = range(number - 500, 4000 - 500, 8)
+        return {i * (-1) ** i: f"ä{i} " * 200 for i in ids}
+
+    whole = {i: text for number in range(8) for i, text in part(number).items()}
+    parts = [partial(part, number) for number in range(8)]
+    for name in ("parts", "whole"):
+        (tmp_path / name).mkdir()
+    tracemalloc.start()
+    assert write_parts(tmp_path / "parts", parts, {"by": "hand"}, {}) == 4000
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < sum(len(text) for text in whole.values()) / 3
+    write_generated(tmp_path / "whole", whole, {"by": "hand"}, {})
+    for name in ("captions.json", "ids.npy", "starts.npy", "texts.bin"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    found = GeneratedCaptions(tmp_path / "parts")
+    assert all(found.of(i) == text for i, text in list(whole.items())[::97])
+    with pytest.raises(DataError, match="two captions are of sample 3"):
+        write_parts(tmp_path / "parts", [lambda: {3: "a"}, lambda: {3: "b"}], {}, {})
+    assert write_parts(tmp_path / "parts", [], {}, {}) == 0
 
 
 def test_captions_of_other_shards_or_cut_off_are_refused(tmp_path):

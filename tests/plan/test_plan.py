@@ -164,7 +164,7 @@ data: {{train: none.tar}}
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 @pytest.mark.parametrize(
     ("stage", "size", "micro", "checkpointing"),
-    [(1, 2, 8, False)],
+    [(1, 2, 8, False), (3, 2, 8, False), (3, 4, 2, True)],
 )
 def test_planned_memory_is_within_a_tenth_of_what_a_process_takes(
     tmp_path, stage, size, micro, checkpointing
@@ -197,7 +197,7 @@ def test_planned_memory_is_within_a_tenth_of_what_a_process_takes(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout.splitlines()[-1])
-    print(stage, size, micro, checkpointing, measured / 2**20, plan.memory)
+    print(f"planned {plan.total_bytes / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
     assert plan.total_bytes == pytest.approx(measured, rel=0.1)
 
 

@@ -12,13 +12,13 @@ import yaml
 from tests.fixtures.emoji import write_shards
 from tests.test_launch import RUN
 from trainer.errors import ConfigError, TrainerError
+from trainer.programs.cells import Cells
 from trainer.programs.compare import (
     Spread,
     cells,
     format_comparison,
     load_comparison,
     run_comparison,
-    run_logged,
     steps_taken,
     write_table,
 )
@@ -81,7 +81,7 @@ def test_cards_are_shared_out_to_cells():
 def test_a_cell_sees_the_cards_of_its_place_and_no_others(tmp_path):
     code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
     seen = {"CUDA_VISIBLE_DEVICES": "2,3"}
-    assert run_logged([sys.executable, "-c", code], tmp_path, "one", environment=seen) == ""
+    assert Cells().run([sys.executable, "-c", code], tmp_path, "one", environment=seen) == ""
     assert (tmp_path / "output.log").read_text() == "2,3\n"
 
 

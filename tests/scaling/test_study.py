@@ -1,14 +1,9 @@
-"""A study from its file to its page: cells, plans, a real sweep that is killed, and the page."""
+"""A study from its file to its page: cells, plans, and the page."""
 
 from __future__ import annotations
 
 import csv
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +17,10 @@ from trainer.config import load_run
 from trainer.data.remote import expand_shards
 from trainer.errors import ConfigError
 from trainer.programs.scaling import fit_study, plan_study, report, told, write_laws
+from trainer.programs.sweep import all_costs
 from trainer.scaling.points import Point
 from trainer.scaling.study import cells, load_study
 
-ROOT = Path(__file__).parents[2]
 CLIP = "recipe={name: clip, model: {preset: tiny, text_length: 8, vocabulary: 300}}"
 
 
@@ -88,34 +83,24 @@ def test_twice_the_samples_are_planned_with_twice_the_products(tmp_path):
     assert large > small
 
 
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_trains_no_finished_cell_again(tmp_path):
-    path = study_in(tmp_path, samples_seen=[24, 2400], models={"one": []})
-    command = [sys.executable, str(ROOT / "tools/scaling.py"), "sweep", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    cell = tmp_path / "study/cells/clip/one/all/2400/seed-0"
-    started = subprocess.Popen(command, env=environment, start_new_session=True)
-    while not list(cell.glob("metrics.jsonl")) and started.poll() is None:
-        time.sleep(0.2)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-    first = tmp_path / "study/cells/clip/one/all/24/seed-0"
-    before = (first / "output.log").read_text()
-    assert not (tmp_path / "study/points.csv").exists()
-    small = study_in(tmp_path, samples_seen=[24, 48], models={"one": []})
-    done = subprocess.run(
-        [*command[:-1], str(small)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 cells are done already" in done.stdout
-    assert "min left" in done.stdout
-    assert (first / "output.log").read_text() == before
-    with (tmp_path / "study/points.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["samples"]) for row in rows] == [24, 48]
-    compute = [float(row["compute"]) for row in rows]
-    assert compute[1] == pytest.approx(2 * compute[0])
-    assert {row["schedule"] for row in rows} == {"cosine"}
+def test_budgets_that_cool_one_run_down_are_planned_without_what_they_share(tmp_path):
+    path = study_in(tmp_path, samples_seen=[80, 160, 320], models={"one": []})
+    whole = {e.cell.samples: e for e in all_costs(load_study(path))}
+    path = study_in(tmp_path, samples_seen=[80, 160, 320], models={"one": []}, cooldown=0.2)
+    study = load_study(path)
+    found = {each.cell.samples: each for each in all_costs(study)}
+    assert [each.cell.trunk.step for each in found.values()] == [8, 16, 32]
+    for samples, steps_anew in ((80, 10), (160, 20 - 8), (320, 40 - 16)):
+        each, alone = found[samples], whole[samples]
+        assert each.flops == alone.flops == pytest.approx(whole[80].flops * samples / 80)
+        assert each.flops_anew == pytest.approx(alone.flops * steps_anew * 8 / samples)
+        assert each.hours == pytest.approx(alone.hours * steps_anew * 8 / samples)
+        config = each.cell.config(study)
+        assert (config.optim.schedule, config.steps) == ("constant", samples // 8)
+        assert config.optim.cooldown_steps == config.steps - each.cell.trunk.step
+    assert len({each.cell.chain for each in found.values()}) == 1
+    with pytest.raises(ConfigError, match="leaves no step before it of the 1 that 8 samples"):
+        cells(load_study(study_in(tmp_path, samples_seen=[8], cooldown=0.2)))
 
 
 def points_file(folder: Path) -> Path:
@@ -153,7 +138,7 @@ def test_a_table_of_points_becomes_laws_and_one_page_that_escapes_names(tmp_path
     page = report(study, found).read_text()
     assert "<b>$x_1$</b> less" not in page
     assert "&lt;b&gt;$x_1$&lt;/b&gt;" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 5
     assert 'href="../cells/one/cell.yaml"' in page
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
     assert np.isfinite([law.objective for laws in found.laws.values() for law in laws]).all()

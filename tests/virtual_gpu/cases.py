@@ -42,6 +42,7 @@ RECIPES = {
         "classes: subgroup, prototypes_per_class: 3, kept: 2, "
         f"model: {{{IMAGES}, head: {{hidden: 24, dim: 8, norm: layer}}}}"
     ),
+    "supcon": f"classes: subgroup, model: {{{IMAGES}, head: {{hidden: 24, dim: 8}}}}",
     "flame": (
         "store: FOLDER/vectors, head_hidden: 24, "
         "model: {image_size: 32, patch_size: 16, embed_dim: 8, "

@@ -32,6 +32,7 @@ BUDGET = {
     "clip": FINITE,
     "siglip": FINITE,
     "palm": FINITE,
+    "supcon": FINITE,
     "flame": FINITE,
     "aclip": FINITE,
     "tinyclip": FINITE,

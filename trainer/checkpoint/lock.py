@@ -40,9 +40,9 @@ def sole_user(workdir: Path, comm: Comm) -> Iterator[None]:
             file.close()
 
 
-def _locked(workdir: Path) -> IO[str] | None:
+def _locked(workdir: Path, name: str = "lock", *, write: bool = True) -> IO[str] | None:
     workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / "lock").open("a+")
+    file = (workdir / name).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -50,7 +50,34 @@ def _locked(workdir: Path) -> IO[str] | None:
         return None
     except OSError:
         return file
+    if not write:
+        return file
     with suppress(OSError):  # on a full disk the lock holds all the same
         file.truncate(0)
         os.write(file.fileno(), f"{os.getpid()}\n".encode())
     return file
+
+
+@contextmanager
+def only_worker(workdir: Path) -> Iterator[bool]:
+    """Hold a workdir for whoever starts its runs; false inside if somebody else does."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = _locked(workdir, "worker-lock")
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            file.close()
+
+
+def holder_of(workdir: Path) -> str | None:
+    """Which process trains in a workdir, in words; None where none does."""
+    if not (workdir / "lock").exists():
+        return None
+    file = _locked(workdir, write=False)
+    if file is not None:
+        file.close()
+        return None
+    with suppress(OSError):
+        return f"process {(workdir / 'lock').read_text().strip()}"
+    return "another process"

@@ -20,7 +20,7 @@ from trainer.concepts.tags import Tags
 from trainer.concepts.words import Lemmas
 from trainer.data.captions import field_texts
 from trainer.data.decode import BadSample
-from trainer.data.index import HEADER_BYTES, index_path, read_summary, shard_stem
+from trainer.data.index import HEADER_BYTES, index_path, read_summary
 from trainer.data.remote import read_file
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import ConfigError, DataError
@@ -93,7 +93,7 @@ def count_shards(
         languages=sorted(captions.fields),
         num_concepts=len(bank),
     )
-    names = _names(shards)
+    names = shards.names
     own = range(comm.rank, len(shards.shards), comm.world_size)
 
     def work() -> None:
@@ -181,11 +181,3 @@ def _digest(shards: ShardSet, row: int) -> str:
     """Of the shard's index, which changes with any byte of it."""
     path = index_path(shards.shards[row])
     return read_summary(read_file(path)[:HEADER_BYTES], path=path).digest.hex()
-
-
-def _names(shards: ShardSet) -> list[str]:
-    names = [shard_stem(shard) for shard in shards.shards]
-    if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"two shards are named {double}; count each folder into its own")
-    return names

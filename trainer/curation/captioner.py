@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from trainer.comm import Comm, agreed
 from trainer.data.decode import BadSample
 from trainer.data.fields import find_image
-from trainer.data.generated import write_generated
+from trainer.data.generated import write_parts
 from trainer.data.pixels import folder_pixels
 from trainer.data.selection import read_shares
 from trainer.data.shards import DamagedSample, ShardSet
@@ -140,13 +141,9 @@ def write_captions(
     count = [0]
 
     def merge() -> None:
-        texts: dict[int, str] = {}
-        for name in shards.names:
-            part = json.loads((parts / f"{name}.json").read_text(encoding="utf-8"))
-            texts |= {int(key): text for key, text in part["captions"].items()}
+        files = [parts / f"{name}.json" for name in shards.names]
         digests = dict(zip(shards.names, shards.digests, strict=True))
-        write_generated(out, texts, about, digests)
-        count[0] = len(texts)
+        count[0] = write_parts(out, [partial(_read_part, path) for path in files], about, digests)
 
     agreed(comm, merge if comm.is_main else lambda: None)
     say(f"{count[0]} captions of {len(shards)} samples are in {out}")
@@ -176,6 +173,12 @@ def _of_shard(
         texts = captioner.write(pictures) if pictures else []
         found |= {str(i): text for i, text in zip(ids, texts, strict=True)}
     return found
+
+
+def _read_part(path: Path) -> dict[int, str]:
+    """Captions of one shard, by sample id."""
+    found = json.loads(path.read_text(encoding="utf-8"))["captions"]
+    return {int(key): text for key, text in found.items()}
 
 
 def _is_done(path: Path, source: str) -> bool:

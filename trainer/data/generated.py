@@ -7,7 +7,7 @@ ids.npy, starts.npy, texts.bin    UTF-8 texts in order of sample id, looked up b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -100,11 +100,42 @@ def write_generated(
     folder: Path, texts: Mapping[int, str], about: dict[str, object], shards: dict[str, str]
 ) -> None:
     """All captions in order of id, the header last."""
-    ids = np.array(sorted(texts), np.int64)
-    data = [texts[number].encode() for number in ids.tolist()]
+    write_parts(folder, [lambda: texts], about, shards)
+
+
+def write_parts(
+    folder: Path,
+    parts: Sequence[Callable[[], Mapping[int, str]]],
+    about: dict[str, object],
+    shards: dict[str, str],
+) -> int:
+    """The same of captions that come in parts, each read twice; how many there are.
+
+    In memory are a part and 32 bytes a caption, never the texts of all.
+    """
+    found = [_lengths(part()) for part in parts]
+    ids = np.concatenate([np.empty(0, np.int64), *(each[0] for each in found)])
+    lengths = np.concatenate([np.empty(0, np.int64), *(each[1] for each in found)])
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    if len(twice := ids[1:][ids[1:] == ids[:-1]]):
+        raise DataError(f"{folder}: two captions are of sample {int(twice[0])}; write them again")
+    starts = np.concatenate([[0], np.cumsum(lengths[order])]).astype("<i8")
     np.save(folder / IDS, ids)
-    np.save(folder / STARTS, np.concatenate([[0], np.cumsum([len(d) for d in data])]).astype("<i8"))
-    (folder / TEXTS).write_bytes(b"".join(data))
+    np.save(folder / STARTS, starts)
+    with (folder / TEXTS).open("wb") as file:
+        file.truncate(int(starts[-1]))
+        for part in parts:
+            for number, text in sorted(part().items()):
+                file.seek(int(starts[np.searchsorted(ids, number)]))
+                file.write(text.encode())
     header = GeneratedHeader(about=about, shards=shards, captions=len(ids))
     (folder / f"{HEADER}.partial").write_text(header.model_dump_json(indent=1))
     (folder / f"{HEADER}.partial").replace(folder / HEADER)
+    return len(ids)
+
+
+def _lengths(texts: Mapping[int, str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(ids, bytes of their texts)."""
+    sizes = [len(text.encode()) for text in texts.values()]
+    return np.array(list(texts), np.int64), np.array(sizes, np.int64)

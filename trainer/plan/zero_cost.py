@@ -56,6 +56,8 @@ class Stage(NamedTuple):
     """Of ZeRO-3: parameters with fewer elements stay whole on every rank."""
     live: int = _REUSE
     """Of ZeRO-3: elements that may be whole at once."""
+    prefetch: int = 50_000_000
+    """Of ZeRO-3: elements that are gathered into one buffer, ahead of the layers that need them."""
     offloads_optimizer: bool = False
     offloads_weights: bool = False
 
@@ -77,6 +79,7 @@ class Stage(NamedTuple):
                 int(zero.get("stage3_max_live_parameters", _REUSE)),
                 int(zero.get("stage3_max_reuse_distance", _REUSE)),
             ),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
             offloads_optimizer=offloads("offload_optimizer"),
             offloads_weights=offloads("offload_param"),
         )
@@ -97,22 +100,33 @@ class Stage(NamedTuple):
             "moments": moments,
         }
         if self.number == 3:
-            found["weights"] += whole * min(self.live, count + weights.frozen)
+            found["weights"] += self._gathered(count + weights.frozen)
         if self.offloads_weights:
-            found["weights"] = whole * min(self.live, count + weights.frozen)
+            found["weights"] = self._gathered(count + weights.frozen)
         if self.offloads_optimizer:
             found["moments"] = 0.0
         return found
 
+    def _gathered(self, count: int) -> float:
+        """Whole parameters, and the buffer that the last ones came in: they are copied out of it,
+        and it lives until the last layer that it was filled for."""
+        return self.width * (min(self.live, count) + min(self.prefetch, count))
+
     def _gradients(self, count: int) -> float:
-        """Gradients, the bucket that they are reduced from, and their share in float32."""
+        """Gradients, the bucket that they are reduced from, and their share in float32.
+
+        ZeRO-3 makes that share for the optimizer's step alone, when nothing is gathered; it is
+        told where it is more than what was gathered.
+        """
         whole, size = self.width, self.world_size
         if self.number == 0:
             return whole * count
         own = 4 * count / size
-        bucket = whole * min(self.bucket, count)
         if self.number == 1:
             return whole * count + own
+        bucket = whole * min(self.bucket, count)
+        if self.number == 3:
+            own = max(0.0, own - self._gathered(count))
         return bucket + whole * count / size + own
 
     # -- traffic of a step ------------------------------------------------------------------------

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
-from types import MappingProxyType
 
 from pydantic import ValidationError
 
-from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.comm import Comm
 from trainer.config import Frozen, LocalPath, PositiveInt, parse_run
 from trainer.errors import ConfigError, TrainerError
 from trainer.log.metrics import METRICS
 from trainer.long_work import LongWork, tell
+from trainer.programs.cells import Cells, is_finished
 from trainer.programs.compare_plot import plot_comparison
 from trainer.programs.workdir import logged_results
 from trainer.settings.errors import explain
@@ -114,8 +111,14 @@ def cells(comparison: Comparison) -> list[Cell]:
     ]
 
 
-def run_comparison(comparison: Comparison, spread: Spread | None = None) -> str:
-    """Train what is not finished, then write `table.md`, `.json` and `.png`; returns the table."""
+def run_comparison(
+    comparison: Comparison, spread: Spread | None = None, *, minutes: float | None = None
+) -> str:
+    """Train what is not finished, then write `table.md`, `.json` and `.png`; returns the table.
+
+    A signal, or `minutes` that are over, ends it after the cells that run have saved; the table is
+    then of what is finished, and the same command goes on.
+    """
     spread = spread or Spread()
     places: SimpleQueue[str | None] = SimpleQueue()
     for place in (several := spread.places(comparison.at_a_time)):
@@ -126,16 +129,18 @@ def run_comparison(comparison: Comparison, spread: Spread | None = None) -> str:
     def run(cell: Cell) -> str:
         place = places.get()
         try:
-            return _run(cell, (*front, str(comparison.base)), place)
+            return _run(started, cell, (*front, str(comparison.base)), place)
         finally:
             places.put(place)
 
     ends = {cell.workdir: _steps(comparison.base, cell) for cell in every}
-    with ThreadPoolExecutor(len(several)) as pool:
+    started = Cells(minutes=minutes)
+    with started, ThreadPoolExecutor(len(several)) as pool:
         failures = _watched({pool.submit(run, cell): cell for cell in every}, ends)
     if failures:
         raise TrainerError(f"{len(failures)} cells failed; the first: {failures[0]}")
-    return write_table(comparison)
+    table = write_table(comparison)
+    return f"{table}\nstopped; the same command goes on from here" if started.stopped else table
 
 
 def launcher(ranks: int) -> tuple[str, ...]:
@@ -207,13 +212,6 @@ def write_table(comparison: Comparison) -> str:
     return table
 
 
-def is_finished(workdir: Path) -> bool:
-    """Whether a run has taken all of its steps."""
-    groups = ("weights", "parts")
-    restored = Checkpointer(workdir / "checkpoints", Comm.solo(), reads=groups).latest()
-    return restored is not None and restored.step >= parse_run(restored.texts["run.yaml"]).steps
-
-
 def format_comparison(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Markdown: one row per variant, mean ± sample standard deviation over its seeds."""
     columns = list(dict.fromkeys(key for runs in found.values() for run in runs for key in run))
@@ -224,35 +222,9 @@ def format_comparison(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str
     return "\n".join(lines)
 
 
-def _run(cell: Cell, front: Sequence[str], cards: str | None) -> str:
+def _run(started: Cells, cell: Cell, front: Sequence[str], cards: str | None) -> str:
     seen = {} if cards is None else {"CUDA_VISIBLE_DEVICES": cards}
-    return run_logged((*front, *cell.overrides), cell.workdir, cell.name, environment=seen)
-
-
-def run_logged(
-    command: Sequence[str],
-    workdir: Path,
-    name: str,
-    *,
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> str:
-    """Run a training whose output goes to `output.log` in its workdir; why it failed, or nothing.
-
-    What was begun goes on from its newest checkpoint, and what is finished ends at once.
-    `environment` is what it has besides this process's own.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "output.log").open("a") as log:
-        result = subprocess.run(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-            env={**os.environ, **environment},
-        )
-    if result.returncode == 0:
-        return ""
-    return f"{name} (exit {result.returncode}): {workdir}/output.log"
+    return started.run((*front, *cell.overrides), cell.workdir, cell.name, environment=seen)
 
 
 def _figures(results: Mapping[str, Mapping[str, float]], wanted: Iterable[str]) -> dict[str, float]:

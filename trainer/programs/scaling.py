@@ -1,86 +1,25 @@
-"""What `tools/scaling.py` does: plan a study, run its cells, fit laws, write the page."""
+"""What `tools/scaling.py` does beside the sweep: plan a study, fit laws, write the page."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.config import dump_run
-from trainer.errors import ConfigError, DataError, TrainerError
-from trainer.long_work import counted
-from trainer.plan.cards import UTILISATION, Card, card_of
-from trainer.plan.plan import Plan, planned
-from trainer.programs.compare import is_finished, run_logged
-from trainer.programs.workdir import logged_results
+from trainer.errors import DataError
+from trainer.plan.cards import UTILISATION, card_of
+from trainer.programs.sweep import collect
 from trainer.scaling.compare import Comparison, compared
+from trainer.scaling.cost import Costed, costs
 from trainer.scaling.fit import HeldOut, Law, as_json, fit, held_out
-from trainer.scaling.points import Point, Points, columns, read_points
+from trainer.scaling.points import Points, columns, read_points
 from trainer.scaling.report import Curve, write_page
-from trainer.scaling.study import Cell, Study, cells
+from trainer.scaling.study import Study
 
-TABLE = "points.csv"
 LAWS = "laws.json"
 PAGE = "report.html"
-
-
-class Costed(NamedTuple):
-    """A cell with what it takes."""
-
-    cell: Cell
-    flops: float
-    """Of the model, on all devices."""
-    hours: float
-    """Of all devices together."""
-    parameters: int
-
-
-def costs(study: Study, *, card: Card, world_size: int, utilisation: float) -> list[Costed]:
-    """Every cell's, cheapest first. Sizes that differ in steps, seed and data alone are planned
-    once."""
-    every = list(cells(study))
-    return sorted(
-        (
-            _cost(study, cell, card, world_size, utilisation, planner=_planner())
-            for cell in counted(every, "planning", total=len(every), unit="trainings")
-        ),
-        key=lambda each: (each.flops, each.cell.name),
-    )
-
-
-@cache
-def _planner() -> dict[tuple[object, ...], Plan]:
-    return {}
-
-
-def _cost(
-    study: Study,
-    cell: Cell,
-    card: Card,
-    world_size: int,
-    utilisation: float,
-    *,
-    planner: dict[tuple[object, ...], Plan],
-) -> Costed:
-    own = [text for text in cell.overrides if not text.startswith("data.train=")]
-    key = (str(study.base), cell.recipe, cell.model, tuple(own[:-3]), card, world_size)
-    if key not in planner:
-        planner[key] = planned(
-            cell.config(study), card=card, world_size=world_size, utilisation=utilisation
-        )
-    plan = planner[key]
-    steps = cell.samples // plan.config.global_batch
-    share = steps / plan.config.steps
-    return Costed(
-        cell, plan.run_flops * share, plan.hours * share * world_size, plan.weights.learnt
-    )
 
 
 def plan_study(
@@ -102,11 +41,11 @@ def plan_study(
         own = [each for each in found if each.cell.model == model]
         lines.append(
             f"{model:<16}{own[0].parameters / 1e6:>8.1f} M{len(own):>11}"
-            f"{sum(each.flops for each in own):>12.3g}{sum(each.hours for each in own):>14.1f}"
+            f"{sum(each.flops_anew for each in own):>12.3g}{sum(each.hours for each in own):>14.1f}"
         )
     hours = sum(each.hours for each in found)
     lines.append(
-        f"in all {sum(each.flops for each in found):.3g} FLOPs, {hours:.1f} hours of {card} "
+        f"in all {sum(each.flops_anew for each in found):.3g} FLOPs, {hours:.1f} hours of {card} "
         f"({hours / world_size:.1f} hours of {world_size} at once, at an assumed {utilisation:.0%} "
         "of their peak)"
     )
@@ -127,115 +66,7 @@ def _cheapest(study: Study, found: Sequence[Costed]) -> str:
 
 
 def _decades(group: Sequence[Costed]) -> float:
-    import math
-
     return math.log10(max(e.flops for e in group) / min(e.flops for e in group))
-
-
-# -- running -------------------------------------------------------------------------------------
-
-
-def sweep(
-    study: Study,
-    *,
-    part: int = 0,
-    parts: int = 1,
-    say: Callable[[str], None] = print,
-) -> str:
-    """Train what is not finished, cheapest first, and write the table; returns the last line.
-
-    Of several workers each takes every `parts`-th cell. A cell that was begun goes on from its
-    newest checkpoint. TrainerError at the end where cells failed; the others were run.
-    """
-    if not 0 <= part < parts:
-        raise ConfigError(f"part {part + 1} of {parts}: the first is 1, the last {parts}")
-    every = costs(study, card=card_of("cpu"), world_size=1, utilisation=UTILISATION)
-    own = every[part::parts]
-    left = [each for each in own if not is_finished(each.cell.workdir)]
-    say(f"{len(own) - len(left)} of {len(own)} cells are done already")
-    clock = _TimeLeft(len(own), left, say)
-    with ThreadPoolExecutor(study.at_a_time) as pool:
-        failures = [
-            failure for failure in pool.map(lambda each: _run(study, each, clock), left) if failure
-        ]
-    collect(study)
-    if failures:
-        raise TrainerError(f"{len(failures)} cells failed; the first: {failures[0]}")
-    return f"all {len(own)} cells are done; {study.workdir / TABLE}"
-
-
-class _TimeLeft:
-    """Says after each cell how long the others will take, by FLOPs."""
-
-    def __init__(self, count: int, left: Sequence[Costed], say: Callable[[str], None]) -> None:
-        self._count, self._to_do = count, len(left)
-        self._flops, self._done, self._ended = sum(each.flops for each in left), 0.0, 0
-        self._say, self._began = say, time.monotonic()
-
-    def ended(self, each: Costed, failure: str) -> None:
-        self._done += each.flops
-        self._ended += 1
-        seconds = time.monotonic() - self._began
-        rest = seconds * (self._flops - self._done) / max(self._done, 1.0)
-        state = f"failed: {failure}" if failure else "done"
-        place = self._count - self._to_do + self._ended
-        self._say(f"{place}/{self._count}  {each.cell.name}  {state}  {rest / 60:.0f} min left")
-
-
-def _run(study: Study, each: Costed, clock: _TimeLeft) -> str:
-    cell = each.cell
-    try:
-        run = cell.config(study)
-        cell.workdir.mkdir(parents=True, exist_ok=True)
-        path = cell.workdir / "cell.yaml"
-        path.write_text(dump_run(run), encoding="utf-8")
-        front = study.launcher or (sys.executable, "-m")
-        failure = run_logged((*front, "trainer", str(path)), cell.workdir, cell.name)
-    except TrainerError as error:
-        failure = f"{cell.name}: {error}"
-    clock.ended(each, failure)
-    return failure
-
-
-def collect(study: Study) -> list[Point]:
-    """The points of the cells that are done, also in `points.csv`."""
-    every = costs(study, card=card_of("cpu"), world_size=1, utilisation=UTILISATION)
-    found = [_point(study, each) for each in every if is_finished(each.cell.workdir)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(Point.model_fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(point.model_dump() for point in found)
-    study.workdir.mkdir(parents=True, exist_ok=True)
-    (study.workdir / TABLE).write_text(text.getvalue(), encoding="utf-8")
-    return found
-
-
-def _point(study: Study, each: Costed) -> Point:
-    cell = each.cell
-    results = logged_results(cell.workdir)
-    figures = results.get(study.evaluation, {})
-    if study.figure not in figures:
-        there = ", ".join(f"{name}: {'/'.join(of)}" for name, of in results.items()) or "nothing"
-        raise ConfigError(
-            f"{cell.workdir} has no {study.figure!r} of an evaluation {study.evaluation!r}, only "
-            f"{there}; set evaluation and figure"
-        )
-    unique = study.unique_samples.get(cell.data)
-    return Point(
-        run=cell.name,
-        error=max(1 - figures[study.figure] / 100, 1e-6),
-        compute=each.flops,
-        parameters=each.parameters,
-        samples=cell.samples,
-        unique_samples=float("nan") if unique is None else min(unique, cell.samples),
-        recipe=cell.recipe,
-        model=cell.model,
-        corpus=study.corpus,
-        schedule="cosine",
-        metric=f"1 - {study.figure} of {study.evaluation}",
-        seed=cell.seed,
-        workdir=str(cell.workdir),
-    )
 
 
 # -- laws ----------------------------------------------------------------------------------------

@@ -13,15 +13,13 @@ from typing import Literal
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
-from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
 from trainer.config import PositiveInt, RecipeConfig, ViewsConfig
 from trainer.models.config import HeadConfig
-from trainer.models.image_tower import ImageTower, ImageTowerConfig, build_image_tower
-from trainer.models.views import encode_views
+from trainer.models.image_tower import ImageTowerConfig
+from trainer.models.views_tower import ViewsTower, build_views_tower, compared_views
 from trainer.parts.palm_prototypes import PalmPrototypes, PalmPrototypesConfig, palm_labels
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
@@ -46,23 +44,6 @@ class Config(RecipeConfig, PalmPrototypesConfig):
         return ViewsConfig(count=self.views)
 
 
-class ViewsTower(ImageTower):
-    """An image tower that says what is compared of every view of a batch that has several."""
-
-    def forward(self, batch: Batch) -> Features:
-        if batch.views is None:
-            return super().forward(batch)
-        rows = encode_views(self.image, batch)
-        compared = rows if self.image_head is None else self._projected(rows)
-        image, views = normalize(rows[:, 0].float(), dim=1), normalize(compared.float(), dim=2)
-        return Features(image=image, more={"views": views})
-
-    def _projected(self, rows: Tensor) -> Tensor:
-        assert self.image_head is not None
-        said: Tensor = self.image_head(rows.flatten(0, 1))
-        return said.view(*rows.shape[:2], -1)
-
-
 def build_model(
     config: Config,
     tokenizer: PreTrainedTokenizerFast | None,
@@ -70,8 +51,7 @@ def build_model(
     *,
     seed: int = 0,
 ) -> ViewsTower:
-    tower = build_image_tower(config.model, comm, seed=seed)
-    return ViewsTower(config.model, image=tower.image, image_head=tower.image_head)
+    return build_views_tower(config.model, comm, seed=seed)
 
 
 class Recipe(WithoutPhases):
@@ -91,7 +71,7 @@ class Recipe(WithoutPhases):
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """Every view is a sample; the terms are over the batch of all ranks."""
-        views = self._compared(features)
+        views = compared_views(features)
         labels = torch.zeros_like(batch.sample_id)
         if self.labels is not None:
             labels = self.labels.of(batch.sample_id)
@@ -101,10 +81,3 @@ class Recipe(WithoutPhases):
         if self.config.contrast_weight:
             losses = losses.with_term("contrast", result.contrast, self.config.contrast_weight)
         return losses.with_term("labelled", (labels >= 0).to(torch.float32).mean(), 0.0)
-
-    def _compared(self, features: Features) -> Tensor:
-        if features.more is not None:
-            return features.tensor("views")
-        rows = features.image if features.image_projected is None else features.image_projected
-        assert rows is not None
-        return rows[:, None]

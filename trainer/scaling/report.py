@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer.scaling.fit import HeldOut, Law
 from trainer.scaling.forms import MEANING
+from trainer.scaling.isoflop import Level, growth, levels
 from trainer.scaling.points import Point, Points, columns
 
 if TYPE_CHECKING:  # it takes a second to import
@@ -58,6 +59,8 @@ def write_page(
             ("Error against compute", _against_compute(curves)),
             ("Residuals: measured over fitted", _residuals(curves)),
             ("Each model at its budgets", _ladders(curves)),
+            ("Equal compute: error over size", _equal_compute(curves)),
+            ("Data against model", _data_against_model(curves)),
         )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +137,52 @@ def _ladders(curves: Sequence[Curve]) -> Figure:
             )
         panel.set(xscale="log", yscale="log", xlabel="weights", title=_plain(curve))
         panel.legend(fontsize=7)
+    return figure
+
+
+def _equal_compute(curves: Sequence[Curve]) -> Figure:
+    """Lines of equal compute over weights; a star where a parabola has its minimum."""
+    figure = _figure(9, 4)
+    panels = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
+    for panel, curve in zip(panels, curves, strict=True):
+        found = levels(curve.points)
+        for number, level in enumerate(found):
+            colour = f"C{number}"
+            label = f"{level.compute:.2g}"
+            panel.plot(level.parameters, level.error, ".-", color=colour, label=label)
+            if level.best is not None:
+                line = np.interp(np.log(level.best), np.log(level.parameters), level.error)
+                panel.plot(level.best, line, "*", color=colour, markersize=11)
+        panel.set(xscale="log", yscale="log", xlabel="weights")
+        panel.set_title(f"{_plain(curve)}\n{_best_size(found)}", fontsize=9)
+        if found:
+            panel.legend(fontsize=7, title="compute", title_fontsize=7)
+    return figure
+
+
+def _best_size(found: Sequence[Level]) -> str:
+    exponent = growth(found)
+    if not found:
+        return "no three sizes share a compute"
+    if exponent is None:
+        return "no minimum between the sizes"
+    return f"best weights grow as compute to the {exponent:.2f}"
+
+
+def _data_against_model(curves: Sequence[Curve]) -> Figure:
+    """Samples seen over weights, coloured by error."""
+    from matplotlib.colors import LogNorm
+
+    figure = _figure(9, 3.6)
+    panels = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
+    errors = np.concatenate([curve.points.error for curve in curves])
+    scale = LogNorm(errors.min(), errors.max() * (1 + 1e-9))
+    for panel, curve in zip(panels, curves, strict=True):
+        points = curve.points
+        shown = panel.scatter(points.parameters, points.samples, c=points.error, norm=scale, s=60)
+        panel.set(xscale="log", yscale="log", xlabel="weights", title=_plain(curve))
+        panel.set(ylabel="samples seen")
+    figure.colorbar(shown, ax=list(panels), label=_metric(curves))
     return figure
 
 

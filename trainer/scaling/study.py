@@ -58,6 +58,10 @@ class Study(Frozen):
     """Budgets: samples that a training sees, repeated ones as often as they are."""
     seeds: tuple[int, ...] = (0,)
     """One training each."""
+    cooldown: float | None = Field(default=None, gt=0, lt=1)
+    """Share of a budget over which the learning rate falls to zero behind a constant one. The
+    budgets of one model, data and seed are then cool-downs that begin from checkpoints of one run,
+    each equal to a training of its own. Where None each is one, with a cosine."""
     corpus: str = "corpus"
     """Name of where the samples come from; curves of different corpora are not fitted together."""
     evaluation: str
@@ -86,6 +90,16 @@ class Study(Frozen):
         return self
 
 
+class Trunk(Frozen):
+    """The run at a constant rate that cells of several budgets begin from."""
+
+    workdir: Path
+    step: int
+    """Of the checkpoint that a cell begins from."""
+    overrides: tuple[str, ...]
+    """Of the base run, to get there."""
+
+
 class Cell(Frozen):
     """One training of the grid."""
 
@@ -98,6 +112,15 @@ class Cell(Frozen):
     workdir: Path
     overrides: tuple[str, ...]
     """Of the base run."""
+    steps: int
+    trunk: Trunk | None = None
+
+    @property
+    def chain(self) -> str:
+        """What cells of several budgets share a trunk by; a cell's own name where it has none."""
+        if self.trunk is None:
+            return self.name
+        return f"{self.recipe}/{self.model}/{self.data}/seed-{self.seed}"
 
     @property
     def name(self) -> str:
@@ -124,33 +147,59 @@ def load_study(path: Path) -> Study:
 def cells(study: Study) -> list[Cell]:
     """All of a study, cheapest budgets first, seed by seed. ConfigError where no step fits."""
     base = load_run(study.base, study.shared)
-    batch, amounts = base.global_batch, _amounts(study, base)
-    found = []
-    for samples in study.samples_seen:
-        if samples < batch:
+    if study.samples_seen[0] < base.global_batch:
+        raise ConfigError(
+            f"samples_seen has {study.samples_seen[0]}, less than one global batch of "
+            f"{base.global_batch}; give more"
+        )
+    amounts = _amounts(study, base)
+    return [
+        _cell(study, samples, seed, (recipe, model, data), overrides, base.global_batch)
+        for samples in study.samples_seen
+        for seed in study.seeds
+        for recipe, of_recipe in study.recipes.items()
+        for model, of_model in study.models.items()
+        for data, of_data in amounts.items()
+        for overrides in [(*study.shared, *of_recipe, *of_model, *of_data)]
+    ]
+
+
+def _cell(
+    study: Study,
+    samples: int,
+    seed: int,
+    names: tuple[str, str, str],
+    overrides: tuple[str, ...],
+    batch: int,
+) -> Cell:
+    recipe, model, data = names
+    steps = samples // batch
+    workdir = study.workdir / "cells" / recipe / model / data / f"{samples}/seed-{seed}"
+    own = [f"steps={steps}", f"seed={seed}", f"workdir={workdir}"]
+    trunk = None
+    if study.cooldown is not None:
+        begins = steps - max(1, round(study.cooldown * steps))
+        if begins < 1:
             raise ConfigError(
-                f"samples_seen has {samples}, less than one global batch of {batch}; give more"
+                f"cooldown {study.cooldown} leaves no step before it of the {steps} that "
+                f"{samples} samples make; give a larger budget or a smaller share"
             )
-        for seed in study.seeds:
-            for recipe, of_recipe in study.recipes.items():
-                for model, of_model in study.models.items():
-                    for data, of_data in amounts.items():
-                        name = f"{recipe}/{model}/{data}/{samples}/seed-{seed}"
-                        workdir = study.workdir / "cells" / name
-                        overrides = (*study.shared, *of_recipe, *of_model, *of_data)
-                        own = (f"steps={samples // batch}", f"seed={seed}", f"workdir={workdir}")
-                        found.append(
-                            Cell(
-                                recipe=recipe,
-                                model=model,
-                                data=data,
-                                samples=samples // batch * batch,
-                                seed=seed,
-                                workdir=workdir,
-                                overrides=(*overrides, *own),
-                            )
-                        )
-    return found
+        place = study.workdir / "trunks" / recipe / model / data / f"seed-{seed}"
+        shared = ("optim.schedule=constant", f"seed={seed}")
+        longer = (f"steps={begins}", f"workdir={place}", "evals=[]")
+        trunk = Trunk(workdir=place, step=begins, overrides=(*overrides, *shared, *longer))
+        own += ["optim.schedule=constant", f"optim.cooldown_steps={steps - begins}"]
+    return Cell(
+        recipe=recipe,
+        model=model,
+        data=data,
+        seed=seed,
+        workdir=workdir,
+        samples=steps * batch,
+        steps=steps,
+        overrides=(*overrides, *own),
+        trunk=trunk,
+    )
 
 
 def _amounts(study: Study, base: RunConfig) -> Mapping[str, tuple[str, ...]]:
