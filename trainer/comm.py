@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.adjoints import AllGather, ReduceScatter, Sum
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.meeting import meeting_point, read_place
 
@@ -140,15 +141,20 @@ class Comm:
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Stack the ranks' rows: [n, ...] -> [W * n, ...], rank by rank. n is equal on all."""
-        return rows if self.world_size == 1 else _AllGather.apply(rows, self)
+        if self.world_size == 1:
+            return rows
+        found: Tensor = AllGather.apply(rows, self.group, self.world_size)
+        return found
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """Sum over ranks, then keep this rank's share: [W * n, ...] -> [n, ...]."""
-        return rows if self.world_size == 1 else _ReduceScatter.apply(rows, self)
+        return (
+            rows if self.world_size == 1 else ReduceScatter.apply(rows, self.group, self.world_size)
+        )
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks; every rank gets it, and its gradient is the sum of theirs."""
-        return value if self.world_size == 1 else _Sum.apply(value, self)
+        return value if self.world_size == 1 else Sum.apply(value, self.group)
 
     # -- not differentiable ---------------------------------------------------------------------
 
@@ -302,57 +308,3 @@ def _written(value: Any) -> Tensor:
 
 def _read(payload: Tensor) -> Any:
     return json.loads(payload.numpy().tobytes())
-
-
-def _gathered(rows: Tensor, comm: Comm) -> Tensor:
-    rows = rows.contiguous()
-    result = rows.new_empty((comm.world_size * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_single(result, rows, group=comm.group)
-    return result
-
-
-def _scattered(rows: Tensor, comm: Comm) -> Tensor:
-    if rows.shape[0] % comm.world_size:
-        raise ValueError(f"{rows.shape[0]} rows do not split over {comm.world_size} ranks")
-    result = rows.new_empty((rows.shape[0] // comm.world_size, *rows.shape[1:]))
-    dist.reduce_scatter_single(result, rows.contiguous(), group=comm.group)
-    return result
-
-
-def _summed(value: Tensor, comm: Comm) -> Tensor:
-    result = value.clone().contiguous()
-    dist.all_reduce(result, group=comm.group)
-    return result
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, comm: Comm) -> Tensor:
-        ctx.comm = comm
-        return _gathered(rows, comm)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _scattered(gradients[0], ctx.comm), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, comm: Comm) -> Tensor:
-        ctx.comm = comm
-        return _scattered(rows, comm)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _gathered(gradients[0], ctx.comm), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, comm: Comm) -> Tensor:
-        ctx.comm = comm
-        return _summed(value, comm)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradients[0], ctx.comm), None

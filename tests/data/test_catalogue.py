@@ -97,7 +97,8 @@ def ids_peak(spec: str) -> int:
 @pytest.mark.heavy
 def test_the_ids_of_a_list_hold_eight_bytes_a_sample(tmp_path, monkeypatch):
     """Beside the parsed indexes that are kept, which are as many for each of these lists."""
-    monkeypatch.setattr("trainer.data.shards._OPEN_SHARDS", 4)
+    for reader in ("shards", "open_files"):
+        monkeypatch.setattr(f"trainer.data.{reader}.OPEN_SHARDS", 4)
     folder, samples = tmp_path / "s", 400
     folder.mkdir()
     first = write_tar(folder / "000.tar", make_samples(samples))

@@ -85,7 +85,8 @@ def test_a_copy_for_a_worker_reads_the_same(tmp_path):
 
 
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.shards._OPEN_SHARDS", 2)
+    for reader in ("shards", "open_files"):
+        monkeypatch.setattr(f"trainer.data.{reader}.OPEN_SHARDS", 2)
     for number in range(6):
         write_index(write_tar(tmp_path / f"{number}.tar", make_samples(3, seed=number)))
     shards = ShardSet.open(f"{tmp_path}/{{0..5}}.tar")
@@ -93,7 +94,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
         number, row = divmod(index, 3)
         key = f"k{row:04d}"
         assert shards.read(index).fields == make_samples(3, seed=number)[key]
-    assert len(shards._files) == len(shards._indexes) == 2
+    assert len(shards._files._handles) == len(shards._indexes) == 2
 
 
 def test_spec_lists(tmp_path):

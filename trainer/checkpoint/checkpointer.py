@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.addresses import without_secrets
+from trainer.checkpoint.generations import free_name, generations, prune
 from trainer.checkpoint.manifest import (
     STATE,
     Manifest,
@@ -43,8 +43,6 @@ from trainer.comm import Comm
 from trainer.errors import CheckpointError
 from trainer.pulse import PULSE
 from trainer.types import NamedTensors
-
-_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
 def _to_stderr(line: str) -> None:
@@ -119,7 +117,8 @@ class Checkpointer:
         ]
         self._check(step, temporary, shares)
         folder = self._commit(step, temporary, shares)
-        self._prune(folder)
+        if self._comm.is_main:
+            prune(self._folder, folder, keep=self._keep, refused=self._refused)
         self._comm.barrier()
         return folder
 
@@ -184,7 +183,7 @@ class Checkpointer:
         name = failure = ""
         if self._comm.is_main:
             try:
-                name = self._free_name(step)
+                name = free_name(self._folder, step)
                 write_manifest(temporary, manifest)
                 os.replace(temporary, self._folder / name)
                 sync_folder(self._folder)
@@ -196,49 +195,13 @@ class Checkpointer:
             self._give_up(step, [failure], needed=sum(share.size for share in shares))
         return self._folder / name
 
-    def _free_name(self, step: int) -> str:
-        """`step-00000120`, or `step-00000120-1` where that exists (a damaged one, say)."""
-        taken = [attempt for other, attempt, _ in self._found() if other == step]
-        return f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else "")
-
-    def _prune(self, newest: Path) -> None:
-        """Rank 0 removes what is older than the `keep` newest, if `newest` reads back well.
-
-        Checkpoints of later steps belong to a future that this run has left (they were refused
-        when it started); they go as soon as there are `keep` others.
-        """
-        if not self._comm.is_main or not _is_listed_in_full(newest):
-            return
-        found = self._found()
-        last = next(entry for entry in found if entry[2] == newest)
-        sound = [e for e in found if e <= last and e[2].name not in self._refused]
-        kept = sound[-self._keep :]
-        if len(kept) == self._keep:
-            for entry in found:
-                if entry not in kept:
-                    self._discard(entry[2])
-
-    def _discard(self, folder: Path) -> None:
-        """Rename first, so that a half-removed checkpoint is never taken for one."""
-        old = self._folder / f".old-{folder.name}-{secrets.token_hex(4)}"
-        try:
-            os.replace(folder, old)
-        except OSError:
-            return  # it costs space and nothing else; the next save tries again
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _found(self) -> list[tuple[int, int, Path]]:
-        """(step, attempt, folder) of all checkpoints, oldest first."""
-        if not self._folder.is_dir():
-            return []
-        matches = [(_NAME.fullmatch(path.name), path) for path in self._folder.iterdir()]
-        return sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m is not None)
-
     # -- restoring ------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Of the checkpoints that may be gone on from, whether they are damaged or not."""
-        found = [step for step, _, path in self._found() if path.name not in self._refused]
+        found = [
+            each.step for each in generations(self._folder) if each.folder.name not in self._refused
+        ]
         return list(self._comm.broadcast_json(found))
 
     def latest(
@@ -268,7 +231,7 @@ class Checkpointer:
     def _latest(
         self, warn: Callable[[str], None], passed_over: Callable[[Restored], bool]
     ) -> Restored | None:
-        names = self._comm.broadcast_json([path.name for *_, path in self._found()])
+        names = self._comm.broadcast_json([each.folder.name for each in generations(self._folder)])
         reasons: list[str] = []
         for name in reversed(names):
             restored, reason = self._verified(self._folder / name)
@@ -322,12 +285,3 @@ class Checkpointer:
             PULSE.beat()
             found += [problem] if (problem := damage(folder, entry)) else []
         return [problem for part in self._comm.gather_json(found) for problem in part]
-
-
-def _is_listed_in_full(folder: Path) -> bool:
-    """Read the manifest back and compare the sizes."""
-    try:
-        files = parse_manifest(read_manifest_bytes(folder)).files
-        return all((folder / entry.name).stat().st_size == entry.size for entry in files)
-    except (OSError, ValueError):
-        return False

@@ -29,22 +29,20 @@ from trainer.concepts import Bank, Counts
 from trainer.concepts.count import BANK, COUNTS, SHARDS, Captions, hits_of, source_of
 from trainer.concepts.matcher import Hits
 from trainer.curation.languages import Languages
+from trainer.curation.looked import Looked, rows_of, short_hash
 from trainer.curation.pair import Pair
 from trainer.curation.perceptual import perceptual_hash
 from trainer.curation.rows import (
     DAMAGED,
     NO_CAPTION,
     NO_IMAGE,
-    NO_LANGUAGE,
     REASONS,
     SUFFIX,
     USABLE,
-    Rows,
     RowsHeader,
     is_done,
     open_rows,
     save_rows,
-    starts_of,
 )
 from trainer.curation.tagger import Tagger
 from trainer.data.decode import BadSample
@@ -57,7 +55,6 @@ IMAGES, TEXTS, ROWS, CONCEPTS, LEDGER = "images", "texts", "rows", "concepts", "
 TOTALS = "scan.json"
 CHUNK = 256
 """Samples that are held decoded at once."""
-_MOST_WORDS = np.iinfo(np.int16).max
 Say = Callable[[str], None]
 
 
@@ -93,20 +90,6 @@ class Questions(NamedTuple):
     @property
     def tags(self) -> str | None:
         return None if self.tagger is None else self.tagger.digest
-
-
-class Looked(NamedTuple):
-    """One sample before its vectors are computed; None where there is no picture or caption."""
-
-    sample_id: int
-    status: int
-    reason: str
-    key: str
-    pixels: Tensor | None = None
-    caption: str | None = None
-    columns: tuple[int, ...] = (0, 0, 0, 0)
-    """Width, height, perceptual hash, hash of the bytes."""
-    hits: tuple[Hits | None, ...] = ()
 
 
 def scan(
@@ -228,7 +211,7 @@ class _Pass:
             self._count(row, looked, tags)
         scores = (images * texts).sum(dim=1).numpy()
         header = RowsHeader(self.shards.digests[row], self.asked, self.ask.languages.names)
-        save_rows(self.path(row), self._rows(looked, scores, tags), header)
+        save_rows(self.path(row), rows_of(looked, scores, tags, self.ask.languages), header)
 
     def _count(self, row: int, looked: Sequence[Looked], tags: Sequence[Sequence[int]]) -> None:
         assert self.nothing is not None
@@ -241,37 +224,6 @@ class _Pass:
             counts.add_sample(each.hits, None if self.ask.tagger is None else shown)
         path = self.out / CONCEPTS / SHARDS / f"{self.names[row]}{SUFFIX}"
         counts.save(path, shard=self.names[row], index=self.shards.digests[row])
-
-    def _rows(
-        self, looked: Sequence[Looked], scores: np.ndarray, tags: Sequence[Sequence[int]]
-    ) -> Rows:
-        status = np.array([each.status for each in looked], np.uint8)
-        score = np.full(len(looked), np.nan, np.float16)
-        score[status == USABLE] = scores.astype(np.float16)
-        columns = np.array([each.columns for each in looked], np.int64).reshape(-1, 4)
-        captions = [each.caption for each in looked]
-        seen = iter(tags)
-        hit_starts, hits = starts_of([_named(each.hits) for each in looked])
-        tag_starts, shown = starts_of([next(seen) if each == USABLE else [] for each in status])
-        find = self.ask.languages.of
-        return Rows(
-            ids=np.array([each.sample_id for each in looked], np.int64),
-            status=status,
-            score=score,
-            width=columns[:, 0].astype(np.int32),
-            height=columns[:, 1].astype(np.int32),
-            picture=columns[:, 2],
-            content=columns[:, 3],
-            caption=np.array(
-                [0 if c is None else short_hash(c.encode()) for c in captions], np.int64
-            ),
-            words=np.array([min(len((c or "").split()), _MOST_WORDS) for c in captions], np.int16),
-            language=np.array([NO_LANGUAGE if c is None else find(c) for c in captions], np.uint8),
-            hit_starts=hit_starts,
-            hits=hits,
-            tag_starts=tag_starts,
-            tags=shown,
-        )
 
     def finish(self) -> None:
         """Headers of the stores, the sum of the counts, and the totals of all shards."""
@@ -286,16 +238,6 @@ class _Pass:
             whole.save(folder / COUNTS)
             totals["concepts"] = whole.figures()
         write_whole(self.out / TOTALS, (json.dumps(totals, indent=1) + "\n").encode())
-
-
-def short_hash(data: bytes) -> int:
-    """The first 8 bytes of a content's BLAKE2b, as a signed number."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def _named(hits: Sequence[Hits | None]) -> list[int]:
-    """Concepts that any language's caption has as a phrase."""
-    return sorted({number for found in hits if found is not None for number in found.phrase})
 
 
 def _totals(work: _Pass) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
-from trainer.data.index import ShardIndex
-from trainer.data.tables import BadRow, read_row
+from trainer.data.index import MAX_SAMPLE_BYTES, ShardIndex
+from trainer.data.tables import BadRow, is_table, read_row
 from trainer.errors import DataError
 
 
@@ -22,6 +23,39 @@ class RawSample(NamedTuple):
     key: str
     fields: dict[str, bytes]
     """Member contents by suffix, without the dot: `png`, `txt`, `json`."""
+
+
+def read_members(
+    columns: ShardIndex,
+    row: int,
+    shard: str,
+    fetch: Callable[[int, int], bytes],
+    *,
+    only: str | None = None,
+) -> RawSample:
+    """A sample's members in one request for its bytes, or those alone whose suffix is `only`."""
+    members = list(range(int(columns.first[row]), int(columns.first[row + 1])))
+    if only is not None:
+        members = [m for m in members if columns.suffixes[columns.suffix[m]] == only]
+        if not members:
+            return RawSample(int(columns.ids[row]), shard, columns.keys[row], {})
+    start = int(columns.offset[members[0]]) - int(columns.header_bytes[members[0]])
+    end = int(columns.offset[members[-1]]) + int(columns.size[members[-1]])
+    if not 0 <= start <= end <= start + MAX_SAMPLE_BYTES:
+        raise DamagedSample(
+            f"{shard}: the members of {columns.keys[row]} span {end - start} bytes, over "
+            f"{MAX_SAMPLE_BYTES}"
+        )
+    data = fetch(start, end)
+    fields: dict[str, bytes] = {}
+    for member in members:
+        suffix = columns.suffixes[columns.suffix[member]]
+        place = f"{shard}: {columns.keys[row]}"
+        place += "" if is_table(shard) else f".{suffix}"
+        fields[suffix] = checked_member(data, start, columns, member, place)
+    if is_table(shard):
+        fields = row_fields(fields, shard, place)
+    return RawSample(int(columns.ids[row]), shard, columns.keys[row], fields)
 
 
 def row_fields(stored: dict[str, bytes], table: str, place: str) -> dict[str, bytes]:

@@ -6,11 +6,9 @@ member with its CRC-32. A damaged shard is named, with what was expected and wha
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +16,15 @@ from numpy.typing import NDArray
 from trainer.data.catalogue import Catalogue, is_catalogue, open_catalogue
 from trainer.data.columnar import ColumnarFiles, is_columnar
 from trainer.data.index import (
-    MAX_SAMPLE_BYTES,
     ShardIndex,
     ids_in_set,
     index_path,
     read_index,
     sample_id,
 )
-from trainer.data.members import DamagedSample, RawSample, checked_member, row_fields
-from trainer.data.opening import inspect_shards, wrong_size
+from trainer.data.members import DamagedSample, RawSample, read_members
+from trainer.data.open_files import OPEN_SHARDS, OpenFiles
+from trainer.data.opening import inspect_shards
 from trainer.data.remote import expand_sets, is_remote, read_range
 from trainer.data.sets import named_shard, names_by_folder, refuse_other_shards
 from trainer.data.shard_cache import ShardCache
@@ -34,10 +32,6 @@ from trainer.data.tables import BadRow, is_table
 from trainer.errors import DataError
 
 __all__ = ["DamagedSample", "RawSample", "ShardSet", "sample_id"]
-
-T = TypeVar("T")
-
-_OPEN_SHARDS = 64  # files and parsed indexes kept; a window of shards must fit
 
 
 class ShardSet:
@@ -186,8 +180,8 @@ class ShardSet:
 
     def keep_in(self, cache: ShardCache) -> None:
         """Fetch remote shards whole into a cache from now on, and read them from there."""
-        self.close()
         self._cache = cache
+        self.close()
 
     def read(self, index: int) -> RawSample:
         """Read one sample: all its members in one request, each checked by its CRC-32.
@@ -207,28 +201,8 @@ class ShardSet:
         columns, name = self._index(shard), self.shards[shard]
         if is_columnar(name):
             return self._columnar_sample(shard, row)
-        members = list(range(int(columns.first[row]), int(columns.first[row + 1])))
-        if only is not None and not is_table(name):
-            members = [m for m in members if columns.suffixes[columns.suffix[m]] == only]
-            if not members:
-                return RawSample(int(columns.ids[row]), name, columns.keys[row], {})
-        start = int(columns.offset[members[0]]) - int(columns.header_bytes[members[0]])
-        end = int(columns.offset[members[-1]]) + int(columns.size[members[-1]])
-        if not 0 <= start <= end <= start + MAX_SAMPLE_BYTES:
-            raise DamagedSample(
-                f"{name}: the members of {columns.keys[row]} span {end - start} bytes, over "
-                f"{MAX_SAMPLE_BYTES}"
-            )
-        data = self._bytes(shard, start, end)
-        fields: dict[str, bytes] = {}
-        for member in members:
-            suffix = columns.suffixes[columns.suffix[member]]
-            place = f"{name}: {columns.keys[row]}"
-            place += "" if is_table(name) else f".{suffix}"
-            fields[suffix] = checked_member(data, start, columns, member, place)
-        if is_table(name):
-            fields = row_fields(fields, name, place)
-        return RawSample(int(columns.ids[row]), name, columns.keys[row], fields)
+        fetch = partial(self._bytes, shard)
+        return read_members(columns, row, name, fetch, only=None if is_table(name) else only)
 
     def _columnar_sample(self, shard: int, row: int) -> RawSample:
         """One row of a Parquet or Arrow file; its one member is named by the layout."""
@@ -250,8 +224,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""
-        for handle in self._files.values():
-            os.close(handle)
+        self._files.close()
         self._forget()
 
     def __getstate__(self) -> dict[str, object]:
@@ -275,16 +248,19 @@ class ShardSet:
             self.close()
 
     def _forget(self) -> None:
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(self._cache)
         self._columnar = ColumnarFiles()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def _index(self, shard: int) -> ShardIndex:
-        return _kept(self._indexes, shard, self._load_index)
+        if shard not in self._indexes:
+            if len(self._indexes) >= OPEN_SHARDS:
+                self._indexes.popitem(last=False)
+            self._indexes[shard] = self._load_index(shard)
+        self._indexes.move_to_end(shard)
+        return self._indexes[shard]
 
     def _load_index(self, shard: int) -> ShardIndex:
-        if len(self._indexes) >= _OPEN_SHARDS:
-            self._indexes.popitem(last=False)
         name = self.shards[shard]
         index = read_index(name, self._index_bytes(shard))
         if len(index.keys) != self.sizes[shard]:
@@ -304,28 +280,8 @@ class ShardSet:
         name = self.shards[shard]
         if is_remote(name) and self._cache is None:
             return read_range(name, start, end)
-        try:
-            handle = _kept(self._files, shard, self._open_file)
-            data = os.pread(handle, end - start, start)
-        except OSError as error:
-            raise DataError(f"can't read {name}: {error.strerror}") from error
-        if len(data) < end - start:
-            found = os.fstat(handle).st_size
-            raise wrong_size(name, self._index(shard).shard_bytes, found)
-        return data
-
-    def _open_file(self, shard: int) -> int:
-        if len(self._files) >= _OPEN_SHARDS:
-            os.close(self._files.popitem(last=False)[1])
-        expected = self._index(shard).shard_bytes
-        if self._cache is not None and is_remote(self.shards[shard]):
-            return self._cache.open(self.shards[shard], expected)
-        handle = os.open(self.shards[shard], os.O_RDONLY)
-        found = os.fstat(handle).st_size
-        if found != expected:
-            os.close(handle)
-            raise wrong_size(self.shards[shard], expected, found, self.sizes[shard])
-        return handle
+        size = self._index(shard).shard_bytes
+        return self._files.read(name, start, end, expected=size, samples=self.sizes[shard])
 
     def distinct(self) -> ShardSet:
         """This set; with its folders as sets where samples would have one id otherwise."""
@@ -379,10 +335,3 @@ class ShardSet:
             catalogue=self._catalogue,
             rows=[row if self._rows is None else self._rows[row] for row in rows],
         )
-
-
-def _kept(cache: OrderedDict[int, T], key: int, load: Callable[[int], T]) -> T:
-    if key not in cache:
-        cache[key] = load(key)
-    cache.move_to_end(key)
-    return cache[key]
