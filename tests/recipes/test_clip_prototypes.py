@@ -12,41 +12,23 @@ import torch
 from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
 from tests.recipes.test_clip import outcome
+from tests.recipes.tiny_run import tiny_run
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
-from trainer.config import RunConfig, parse_run
+from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
-RUN = """
-workdir: {folder}/run
-steps: 4
-global_batch: 8
-micro_batch: 2
-deepspeed: ds_configs/zero3.json
-recipe:
-  name: clip
-  prototypes:
-    classes: [subgroup, group]
-    weight: 0.5
-    figures_every: 1
-    head: {{learning_rate: 0.01}}
-  model:
-    image_size: 32
-    patch_size: 16
-    text_length: 12
-    embed_dim: 16
-    image: {{width: 32, layers: 1, heads: 2}}
-    text: {{width: 32, layers: 1, heads: 2}}
-data: {{train: "{spec}"}}
-optim: {{learning_rate: 0.003}}
-log_every: 1 steps
-save_every: 2 steps
+KEYS = """
+prototypes:
+  classes: [subgroup, group]
+  weight: 0.5
+  figures_every: 1
+  head: {learning_rate: 0.01}
 """
 
 
 def config_in(folder: Path, name: str, spec: str, *overrides: str) -> RunConfig:
-    own = f"workdir={folder}/{name}"
-    return parse_run(RUN.format(folder=folder, spec=spec), [own, *overrides])
+    return tiny_run(folder, name, spec, *overrides, keys=KEYS)
 
 
 def train_all(comm: Comm, configs: list[RunConfig], cut: tuple[Path, Path] | None) -> None:

@@ -13,32 +13,15 @@ from tests.fixtures.emoji import write_shards
 from tests.ranks import run_ranks
 from tests.recipes.test_clip import outcome
 from tests.recipes.test_clip_prototypes import parts, train_all, values
-from trainer.config import RunConfig, parse_run
+from tests.recipes.tiny_run import PROTOCLIP, tiny_run
+from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
-RUN = """
-workdir: {folder}/run
-steps: 4
-global_batch: 8
-micro_batch: 2
-deepspeed: ds_configs/zero3.json
-recipe:
-  name: clip
-  known_groups:
-    - {{key: subgroup, effect: remove, weight: 0.5}}
-    - {{key: group, effect: keep, told_by: linear, layer: {{learning_rate: 0.1}}}}
-    - {{key: group_id, effect: remove, told_by: value, weight: 0}}
-  model:
-    image_size: 32
-    patch_size: 16
-    text_length: 12
-    embed_dim: 16
-    image: {{width: 32, layers: 1, heads: 2}}
-    text: {{width: 32, layers: 1, heads: 2}}
-data: {{train: "{spec}"}}
-optim: {{learning_rate: 0.003}}
-log_every: 1 steps
-save_every: 2 steps
+KEYS = """
+known_groups:
+  - {key: subgroup, effect: remove, weight: 0.5}
+  - {key: group, effect: keep, told_by: linear, layer: {learning_rate: 0.1}}
+  - {key: group_id, effect: remove, told_by: value, weight: 0}
 """
 TERMS = ("known_group/subgroup", "known_group/group", "known_group/group_id")
 MLCD = (
@@ -46,15 +29,10 @@ MLCD = (
     "model: {image_size: 32, patch_size: 16, embed_dim: 16, image: {width: 32, layers: 1, "
     "heads: 2}}}"
 )
-PROTOCLIP = (
-    "recipe.name=protoclip",
-    *("recipe.episode_samples=16", "recipe.clusters=4", "recipe.warmup_episodes=0"),
-    "recipe.model.head={dim: 8, layers: 1}",
-)
 
 
 def config_in(folder: Path, name: str, spec: str, *overrides: str) -> RunConfig:
-    return parse_run(RUN.format(folder=folder, spec=spec), [f"workdir={folder}/{name}", *overrides])
+    return tiny_run(folder, name, spec, *overrides, keys=KEYS)
 
 
 def weights_of(config: RunConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from trainer.losses.distill import SoftDistillation, soft_distillation
 from trainer.models.config import TwoTowerConfig
 from trainer.models.load import model_pixels
 from trainer.parts.teacher_digests import TeacherDigests, store_digest
-from trainer.recipe import Context
+from trainer.recipe import Context, Part
 from trainer.store import EmbeddingStore
 from trainer.types import Batch, Features, Losses
 
@@ -69,6 +69,17 @@ class DistillConfig(Frozen):
         if self.image_store is None or self.text_store is None:
             return None
         return TeacherPair(self.image_store, self.text_store)
+
+
+class Distils(Frozen):
+    """Of a recipe with two towers that may learn from a frozen pair. Stands before `RecipeConfig`
+    among the bases of a `Config`, because it knows better what data workers read."""
+
+    distill: DistillConfig | None = None
+    """A frozen teacher, from two embedding stores or by itself; none where None."""
+
+    def join(self, seed: int) -> TeacherPair | None:
+        return None if self.distill is None else self.distill.join()
 
 
 class TeacherPair:
@@ -175,6 +186,25 @@ class LiveTeacher(TeacherDigests):
         ]
         images, texts = zip(*parts, strict=True)
         return torch.cat(images), torch.cat(texts)
+
+
+class Distillation:
+    """The term of a recipe that may have a teacher; `parts` are what the recipe has to name."""
+
+    def __init__(self, config: Distils, model: TwoTowerConfig, context: Context) -> None:
+        self._config, self._comm = config.distill, context.comm
+        self.parts: dict[str, Part] = {}
+        if config.distill is not None:
+            self._teacher = teacher_of(config.distill, model, context)
+            self.parts["teacher"] = self._teacher
+
+    def losses(self, features: Features, batch: Batch) -> Losses:
+        """`distill` and `distill_divergence`, of the images' first view; nothing without a
+        teacher."""
+        if self._config is None:
+            return Losses()
+        found = distillation(self._teacher, features, batch, self._comm)
+        return with_distillation(Losses(), found, self._config)
 
 
 def teacher_of(

@@ -93,7 +93,7 @@ class SelectsTokens(Frozen):
     tokens: TokensConfig | None = None
     """Which patches of an image are read in training; all of them where None."""
     momentum_copy: AverageConfig = AverageConfig()
-    """Of the weights that score patches."""
+    """Of the weights that score patches, and that say what views should predict."""
 
     @property
     def needs_copy(self) -> bool:

@@ -11,47 +11,29 @@ part of a view. One view, no further terms and all patches are CLIP.
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any, Literal
 
-import torch
-from pydantic import Field, model_validator
-from torch import Tensor
+from pydantic import model_validator
 from transformers import PreTrainedTokenizerFast
 
 from trainer.comm import Comm
-from trainer.config import Frozen, PositiveInt, RecipeConfig, ViewsConfig
-from trainer.losses.byol import byol_loss
+from trainer.config import PositiveInt, RecipeConfig, ViewsConfig
 from trainer.losses.contrastive import info_nce
-from trainer.losses.simclr import nt_xent
-from trainer.models.aclip_model import AclipModel, SelfSupervisedHeads, build_aclip_model
-from trainer.models.config import HeadConfig
-from trainer.models.two_tower import TwoTowerConfig
-from trainer.parts.token_selection import SelectsTokens, TokensConfig, token_parts
+from trainer.models.self_supervised import build_towers_of_views, freeze_patch_projection
+from trainer.models.two_tower import TwoTower, TwoTowerConfig
+from trainer.parts.self_supervision import (
+    ByolConfig,
+    ComparesViews,
+    SimclrConfig,
+    mean_over_views,
+    self_supervision,
+)
+from trainer.parts.token_selection import TokensConfig, token_parts
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class SimclrConfig(Frozen):
-    """Views of an image find each other."""
-
-    weight: float = Field(default=1.0, gt=0)
-    """w_s."""
-    temperature: float = Field(default=0.1, gt=0)
-    """Cosines are divided by it."""
-    head: HeadConfig = HeadConfig(layers=2, hidden=4096, dim=256)
-
-
-class ByolConfig(Frozen):
-    """Views predict what the momentum copy says of the image."""
-
-    weight: float = Field(default=2.0, gt=0)
-    """w_b."""
-    head: HeadConfig = HeadConfig(layers=1, hidden=4096, dim=256)
-    """Of the projector; the predictor behind it is of the same sizes."""
-
-
-class Config(SelectsTokens, RecipeConfig):
+class Config(ComparesViews, RecipeConfig):
     """Defaults are the paper's."""
 
     name: Literal["aclip"] = "aclip"
@@ -70,12 +52,8 @@ class Config(SelectsTokens, RecipeConfig):
     frozen_patches: bool = True
     """Keep the projection of patches as it is drawn."""
 
-    @property
-    def needs_copy(self) -> bool:
-        return self.byol is not None or self.tokens.scores
-
     def wanted_views(self) -> ViewsConfig:
-        views = self.views_of(self.views)
+        views = super().wanted_views()
         if self.parity == "code" and views.geometry == "covering":
             return views.model_copy(update={"geometry": "as_published"})
         return views
@@ -91,9 +69,7 @@ class Config(SelectsTokens, RecipeConfig):
         return {**values, "tokens": {"rounding": "floor_plus_one", **tokens}}
 
     @model_validator(mode="after")
-    def _enough_views(self) -> Config:
-        if self.simclr is not None and self.views < 2:
-            raise ValueError("simclr compares views of an image: set views=2, or simclr=null")
+    def _two_views_of_the_code(self) -> Config:
         if self.parity == "code" and self.views != 2:
             raise ValueError(f"parity code is for two views, not {self.views}")
         return self
@@ -105,17 +81,16 @@ def build_model(
     comm: Comm | None = None,
     *,
     seed: int = 0,
-) -> AclipModel:
-    heads = SelfSupervisedHeads(
-        simclr=None if config.simclr is None else config.simclr.head,
-        byol=None if config.byol is None else config.byol.head,
-    )
-    return build_aclip_model(
+) -> TwoTower:
+    model = build_towers_of_views(
         *(config.model, tokenizer, comm or Comm.solo()),
-        heads=heads,
-        frozen_patches=config.frozen_patches,
+        heads=config.heads,
+        views=config.views,
         seed=seed,
     )
+    if config.frozen_patches:
+        freeze_patch_projection(model)
+    return model
 
 
 class Recipe(WithoutPhases):
@@ -126,23 +101,8 @@ class Recipe(WithoutPhases):
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         text, scale = features.tensor("text"), features.tensor("logit_scale")
-        said = features.more or {}
-        views = [features.tensor("image")]
-        views += said["further"].unbind(1) if "further" in said else ()
-        clip = [info_nce(view, text, scale, self.comm) for view in views]
-        losses = Losses.of(clip=clip[0] if len(clip) == 1 else torch.stack(clip).mean())
-        if self.config.simclr is not None:
-            simclr = self._simclr(said["simclr"], self.config.simclr.temperature)
-            losses = losses.with_term("simclr", simclr, self.config.simclr.weight)
-        if self.config.byol is not None:
-            assert batch.more is not None, "the copy has said nothing"
-            byol = byol_loss(said["byol"], batch.more["byol_target"])
-            losses = losses.with_term("byol", byol, self.config.byol.weight)
-        return losses
-
-    def _simclr(self, rows: Tensor, temperature: float) -> Tensor:
-        """The mean over pairs of views; the published code's pair is the first view and itself."""
-        views = rows.unbind(1)
-        pairs = [(0, 0)] if self.config.parity == "code" else combinations(range(len(views)), 2)
-        terms = [nt_xent(views[a], views[b], self.comm, temperature=temperature) for a, b in pairs]
-        return torch.stack(terms).mean()
+        clip = mean_over_views(features, lambda view: info_nce(view, text, scale, self.comm))
+        # The published code's pair is the first view and itself.
+        pairs = [(0, 0)] if self.config.parity == "code" else None
+        terms = self_supervision(self.config, features, batch, self.comm, pairs=pairs)
+        return Losses.of(clip=clip) + terms

@@ -2,7 +2,8 @@
 
 With `distill`, the student also learns the similarities that a frozen pair of towers sees (with
 `weight: 0` these alone, as TinyCLIP does, arXiv 2309.12314); with `prototypes`, its images are also
-compared with learnable rows for clusters or classes.
+compared with learnable rows for clusters or classes; with `simclr` or `byol`, views of an image
+also with each other.
 """
 
 from __future__ import annotations
@@ -15,28 +16,22 @@ from transformers import PreTrainedTokenizerFast
 from trainer.comm import Comm
 from trainer.config import RecipeConfig
 from trainer.losses.contrastive import info_nce
-from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
-from trainer.parts.distillation import (
-    DistillConfig,
-    TeacherPair,
-    distillation,
-    teacher_of,
-    with_distillation,
-)
+from trainer.models.self_supervised import build_towers_of_views
+from trainer.models.two_tower import TwoTower, TwoTowerConfig
+from trainer.parts.distillation import Distillation, Distils
 from trainer.parts.known_groups import KnownGroups, KnowsGroups
 from trainer.parts.prototypes import PrototypesTerm, WeightedPrototypesConfig
-from trainer.parts.token_selection import SelectsTokens, token_parts
+from trainer.parts.self_supervision import ComparesViews, mean_over_views, self_supervision
+from trainer.parts.token_selection import token_parts
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(SelectsTokens, KnowsGroups, RecipeConfig):
+class Config(ComparesViews, Distils, KnowsGroups, RecipeConfig):
     name: Literal["clip"] = "clip"
     model: TwoTowerConfig = TwoTowerConfig()
     weight: float = Field(default=1.0, ge=0)
     """Of the contrastive loss; with 0 it is computed and logged, and moves nothing."""
-    distill: DistillConfig | None = None
-    """A frozen teacher, from two embedding stores or by itself; none where None."""
     prototypes: WeightedPrototypesConfig | None = None
     """Clusters or classes of the images as a further term; none where None."""
 
@@ -46,9 +41,6 @@ class Config(SelectsTokens, KnowsGroups, RecipeConfig):
             raise ValueError("weight is 0, so that no text would be learned from; set distill")
         return self
 
-    def join(self, seed: int) -> TeacherPair | None:
-        return None if self.distill is None else self.distill.join()
-
 
 def build_model(
     config: Config,
@@ -57,17 +49,21 @@ def build_model(
     *,
     seed: int = 0,
 ) -> TwoTower:
-    return build_two_tower(config.model, tokenizer, comm, seed=seed)
+    return build_towers_of_views(
+        *(config.model, tokenizer, comm or Comm.solo()),
+        heads=config.heads,
+        views=config.views,
+        seed=seed,
+    )
 
 
 class Recipe(WithoutPhases):
     def __init__(self, config: Config, context: Context) -> None:
         self.comm, self.config = context.comm, config
         self.model = build_model(config, context.tokenizer, context.comm, seed=context.seed)
-        self.parts: dict[str, Part] = token_parts(config, context, self.model)
-        if config.distill is not None:
-            self.teacher = teacher_of(config.distill, config.model, context)
-            self.parts["teacher"] = self.teacher
+        self.parts: dict[str, Part] = token_parts(config, context, self.model, views=config.views)
+        self.distilled = Distillation(config, config.model, context)
+        self.parts |= self.distilled.parts
         self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
         self.parts |= self.groups.parts
         self.prototypes: PrototypesTerm | None = None
@@ -78,11 +74,10 @@ class Recipe(WithoutPhases):
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         image, text, scale = map(features.tensor, ("image", "text", "logit_scale"))
-        contrastive = info_nce(image, text, scale, self.comm)
+        contrastive = mean_over_views(features, lambda view: info_nce(view, text, scale, self.comm))
         losses = Losses().with_term("clip", contrastive, self.config.weight)
-        if self.config.distill is not None:
-            found = distillation(self.teacher, features, batch, self.comm)
-            losses = with_distillation(losses, found, self.config.distill)
+        losses += self_supervision(self.config, features, batch, self.comm)
+        losses += self.distilled.losses(features, batch)
         if self.prototypes is not None:
             losses += self.prototypes.losses(features, batch, step)
         return losses + self.groups.losses(image, batch, step)

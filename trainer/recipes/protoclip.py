@@ -32,20 +32,23 @@ from trainer.losses.contrastive import info_nce
 from trainer.losses.units import at_least_float32
 from trainer.losses.usage import prototype_overuse
 from trainer.models.config import HeadedTwoTower
-from trainer.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
+from trainer.models.self_supervised import build_towers_of_views
+from trainer.models.two_tower import TwoTower, TwoTowerConfig
 from trainer.parts.back_translation import TableOptions, softness
+from trainer.parts.distillation import Distillation, Distils
 from trainer.parts.episode import EpisodeTables, Term
 from trainer.parts.episodes import Episodes, Extracted, extract, timed
 from trainer.parts.known_groups import KnownGroups, KnowsGroups
 from trainer.parts.overuse import OveruseConfig
+from trainer.parts.self_supervision import ComparesViews, mean_over_views, self_supervision
 from trainer.parts.teacher import Student, TeacherConfig, load_teachers, overlap, training_ids
 from trainer.parts.teacher_digests import TeacherDigests
-from trainer.parts.token_selection import SelectsTokens, token_parts
+from trainer.parts.token_selection import token_parts
 from trainer.recipe import Context, Encode, Part, Samples
 from trainer.types import Batch, Features, Losses, Progress, TowerName
 
 
-class Config(SelectsTokens, KnowsGroups, RecipeConfig):
+class Config(ComparesViews, Distils, KnowsGroups, RecipeConfig):
     """Defaults are the recipe of the paper's 8-GPU run; K is a tenth of an episode."""
 
     name: Literal["protoclip"] = "protoclip"
@@ -111,7 +114,12 @@ def build_model(
     *,
     seed: int = 0,
 ) -> TwoTower:
-    return build_two_tower(config.model, tokenizer, comm, seed=seed)
+    return build_towers_of_views(
+        *(config.model, tokenizer, comm or Comm.solo()),
+        heads=config.heads,
+        views=config.views,
+        seed=seed,
+    )
 
 
 class Recipe:
@@ -121,10 +129,11 @@ class Recipe:
         self.episode = EpisodeTables(context.comm)
         self.parts: dict[str, Part] = {
             "episode": self.episode,
-            **token_parts(config, context, self.model),
+            **token_parts(config, context, self.model, views=config.views),
         }
         self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
-        self.parts |= self.groups.parts
+        self.distilled = Distillation(config, config.model, context)
+        self.parts |= self.groups.parts | self.distilled.parts
         self.episodes = Episodes.of_run(
             config.episode_samples,
             context,
@@ -163,7 +172,7 @@ class Recipe:
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """w_clip L_clip + w_proto (L_image + L_text) / 2 + the same for each teacher."""
         image, text, scale = map(features.tensor, ("image", "text", "logit_scale"))
-        clip = info_nce(image, text, scale, self.comm)
+        clip = mean_over_views(features, lambda view: info_nce(view, text, scale, self.comm))
         losses = Losses().with_term("clip", clip, self.config.clip_weight)
         for term in self.episode.tables:
             losses = losses.with_term(term.name, *self._prototype_term(term, features, batch))
@@ -172,6 +181,8 @@ class Recipe:
                 losses = losses.with_term(
                     f"{term.name}_overuse", self._overused(term, features), weight
                 )
+        losses += self_supervision(self.config, features, batch, self.comm)
+        losses += self.distilled.losses(features, batch)
         return losses + self.groups.losses(image, batch, step)
 
     def _prototype_term(self, term: Term, features: Features, batch: Batch) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""Two towers whose image side says more of several views: SimCLR's rows and BYOL's (A-CLIP)."""
+"""Two towers whose image side says more of several views: SimCLR's rows and BYOL's."""
 
 from __future__ import annotations
 
@@ -24,23 +24,32 @@ from trainer.types import Batch, Features, TowerName
 class SelfSupervisedHeads(NamedTuple):
     """What is built; a head that is None is left out."""
 
-    simclr: HeadConfig | None
-    byol: HeadConfig | None
+    simclr: HeadConfig | None = None
+    byol: HeadConfig | None = None
     """Of the projector; the predictor is of the same sizes."""
 
 
-class AclipModel(TwoTower):
+class SelfSupervisedTowers(TwoTower):
     """In training, rows for every view; in an evaluation, the two towers."""
 
-    def __init__(self, config: TwoTowerConfig, *, image: Tower, text: Tower) -> None:
-        super().__init__(config, image=image, text=text)
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        *,
+        image: Tower,
+        text: Tower,
+        image_head: ProjectionHead | None = None,
+        text_head: ProjectionHead | None = None,
+    ) -> None:
+        super().__init__(config, image=image, text=text, image_head=image_head, text_head=text_head)
         self.simclr_head: ProjectionHead | None = None
         self.byol_projector: ProjectionHead | None = None
         self.byol_predictor: ProjectionHead | None = None
 
     def forward(self, batch: Batch) -> Features:
-        """Beside the first view's `image`: `further` [batch, views - 1, dim], `simclr` and `byol`
-        [batch, views, dim], as unit vectors in float32. Heads read what the projection reads.
+        """Beside the first view's `image`, and what its head makes of that: `further` [batch,
+        views - 1, dim], `simclr` and `byol` [batch, views, dim], as unit vectors in float32. Their
+        heads read what the projection reads.
 
         Of a cover alone: its patches' scores, and `byol_target` [batch, dim].
         """
@@ -52,11 +61,13 @@ class AclipModel(TwoTower):
             lambda views: self.image(views, kept=all_kept(batch), wanted="pooled"), batch
         )
         rows = {"byol": self._predicted(pooled), "simclr": self._found(pooled)}
-        embedded = _unit(self.image.projection(pooled))
+        raw = self.image.projection(pooled)
+        embedded = _unit(raw)
         rows["further"] = embedded[:, 1:] if embedded.shape[1] > 1 else None
         more = {name: value for name, value in rows.items() if value is not None}
         texts = super().forward(batch._replace(images=None, cover=None))
-        return texts._replace(image=embedded[:, 0], more=more or None)
+        projected = None if self.image_head is None else _unit(self.image_head(raw[:, 0]))
+        return texts._replace(image=embedded[:, 0], image_projected=projected, more=more or None)
 
     def _of_cover(self, batch: Batch) -> Features:
         features, pooled = scored(self.image, batch)
@@ -84,18 +95,27 @@ class AclipModel(TwoTower):
         return super().parameter_depth(name)
 
 
-def build_aclip_model(
+def build_towers_of_views(
     config: TwoTowerConfig,
     tokenizer: PreTrainedTokenizerFast | None,
     comm: Comm,
     *,
     heads: SelfSupervisedHeads,
-    frozen_patches: bool,
+    views: int,
     seed: int = 0,
-) -> AclipModel:
-    """The towers of `config` as `build_two_tower` makes them, and heads; equal on all ranks."""
+) -> TwoTower:
+    """The towers of `config` as `build_two_tower` makes them, with what further views and their
+    heads need, if there are any; equal on all ranks."""
     towers = build_two_tower(config, tokenizer, comm, seed=seed)
-    model = AclipModel(config, image=towers.image, text=towers.text)
+    if views == 1 and heads == SelfSupervisedHeads():
+        return towers
+    model = SelfSupervisedTowers(
+        config,
+        image=towers.image,
+        text=towers.text,
+        image_head=towers.image_head,
+        text_head=towers.text_head,
+    )
     width = _pooled_width(model, config.image_size)
     if heads.simclr is not None:
         with seeded(seed, "simclr"):
@@ -105,8 +125,6 @@ def build_aclip_model(
             with seeded(seed, name):
                 head = ProjectionHead(heads.byol, input_dim=reads, comm=comm, bias=False)
                 setattr(model, name, head)
-    if frozen_patches:
-        freeze_patch_projection(model)
     return model
 
 
