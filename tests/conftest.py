@@ -13,6 +13,7 @@ from tests.lanes import (
     pytest_ignore_collect,
     pytest_runtest_call,
     pytest_runtest_teardown,
+    pytest_terminal_summary,
 )
 from tests.shapes import check_shapes
 
@@ -22,6 +23,7 @@ __all__ = [
     "pytest_ignore_collect",
     "pytest_runtest_call",
     "pytest_runtest_teardown",
+    "pytest_terminal_summary",
 ]
 
 check_shapes("trainer")

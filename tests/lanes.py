@@ -13,6 +13,7 @@ import multiprocessing.process
 import re
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -20,9 +21,15 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = 10
+"""A property is tried on so many examples in the fast lane, instead of what it says itself."""
+SECONDS, SHOWN = 0.6, 10
+"""Of a core: a test that takes more is not for the fast lane, which names so many."""
+TOOK = "seconds of a core"
 STARTERS = (subprocess, multiprocessing)
 """Modules that start processes; a test that reaches one of them through its code is heavy."""
 
@@ -37,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         heavy = [is_heavy(item) for item in items]
         config.hook.pytest_deselected(items=list(compress(items, heavy)))
         items[:] = [item for item, is_one in zip(items, heavy, strict=True) if not is_one]
+        for item in items:
+            draw_few(getattr(item, "function", None))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -47,9 +56,23 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    lane.is_fast = item.config.getoption("--fast")
+    lane.is_fast, begun = item.config.getoption("--fast"), time.process_time()
     yield
     lane.is_fast = False
+    item.user_properties.append((TOOK, time.process_time() - begun))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says which tests of the fast lane should be marked heavy."""
+    if not config.getoption("--fast"):
+        return
+    took = {
+        report.nodeid: dict(report.user_properties).get(TOOK, 0.0)
+        for report in terminalreporter.stats.get("passed", [])
+    }
+    for name, seconds in sorted(took.items(), key=lambda each: -each[1])[:SHOWN]:
+        if seconds > SECONDS:
+            terminalreporter.write_line(f"heavy? {seconds:.1f} s of a core: {name}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,6 +82,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     if dist is not None and dist.is_initialized():
         dist.destroy_process_group()
         pytest.fail(f"{item.nodeid} leaves its process group to the next test", pytrace=False)
+
+
+def draw_few(function: Any) -> None:
+    """Fewer examples of a property; what decides is hypothesis' own settings of the function."""
+    own = getattr(function, "_hypothesis_internal_use_settings", None)
+    if own is not None:
+        few = hypothesis.settings(own, max_examples=min(EXAMPLES, own.max_examples))
+        function._hypothesis_internal_use_settings = few
 
 
 # -- what starts processes ----------------------------------------------------------------------

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import integers
 
 from tests import ranks
-from tests.lanes import changed_tests, dependants, starts_processes
+from tests.lanes import EXAMPLES, changed_tests, dependants, draw_few, starts_processes
 from tests.ranks import run_ranks
 
 
@@ -43,6 +45,21 @@ def harmless() -> str:
 def test_what_starts_processes_is_seen_in_its_code(function) -> None:
     assert starts_processes(function)
     assert not starts_processes(harmless)
+
+
+@pytest.mark.parametrize("examples", [4, 60])
+def test_a_property_is_tried_on_few_examples_and_never_on_more_than_it_says(examples: int) -> None:
+    seen = []
+
+    @settings(max_examples=examples, database=None)
+    @given(integers())
+    def holds(value: int) -> None:
+        seen.append(value)
+
+    draw_few(holds)
+    holds()
+    assert len(seen) == min(examples, EXAMPLES)
+    draw_few(len)  # whatever has no settings is left as it is
 
 
 FILES = {

@@ -58,11 +58,13 @@ def test_a_port_that_is_taken_is_named():
             meeting_point(Place(0, 2, 0, "127.0.0.1", port), timedelta(seconds=5))
 
 
+@pytest.mark.heavy
 def test_a_host_that_nobody_knows_is_named_at_once():
     with pytest.raises(ConfigError, match=r"'no-such-host\.invalid' is no known host"):
         meeting_point(Place(1, 2, 0, "no-such-host.invalid", 29500), timedelta(seconds=600))
 
 
+@pytest.mark.heavy
 def test_who_waits_says_for_whom(monkeypatch, capsys):
     monkeypatch.setattr(meeting, "SAY_EVERY_SECONDS", 0.3)
     with socket.socket() as probe:

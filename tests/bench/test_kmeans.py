@@ -58,6 +58,7 @@ def test_studies() -> None:
     assert [size.points for size in growth[3:]] == [50_000, 100_000, 200_000, 400_000]
 
 
+@pytest.mark.heavy
 def test_plots(tmp_path: Path) -> None:
     sizes = [Size(100, 4, 8), Size(100, 8, 8), Size(200, 4, 8)]
     rows = [

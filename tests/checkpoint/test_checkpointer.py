@@ -97,6 +97,7 @@ def test_a_save_beside_training_copies_first_and_the_next_waits_for_it(tmp_path:
 # -- damage -------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_every_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     draw, newest = random.Random(0), tmp_path / "step-00000002"
@@ -375,6 +376,7 @@ def test_misuse_is_told_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
     assert "Not a directory" in first[3]
 
 
+@pytest.mark.heavy
 def test_a_stretch_of_a_stored_tensor_is_that_of_the_whole_in_a_row(tmp_path):
     stored = {
         "matrix": torch.randn(7, 5),

@@ -108,6 +108,7 @@ def test_faiss_backend_equals_the_original(name: str) -> None:
     assert result.inertia == pytest.approx(float(golden["final_inertia_fp64"]), rel=1e-6)
 
 
+@pytest.mark.heavy
 def test_equals_faiss_and_sklearn_from_the_same_start() -> None:
     import faiss
     from sklearn.cluster import KMeans
@@ -418,6 +419,7 @@ def test_empty_clusters_are_refilled_from_the_largest() -> None:
     assert (longer.counts > 0).all()
 
 
+@pytest.mark.heavy
 def test_mistakes_are_named() -> None:
     points = torch.randn(5, 3)
     with pytest.raises(ConfigError, match=r"6 clusters .* there are 5; use at most 5"):

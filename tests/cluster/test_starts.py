@@ -46,6 +46,7 @@ def test_starts_and_duplicates_are_the_same_on_any_ranks() -> None:
     assert len(alone["kept"]) == 600
 
 
+@pytest.mark.heavy
 def test_a_start_is_better_than_drawn_points() -> None:
     points = mixture(2000, 10, components=64, spread=0.02, seed=5)
     inertia = {
@@ -61,6 +62,7 @@ def test_a_start_is_better_than_drawn_points() -> None:
     assert inertia["hierarchical"] < 0.9 * inertia["sampled"]
 
 
+@pytest.mark.heavy
 def test_too_many_clusters_for_far_apart_points() -> None:
     points = torch.zeros(50_002, 1)
     config = KMeansConfig(clusters=50_001, iterations=1, start="parallel")

@@ -86,6 +86,7 @@ def test_distances_and_the_first_of_the_list() -> None:
     assert (looked.ids == found.ids).float().mean() > 0.25
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_lists_do_not_depend_on_the_batch(rows: int) -> None:
     points = mixture(200, 20, components=30, spread=0.5, seed=2)

@@ -65,6 +65,7 @@ def spec(tmp_path_factory) -> str:
     return write_corpus(tmp_path_factory.mktemp("captions") / "data")
 
 
+@pytest.mark.heavy
 def test_a_caption_is_what_the_model_itself_generates_of_the_image(spec, folder, tmp_path):
     captions(Comm.solo(), spec, folder, tmp_path / "out", None)
     found, shards = GeneratedCaptions(tmp_path / "out"), ShardSet.open(spec)

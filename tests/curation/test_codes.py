@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.functional import normalize
 
@@ -30,6 +31,7 @@ def groups(rows: torch.Tensor) -> torch.Tensor:
     return found[:, None] == found[None]
 
 
+@pytest.mark.heavy
 def test_relabelled_codes_leave_the_bags_clusters_and_change_those_of_raw_numbers():
     codes, labels = images()
     renamed = torch.randperm(CODES, generator=torch.Generator().manual_seed(1))[codes]

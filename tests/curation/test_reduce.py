@@ -172,6 +172,7 @@ def _usable_scores(shards: ShardSet, scan: Path) -> np.ndarray:
     return np.concatenate([rows.score[rows.usable].astype(np.float64) for rows in found])
 
 
+@pytest.mark.heavy
 def test_figures_are_plain_json(scanned, tmp_path):
     spec, scan = scanned
     out = tmp_path / "out"

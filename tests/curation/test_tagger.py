@@ -50,6 +50,7 @@ def test_thresholds_have_the_asked_precision_and_the_lowest_such_is_taken(tmp_pa
         read_thresholds(tmp_path / "t.json", Bank.of_names(WORDS[:6]))
 
 
+@pytest.mark.heavy
 def test_a_higher_threshold_tags_no_more_and_joint_counts_are_under_both(tmp_path):
     spec = write_corpus(tmp_path / "data")
     classes = class_vectors(BANK.names, ["{}"], pair().text_vectors)

@@ -186,6 +186,7 @@ PAX = header(b"pax", 512, b"x") + (b"512 comment=" + b"a" * 499 + b"\n")
 WIDE = header(b"pax", 65_536, b"x") + b"6 a=b\n" * 10_922 + b"4 =\n"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -321,6 +322,7 @@ def test_a_server_that_lies_about_lengths(
                 remote.read_file(f"{server.url}/a.bin", at_most=999)
 
 
+@pytest.mark.heavy
 def test_a_server_that_sends_a_byte_a_second_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

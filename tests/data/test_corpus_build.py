@@ -84,6 +84,7 @@ def test_every_split_is_there(built: Built) -> None:
     ]
 
 
+@pytest.mark.heavy
 def test_the_manifest_counts_what_the_shards_hold(built: Built) -> None:
     manifest = json.loads((built.folder / "manifest.json").read_text("utf-8"))
     assert manifest == built.manifest

@@ -39,6 +39,7 @@ def read_each(path: Path) -> tuple[Samples, list[str]]:
     return read, problems
 
 
+@pytest.mark.heavy
 def test_every_cut_is_reported_with_both_sizes(shard):
     path, samples = shard
     whole = path.read_bytes()
@@ -84,6 +85,7 @@ def test_every_header_flip_is_read_right_or_reported(shard):
     path.write_bytes(whole)
 
 
+@pytest.mark.heavy
 def test_every_flip_of_content_is_reported(shard):
     path, samples = shard
     whole = path.read_bytes()
@@ -100,6 +102,7 @@ def test_every_flip_of_content_is_reported(shard):
     path.write_bytes(whole)
 
 
+@pytest.mark.heavy
 def test_an_index_is_not_built_from_a_damaged_shard(shard, tmp_path):
     """Without an index a cut in the closing zeros is harmless, and so are flips of spaces."""
     whole, samples = shard[0].read_bytes(), shard[1]

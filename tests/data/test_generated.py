@@ -46,6 +46,7 @@ def test_texts_are_found_by_id_and_an_empty_one_is_a_text(tmp_path):
     assert found.added({"txt": b"x"}, 4) == {"txt": b"x"}
 
 
+@pytest.mark.heavy
 def test_captions_in_parts_are_the_bytes_of_all_at_once_and_never_in_memory_together(tmp_path):
     def part(number: int) -> dict[int, str]:
         ids = range(number - 500, 4000 - 500, 8)

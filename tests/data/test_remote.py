@@ -69,6 +69,7 @@ def test_a_missing_file_is_not_asked_for_again(tmp_path):
             assert server.count[f"any /{name}"] <= 2
 
 
+@pytest.mark.heavy
 def test_a_server_without_ranges_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.bin").write_bytes(bytes(100))
     monkeypatch.setattr("tests.data.bad_server.re.fullmatch", lambda *_: None)

@@ -224,6 +224,7 @@ def test_a_stream_of_commands_and_names_knows_its_shards_again(tmp_path: Path) -
         open_stream(f"{tmp_path}/a/*0.tar", before=first.shard_lines, **web)
 
 
+@pytest.mark.heavy
 def test_what_was_made_of_another_download_is_refused(tmp_path: Path) -> None:
     """Vectors, and clusters of them, of shards that have the names and keys of the run's."""
     specs = downloads(tmp_path, "one", "two")

@@ -91,6 +91,7 @@ def test_batches_do_not_depend_on_workers_memory_or_restarts(tmp_path):
     assert not torch.equal(epochs[0].sum(0), epochs[1].sum(0))
 
 
+@pytest.mark.heavy
 def test_world_size_changes_who_trains_not_what(tmp_path):
     spec = write_shards(tmp_path, [7, 12, 4])
     alone = open_stream(spec, global_batch=12, micro_batch=3)
@@ -111,6 +112,7 @@ def test_seek_to_a_count_that_is_no_multiple(tmp_path):
     assert ids_of(stream, 3) == ids[8:26]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("start", "count"), [(0, 24), (5, 17), (12, 1), (20, 30), (3, 0)])
 def test_view_gives_the_samples_that_training_will_see(tmp_path, start, count):
     spec = write_shards(tmp_path, [11, 9])
@@ -193,6 +195,7 @@ def test_a_bad_sample_is_one_line_and_has_a_substitute(tmp_path):
     assert sum(counts.values()) == 46
 
 
+@pytest.mark.heavy
 def test_a_run_that_goes_on_repeats_no_line_of_the_ledger(tmp_path):
     """However often it is stopped, on however many ranks; a torn line does not count."""
     spec = broken_shard(tmp_path, good=40, bad=6)

@@ -209,6 +209,7 @@ def drawn_factors(name: str, strength: float, count: int) -> torch.Tensor:
     return (y - origin[name]).flatten(1)[:, pixel] / away[pixel]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_a_colour_change_is_kornias_with_a_uniform_factor(name):
     factors = drawn_factors(name, 0.4, 400)

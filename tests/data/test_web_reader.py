@@ -37,6 +37,7 @@ def open_web(spec: str, **config):
     return open_stream(spec, **{"reader": "webdataset", "epoch_samples": 30, **config})
 
 
+@pytest.mark.heavy
 def test_batches_have_the_same_form_and_ids(tmp_path):
     spec = write_shards(tmp_path, [12, 9, 9])
     known = set(ShardSet.open(spec).ids.tolist())

@@ -127,6 +127,7 @@ def test_a_port_that_is_taken(folder, monkeypatch):
         assert f"port {port} (MASTER_PORT) is taken" in wrong(machine())["launcher"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("override", "about", "sentence"),
     [

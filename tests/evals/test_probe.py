@@ -120,6 +120,7 @@ def test_an_unfinished_fit_says_so() -> None:
         fit(rows, labels, **options)
 
 
+@pytest.mark.heavy
 def test_the_evaluation_reports_an_unfinished_fit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

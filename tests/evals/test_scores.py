@@ -60,6 +60,7 @@ def test_filler_never_matches_filler() -> None:
     assert figures["top1"] == figures["top5"] == 0.0
 
 
+@pytest.mark.heavy
 def test_chance_is_that_of_drawing_without_replacement() -> None:
     rights = torch.tensor([0, 1, 2, 5])
     draw = random.Random(0)

@@ -67,6 +67,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(one.flatten(), other.flatten())[0, 1])
 
 
+@pytest.mark.heavy
 def test_the_pixel_floor_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     bank, tests = random_pictures(40, seed=0), random_pictures(30, seed=1)
     bank[20:] = bank[:20]  # every picture twice, under two names: the first one counts

@@ -44,6 +44,7 @@ def cut_model(folder: Path | None = None, **shapes: NarrowShape) -> TwoTower:
     return model.eval()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("image", "text"), [(ROOMY, EMPTY), (EMPTY, ROOMY), (ROOMY, None)])
 @torch.no_grad()
 def test_a_cut_model_is_filled_up_with_zeros_and_says_the_same(
@@ -72,6 +73,7 @@ def test_a_cut_model_is_filled_up_with_zeros_and_says_the_same(
     assert "cut: 2 layers of width" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_a_cut_model_that_no_class_holds_is_exported_by_our_own_names(tmp_path: Path) -> None:
     model, tokenizer = cut_model(tmp_path / "whole", image=TIGHT, text=ROOMY), word_tokenizer()

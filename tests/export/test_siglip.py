@@ -59,6 +59,7 @@ def batch_of(model: TwoTower, pixels: torch.Tensor) -> Batch:
     return Batch(pixels, tokens, mask, torch.arange(len(pixels)))
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_a_trained_siglip_is_transformers_own_again(tmp_path: Path) -> None:
     """Embeddings, logits with scale and bias, and the probabilities of the pipeline."""

@@ -211,6 +211,7 @@ def test_native_weights_come_back_bit_for_bit_without_the_original_folders(
         assert all(torch.equal(v, ours[n]) for n, v in alone.state_dict().items() if n in ours)
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_a_clip_that_was_loaded_from_a_folder_exports_as_clip_again(tmp_path: Path) -> None:
     export_model(moved_model(), word_tokenizer(), tmp_path / "first")
@@ -284,6 +285,7 @@ def test_a_run_and_its_weights_make_the_model_again() -> None:
     assert torch.equal(rebuilt(small_batch()).image_projected, model(small_batch()).image_projected)
 
 
+@pytest.mark.heavy
 def test_the_tool_exports_the_newest_checkpoint_of_a_workdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
 from trainer.kernels.autotune import ROUNDS, chosen, size_class
@@ -17,6 +18,7 @@ def test_fixed_sizes_are_the_first_and_nothing_is_run() -> None:
     assert (found, ran) == ("one", [])
 
 
+@pytest.mark.heavy
 def test_timed_sizes_are_the_fastest_and_are_remembered() -> None:
     ran: list[float] = []
 

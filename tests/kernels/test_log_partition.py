@@ -34,6 +34,7 @@ def test_gradients_equal_those_of_the_dense_form(
         torch.testing.assert_close(one, other if rows else torch.zeros_like(one))
 
 
+@pytest.mark.heavy
 def test_gradients_pass_a_finite_difference_check() -> None:
     left, right, valid = inputs(4, 11, 3, seed=1)
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)

@@ -55,6 +55,7 @@ def test_values_and_gradients_equal_the_dense_form(
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.heavy
 def test_gradients_pass_a_finite_difference_check() -> None:
     problem = ragged_problem(5, 9, 3, 2, seed=8, extra=2)
     leaves = problem.queries.requires_grad_(), problem.rows.requires_grad_()

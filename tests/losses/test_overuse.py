@@ -97,6 +97,7 @@ def test_one_two_and_four_ranks_find_the_same(count: int) -> None:
             np.testing.assert_allclose(found, alone[name], rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.heavy
 def test_mlcd_adds_it_and_moves_its_rows_by_it(tmp_path: Path) -> None:
     config = mlcd.changed(mlcd.config_in(tmp_path), *mlcd.WHOLE)
     plain = mlcd.one_loss(config)[0]
@@ -115,6 +116,7 @@ def test_mlcd_adds_it_and_moves_its_rows_by_it(tmp_path: Path) -> None:
     assert float((gradients[0] - gradients[1]).abs().max()) > 1e-6
 
 
+@pytest.mark.heavy
 def test_protoclip_adds_it_to_both_terms(tmp_path: Path) -> None:
     recipe, stream = protoclip.built(
         protoclip.config_in(tmp_path, "recipe.overuse={weight: 0.3}"), SOLO

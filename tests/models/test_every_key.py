@@ -122,6 +122,7 @@ def test_keys_of_a_model_show_or_are_refused(kind: str, tmp_path: Path) -> None:
             verdict((kind, key, value), before, changed)
 
 
+@pytest.mark.heavy
 def test_keys_of_low_rank_additions_show_or_are_refused(tmp_path: Path) -> None:
     start = values_of("clip", tmp_path)
     start["image"] = {**start["image"], "lora": {}}

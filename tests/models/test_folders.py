@@ -148,6 +148,7 @@ def test_a_sentence_folder_says_how_its_texts_are_pooled(tmp_path: Path) -> None
 # -- pairs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("make", "dim"), [(folders.clip, 24), (folders.siglip, 32), (folders.chinese_clip, 24)]
 )
@@ -204,6 +205,7 @@ def refused(says: str, path: Path, part: str = "image", **section: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.heavy
 def test_what_can_be_no_tower_is_refused_in_a_sentence(tmp_path: Path) -> None:
     save(tmp_path / "naflex", folders.siglip2_naflex)
     refused("use a checkpoint of one fixed resolution", tmp_path / "naflex")

@@ -57,6 +57,7 @@ def test_merged_additions_say_the_same_and_are_gone(tmp_path: Path) -> None:
     assert names == dict(AutoModel.from_pretrained(tmp_path).named_parameters()).keys()
 
 
+@pytest.mark.heavy
 def test_an_export_has_plain_towers_and_loads_again(tmp_path: Path) -> None:
     model, batch = built(save_llama(tmp_path / "llama"), layers=["q_proj"], rank=2), small_batch()
     with torch.no_grad():

@@ -70,6 +70,7 @@ def test_every_division_of_the_table_gives_the_same_bits() -> None:
     assert not torch.equal(other.rows, whole.rows)
 
 
+@pytest.mark.heavy
 def test_steps_below_the_last_bit_are_not_lost() -> None:
     """A thousandth of the last bit a step: nearest neighbours would stay where they are."""
     config = RowOptimizerConfig(learning_rate=2.0**-17, weight_decay=0.0, rows="bfloat16")

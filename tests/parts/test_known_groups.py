@@ -171,6 +171,7 @@ def share_after_training(effect: str, weight: float, *, shown: float) -> float:
     return share_of_groups(normalize(inputs @ tower).detach(), groups)
 
 
+@pytest.mark.heavy
 def test_a_group_is_kept_or_removed() -> None:
     """Shares measured: removed 0.117 -> 0.001, kept 0.001 -> 0.072."""
     shown = share_after_training("remove", 0, shown=1)

@@ -70,6 +70,7 @@ def test_points_are_the_mean_of_unit_vectors_in_their_frame(tmp_path: Path, kind
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-6)
 
 
+@pytest.mark.heavy
 def test_pooled_and_each_facet(tmp_path: Path) -> None:
     config, store = store_in(tmp_path)
     ids, vectors = everything(store)
@@ -188,6 +189,7 @@ def test_a_teacher_s_term_is_the_papers(tmp_path: Path, temperature: float) -> N
     assert float(losses["image_from_t"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.heavy
 def test_groups_that_an_episode_lacks_are_masked_and_unknown_samples_left_out(
     tmp_path: Path,
 ) -> None:

@@ -237,6 +237,7 @@ def test_labels_are_the_nearest_centroids_and_figures_are_theirs(
     assert figures["size_p50"] == sorted(counts.tolist())[10]
 
 
+@pytest.mark.heavy
 def test_a_warm_start_goes_on_from_a_table(store: Path, tmp_path: Path) -> None:
     first = ClusterJob(kmeans=KMeansConfig(clusters=20, iterations=3))
     out = cluster_store(store, tmp_path / "first", first, Comm.solo(), say=silent)

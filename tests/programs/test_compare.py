@@ -43,6 +43,7 @@ def grid_in(folder: Path, **changes: object) -> Path:
     return path
 
 
+@pytest.mark.heavy
 def test_a_grid_trains_each_cell_once_and_writes_its_table(tmp_path, capsys):
     """Two cells at a time, each of two ranks with the cards that are its own."""
     comparison = load_comparison(grid_in(tmp_path))

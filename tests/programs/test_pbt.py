@@ -81,6 +81,7 @@ def test_a_tiny_grid_with_teachers_trains_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "grid" / "table.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.heavy
 def test_a_comparison_is_drawn_whatever_is_missing(tmp_path: Path) -> None:
     plot_comparison(
         {"a": [{"x": 1.0}, {"x": 2.0, "y": 3.0}], "b": [{"y": 1.0}]},

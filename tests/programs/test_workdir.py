@@ -47,6 +47,7 @@ def trained_run(folder: Path, recipe: str, text: dict[str, object]) -> Path:
     return run.workdir
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [

@@ -113,6 +113,7 @@ def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
+@pytest.mark.heavy
 def test_mistakes_in_one_sentence(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     spec = config.data.train

@@ -114,6 +114,7 @@ def test_the_words_are_those_of_the_models_output(tmp_path: Path, tied: bool) ->
     assert chosen_words(tokenizer, tmp_path / "ids.txt", count=99).tolist() == [4, 9, 77]
 
 
+@pytest.mark.heavy
 def test_wrong_folders_and_lists_in_one_sentence(tmp_path: Path) -> None:
     path = save_language_model(tmp_path / "lm")
     LlamaModel.from_pretrained(path).save_pretrained(tmp_path / "body")
@@ -150,6 +151,7 @@ def batch_of(config: RunConfig) -> Batch:
     return batch
 
 
+@pytest.mark.heavy
 def test_a_text_is_what_the_language_model_says_next(tmp_path: Path) -> None:
     """Before training, by transformers alone, and with rows that are filled on the left."""
     config = config_in(tmp_path)
@@ -206,6 +208,7 @@ def test_an_image_says_its_loudest_patch_and_gradients_are_the_dense_ones(tmp_pa
     )
 
 
+@pytest.mark.heavy
 def test_small_coordinates_count_in_training_only(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     model, batch = built(config).model, batch_of(config)

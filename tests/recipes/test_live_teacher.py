@@ -56,6 +56,7 @@ def batch_of(size: int = 32, count: int = 5) -> Batch:
     return Batch(pixels, tokens, mask, torch.arange(count))
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("make", [folders.clip, folders.siglip, folders.chinese_clip])
 def test_it_says_what_transformers_says_of_the_students_pixels_and_tokens(
@@ -125,6 +126,7 @@ def test_the_loss_is_that_of_its_vectors_and_the_term_says_how_far_it_is(tmp_pat
     assert any("teacher: CLIPModel" in line and line.endswith(" s") for line in notes)
 
 
+@pytest.mark.heavy
 def test_a_run_does_not_go_on_with_another_pair(tmp_path: Path) -> None:
     path, model = pair(tmp_path / "pair")
     config = config_of(tmp_path, path)
@@ -136,6 +138,7 @@ def test_a_run_does_not_go_on_with_another_pair(tmp_path: Path) -> None:
         built(config).parts["teacher"].load_state_dict(state)
 
 
+@pytest.mark.heavy
 def test_mistakes_in_one_sentence(tmp_path: Path) -> None:
     path, _ = pair(tmp_path / "pair")
     bert, _ = save(tmp_path / "bert", TEXTS["bert"])

@@ -112,6 +112,7 @@ def one_loss(config: RunConfig, step: int = 0) -> tuple[Losses, Tensor, Tensor, 
 # -- by the formulas --------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_mlcd_is_the_paper_s_formula_over_all_other_prototypes(base):
     losses, rows, labels, table = one_loss(changed(base, *WHOLE, "recipe.margin_size=0.3"))
     assert labels.shape == (12, 3)
@@ -141,6 +142,7 @@ def test_mlcd_is_the_paper_s_formula_over_all_other_prototypes(base):
     assert "negative_cosine" in one_loss(rarely, step=1)[0]
 
 
+@pytest.mark.heavy
 def test_one_label_is_plain_softmax_cross_entropy_for_three_losses(base):
     """pfc_ce, slots and mlc agree where there is one label; mlcd adds what the paper says."""
     values = {}
@@ -171,6 +173,7 @@ def renamed(config: RunConfig, name: str, dropped: str, *overrides: str) -> RunC
     return parse_run(yaml.safe_dump(values), overrides)
 
 
+@pytest.mark.heavy
 def test_partial_fc_unicom_and_rice_are_what_the_old_spelling_computes(base):
     """To the last bit; and both tell their parts by the same names, so a checkpoint goes on."""
     one = ("recipe.classes=[subgroup]", "recipe.labels_per_sample=1")
@@ -189,6 +192,7 @@ def test_partial_fc_unicom_and_rice_are_what_the_old_spelling_computes(base):
         assert parts.keys() == ours_parts.keys()
 
 
+@pytest.mark.heavy
 def test_partial_fc_s_rule_is_on_wherever_its_loss_is_and_unicom_names_its_missing_key(base):
     """Also where only other keys of the head are given, and off for those who say so."""
     one = ("recipe.classes=[subgroup]", "recipe.labels_per_sample=1")
@@ -203,6 +207,7 @@ def test_partial_fc_s_rule_is_on_wherever_its_loss_is_and_unicom_names_its_missi
         renamed(changed(old, "recipe.features_kept=5"), "unicom", "features_kept")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sampling", ["rows", "blocks"])
 def test_a_small_share_of_few_rows_still_has_negatives_in_every_step_and_says_so(base, sampling):
     from trainer.run import loading_notes
@@ -246,6 +251,7 @@ def test_hardly_any_step_of_any_small_table_is_without_negatives(rate, count, la
     assert rate_with_negatives(0.0, count, labels=labels, sampling=sampling) == 0
 
 
+@pytest.mark.heavy
 def test_the_margin_is_taken_from_positives_alone_and_the_filter_from_negatives(base):
     one = ("recipe.loss=pfc_ce", "recipe.classes=[subgroup]", "recipe.head.sample_rate=1.0")
     _, rows, labels, table = one_loss(changed(base, *one))

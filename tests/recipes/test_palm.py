@@ -108,6 +108,7 @@ def test_three_steps_of_the_published_program_through_the_recipe(base, tmp_path,
         torch.testing.assert_close(gradient, said["grad_total"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.heavy
 def test_mistakes_are_named_before_anything_is_trained(base, tmp_path):
     for overrides, message in [
         (["recipe.classes=null"], "either `labels`"),

@@ -134,6 +134,7 @@ def test_translating_a_space_by_its_own_labels_gives_its_centroids(tmp_path):
     torch.testing.assert_close(means.rows, recipe.episode.centroids["image"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.heavy
 def test_a_term_is_the_paper_s_and_every_switch_changes_it(tmp_path):
     """The image term in float64 by the paper's formula; each parity switch moves some term."""
     terms = {}

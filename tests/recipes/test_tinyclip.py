@@ -45,6 +45,7 @@ def config_of(folder: Path, *overrides: str, gates: str | None = None) -> RunCon
     )
 
 
+@pytest.mark.heavy
 def test_the_first_step_of_a_pair_that_is_its_own_teacher(tmp_path: Path) -> None:
     """Student and teacher agree: nothing is above the least value, and no gradient is left."""
     path, model = pair(tmp_path / "pair", folders.clip)
@@ -80,6 +81,7 @@ def test_its_other_term_is_clip_to_the_bit_and_a_sure_teacher_says_the_same(
     torch.testing.assert_close(soft, losses["clip"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.heavy
 def test_a_fixed_scale_is_the_students_whatever_it_learns(tmp_path: Path) -> None:
     fixed = built(config_of(tmp_path, "recipe.student_scale=50"))
     learned = built(config_of(tmp_path, "recipe.model.logit_scale_init=50"))
@@ -92,6 +94,7 @@ def test_a_fixed_scale_is_the_students_whatever_it_learns(tmp_path: Path) -> Non
     assert float(still.abs()) == 0.0 < float(moved.abs())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("width", ["leading", "magnitude"])
 def test_a_student_begins_with_a_part_of_the_teachers_weights(tmp_path: Path, width: str) -> None:
     path, model = pair(tmp_path / "pair", folders.clip)
@@ -121,6 +124,7 @@ def test_a_student_begins_with_a_part_of_the_teachers_weights(tmp_path: Path, wi
                         f"recipe.model.image={half}", f"recipe.model.text={half}"))  # fmt: skip
 
 
+@pytest.mark.heavy
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
     for gates, said in (
         ("{stages: []}", "stages"),

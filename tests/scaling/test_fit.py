@@ -124,6 +124,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", KNOWN)
 def test_a_law_in_compute_without_noise_is_found_again(form):
     numbers, error_of = KNOWN[form]
@@ -205,6 +206,7 @@ def test_a_run_that_another_one_dominates_changes_no_frontier_and_no_law():
         assert after.weight.sum() == before.weight.sum()
 
 
+@pytest.mark.heavy
 def test_units_of_compute_change_neither_exponent_nor_prediction():
     table = along_compute(KNOWN["floor"][1], noise=0.01)
     other = columns(row.model_copy(update={"compute": row.compute / 6e9}) for row in table.rows)

@@ -83,6 +83,7 @@ def test_twice_the_samples_are_planned_with_twice_the_products(tmp_path):
     assert large > small
 
 
+@pytest.mark.heavy
 def test_budgets_that_cool_one_run_down_are_planned_without_what_they_share(tmp_path):
     path = study_in(tmp_path, samples_seen=[80, 160, 320], models={"one": []})
     whole = {e.cell.samples: e for e in all_costs(load_study(path))}

@@ -84,6 +84,7 @@ def test_cooldowns_of_a_run_that_is_killed_twice_are_those_of_one_that_is_not(tm
     assert "2 of 2 cells done, nothing left" in told_table(all_costs(study))
 
 
+@pytest.mark.heavy
 def test_the_table_shows_who_trains_and_how_long_the_rest_takes(tmp_path):
     study = load_study(study_in(tmp_path, samples_seen=[80, 160], models={"one": []}))
     small, large = all_costs(study)

@@ -42,6 +42,7 @@ def test_any_division_gives_the_order_of_one_sort(tmp_path, monkeypatch, part_ro
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.store.lookup._PART_ROWS", 20_000)
     peaks = []

@@ -122,6 +122,7 @@ def test_a_sentence_folder_is_followed_in_all_it_says(tmp_path: Path) -> None:
         text_teacher(path)
 
 
+@pytest.mark.heavy
 def test_every_loaded_setting_is_part_of_the_identity(tmp_path: Path) -> None:
     path, _ = save(tmp_path, TEXTS["bert"])
     before = text_teacher(path).identity

@@ -56,6 +56,7 @@ def test_vectors_are_those_of_a_full_forward_pass_of_one_image(vit, spec, layer,
         assert (vector.double() - expected / expected.norm()).abs().max() < 1e-5
 
 
+@pytest.mark.heavy
 def test_the_embedding_of_a_pair_is_the_pairs_own(tmp_path):
     torch.manual_seed(0)
     text = {**SMALL, "vocab_size": 50, "max_position_embeddings": 8}

@@ -194,6 +194,7 @@ def test_a_build_killed_on_four_ranks_and_on_two_is_finished_by_one(spec, tmp_pa
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.heavy
 def test_files_of_one_image_each_are_imported(spec, tmp_path):
     shards = ShardSet.open(spec)
     generator = torch.Generator().manual_seed(0)

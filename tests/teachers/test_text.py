@@ -237,6 +237,7 @@ def test_batches_hold_every_text_once_within_their_budget(lengths, max_tokens):
         assert len(batch) == 1 or len(batch) * longest <= max_tokens
 
 
+@pytest.mark.heavy
 def test_its_identity_changes_with_all_that_decides_its_vectors(folders, tmp_path):
     base = load(folders["llama"]).identity
     changes = {

@@ -17,6 +17,7 @@ def compared(sets: Sets, out: Path) -> str:
     return compare_methods(sets, ["linear"], [0, 1], out, Comm.solo(), say=lambda line: None)
 
 
+@pytest.mark.heavy
 def test_cells_that_are_there_are_not_trained_again_and_the_bytes_are_equal(tmp_path, monkeypatch):
     data = opened(made_store(tmp_path / "store"))
     sets = Sets(data, {"same": data})
