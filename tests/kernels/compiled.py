@@ -2,7 +2,8 @@
 
 A program of its own, because the interpreter, where a test has chosen it, compiles nothing:
 `python -m tests.kernels.compiled fixed` prints one JSON row a build, `... timed` of the other sizes
-that are tried where sizes are timed, `... flags` of what runs switch on.
+that are tried where sizes are timed, `... flags` of what runs switch on, `... kept` of forward
+passes that keep their exponentials.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trainer.kernels.triton_logits import STORING, SUMMING, Launch, exponential_product
+from trainer.kernels.launches import KEEPING, RESIDENT, STORING, SUMMING, Launch
+from trainer.kernels.triton_logits import exponential_product
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -48,10 +50,10 @@ class Build(NamedTuple):
     everything: bool
     launch: Launch
     flags: tuple[str, ...] = ()
-    """Instead of everything, some of `bias`, `ceiling` and `online`."""
+    """Instead of everything, some of `bias`, `ceiling`, `online` and `kept`."""
 
     def has(self, flag: str) -> bool:
-        return self.everything or flag in self.flags
+        return flag in self.flags or (self.everything and flag != "kept")
 
 
 def builds(architectures: Iterable[str], candidates: slice) -> Iterator[Build]:
@@ -74,6 +76,20 @@ def flagged(architectures: Iterable[str]) -> Iterator[Build]:
             yield Build(architecture, storing, False, launch, flags)
 
 
+KEPT = (("kept",), ("bias", "kept"), ("ceiling", "kept"))
+ONLINE = ("bias", "online")
+
+
+def kept(architectures: Iterable[str]) -> Iterator[Build]:
+    """Forward passes that keep, and those whose queries stay: all sizes that are fixed."""
+    for architecture in architectures:
+        mine = [launch for (name, _), launch in RESIDENT.items() if name == architecture]
+        for launch in (*mine, KEEPING[architecture][0]):
+            more = ((), ONLINE) if launch.resident else ()
+            for flags in (*KEPT, *more):
+                yield Build(architecture, False, False, launch, flags)
+
+
 def compiled(build: Build) -> Any:
     launch, names = build.launch, exponential_product.arg_names
     constants = {
@@ -84,11 +100,15 @@ def compiled(build: Build) -> Any:
         "HAS_CEILING": build.has("ceiling"),
         "ONLINE": build.has("online") and not build.storing,
         "STORE": build.storing,
+        "KEEP": build.has("kept"),
+        "RESIDENT": launch.resident,
         "PRECISION": "ieee",
         # A one is a constant to the runtime's compiler too.
         **({"tiles_per_split": 1} if build.storing else {}),
     }
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
+    if build.has("kept"):
+        signature["stored"] = "*bf16"
     aligned = [n for n in names if signature[n].startswith("*") or n in ("dim", "stored_stride")]
     source = ASTSource(
         fn=exponential_product,
@@ -143,6 +163,7 @@ def said(*command: object) -> str:
 def main(which: str) -> None:
     candidates = slice(0, 1) if which == "fixed" else slice(1, None)
     wanted = flagged(("sm90",)) if which == "flags" else builds(TARGETS, candidates)
+    wanted = kept(TARGETS) if which == "kept" else wanted
     for build in wanted:
         try:
             row = report(build)

@@ -19,6 +19,7 @@ from tests.kernels.compiled import (
     amd_code,
     nvidia_code,
 )
+from trainer.kernels.launches import Launch
 from trainer.kernels.triton_assign import (
     GROUP,
     PAIR_DIM,
@@ -26,7 +27,6 @@ from trainer.kernels.triton_assign import (
     maxima_of_groups,
     scores_of_groups,
 )
-from trainer.kernels.triton_logits import Launch
 
 TYPES = {
     "fp16": torch.float16,

@@ -19,9 +19,9 @@ from triton.runtime import interpreter
 from tests.kernels.naive import Problem, naive_logits, pulled_back, ragged_problem
 from trainer.kernels import autotune, triton_logits
 from trainer.kernels.autotune import KernelSizes
+from trainer.kernels.launches import KEEPING, STORING, SUMMING
 from trainer.kernels.log_partition import log_partition
 from trainer.kernels.prototype_logits import prototype_logits
-from trainer.kernels.triton_logits import STORING, SUMMING
 from trainer.kernels.way import Way
 
 
@@ -36,6 +36,7 @@ class Case(NamedTuple):
     biased: bool = False
     extra: int = 0
     sizes: KernelSizes = "fixed"
+    kept_gib: float = 0.0
 
 
 CASES = (
@@ -49,6 +50,17 @@ CASES = (
     Case(129, 260, 24, 2, dtype="bfloat16", scale=64.0),
     Case(4, 0, 8, 2, extra=3),
     Case(70, 129, 64, 2, sizes="timed"),
+    Case(1, 1, 8, 1, kept_gib=1.0),
+    Case(130, 300, 72, 8, ceiling=0.2, biased=True, extra=5, kept_gib=1.0),
+    Case(130, 300, 72, 3, scale=78.0, extra=5, kept_gib=1.0),
+    Case(129, 260, 24, 2, dtype="float16", kept_gib=1.0),
+    Case(129, 260, 24, 2, dtype="bfloat16", kept_gib=1.0),
+    Case(4, 0, 8, 2, extra=3, kept_gib=1.0),
+    Case(70, 129, 64, 2, sizes="timed", kept_gib=1.0),
+    # Queries that stay on the chip, in either form of the backward pass.
+    Case(130, 70, 256, 8, ceiling=0.1, biased=True, extra=5),
+    Case(66, 40, 512, 3, biased=True, kept_gib=1.0),
+    Case(66, 40, 512, 3, scale=100.0),
 )
 SIZES_CASE = Case(130, 300, 72, 8, ceiling=0.2, biased=True, extra=5)
 """Rows of which no tile is a divisor, and more than one block of queries."""
@@ -93,7 +105,10 @@ def by_kernels(case: Case, problem: Problem) -> tuple[tuple[Tensor, ...], tuple[
         bias=None if problem.bias is None else problem.bias.float(),
         ceiling=case.ceiling,
         way=Way(
-            backend="triton", operand_dtype=getattr(torch, case.dtype), kernel_sizes=case.sizes
+            backend="triton",
+            operand_dtype=getattr(torch, case.dtype),
+            kernel_sizes=case.sizes,
+            kept_gib=case.kept_gib,
         ),
     )
     return found, pulled_back(found, problem, leaves)
@@ -182,13 +197,21 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def errors_of_all_sizes() -> list[dict[str, Any]]:
     """Of every size that some architecture may run; warps and stages mean nothing here."""
-    listed = [one for table in (SUMMING, STORING) for some in table.values() for one in some]
+    tables = (SUMMING, STORING, KEEPING)
+    listed = [one for table in tables for some in table.values() for one in some]
     distinct = {(one.queries, one.rows, one.dim): one for one in listed}
     rows = []
     for launch in distinct.values():
-        with patch.dict(SUMMING, sm90=(launch,)), patch.dict(STORING, sm90=(launch,)):
-            rows.append({"case": {**SIZES_CASE._asdict(), "launch": launch}})
-            rows[-1]["errors"] = errors(SIZES_CASE)
+        here = {"sm90": (launch,)}
+        keeping = any(launch in some for some in KEEPING.values())
+        for case in (SIZES_CASE, SIZES_CASE._replace(kept_gib=1.0))[: 1 + keeping]:
+            with (
+                patch.dict(SUMMING, here),
+                patch.dict(STORING, here),
+                patch.dict(KEEPING, here),
+            ):
+                rows.append({"case": {**case._asdict(), "launch": launch}})
+                rows[-1]["errors"] = errors(case)
     return rows
 
 
@@ -210,7 +233,8 @@ def main() -> None:
         print(json.dumps({"case": one._asdict(), "errors": partition_errors(one)}), flush=True)
     for row in errors_of_all_sizes():
         print(json.dumps(row), flush=True)
-    print(json.dumps({"case": SIZES_CASE._asdict(), "repeats": repeats(SIZES_CASE)}), flush=True)
+    for one in (SIZES_CASE, SIZES_CASE._replace(kept_gib=1.0)):
+        print(json.dumps({"case": one._asdict(), "repeats": repeats(one)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,33 @@ def test_machine_code_with_what_runs_switch_on(folder: str) -> None:
         assert programs_at_once(row) >= (2 if most == 128 else 1), row
 
 
+RESIDENT_REGISTERS = 96
+"""At most, in every form of a forward pass whose queries stay on the chip: shared memory lets one
+program of 256 threads run at a time, and its next row tile is under way while it computes."""
+
+
+@pytest.mark.heavy
+def test_machine_code_of_forward_passes_that_keep_their_exponentials(folder: str) -> None:
+    """Nor of those whose queries stay: no spills, no exponential twice, room on a processor."""
+    found = builds(folder, "kept")
+    assert len(found) == 2 * 5 + 4 * 3
+    for row in found:
+        assert "failed" not in row, row
+        assert row["spills"] == 0, row
+        assert 0.9 < row["exponentials_per_logit"] <= 1.15, row
+        assert row["async_copies"] > 0, row
+        if row["architecture"] == "gfx942":
+            assert row["waves"] >= 2, row
+            continue
+        assert row["shared"] <= (SHARED_PER_PROCESSOR[row["architecture"]] - 1) * 1024, row
+        assert programs_at_once(row) >= 1, row
+        width, resident = row["launch"][2], row["launch"][5]
+        if resident:
+            assert row["registers"] <= RESIDENT_REGISTERS, row
+            queries, tile, stages = row["launch"][0], row["launch"][1], row["launch"][4]
+            assert row["shared"] >= 2 * width * (queries + stages * tile), "rows come ahead"
+
+
 @pytest.mark.heavy
 def test_machine_code_of_kernels_that_move_rows(folder: str) -> None:
     """Wide loads, no spills, and enough programs at once to hide how long memory takes."""

@@ -43,8 +43,9 @@ def prototype_logits(
 
     Differentiable once, in queries and rows. On a CPU in their dtype: 4 * queries * rows * dim
     FLOPs forward where a gradient is asked for, else 2, and 4 backward, and memory of one tile
-    besides the results. On a GPU by a Triton kernel: 2 FLOPs forward, 6 backward, and a scratch of
-    2048 queries by rows in halves. Positives are in the inputs' dtype everywhere. Two runs have
+    besides the results. On a GPU by a Triton kernel: 2 FLOPs forward and 4 backward, where the way
+    lets 2 * queries * rows bytes be kept; else 6 backward, and a scratch of some thousand queries
+    by rows in halves. Positives are in the inputs' dtype everywhere. Two runs have
     equal bits unless the way has timed sizes.
     """
     num_negatives = rows.shape[0] if num_negatives is None else num_negatives
@@ -71,7 +72,7 @@ class _PrototypeLogits(torch.autograd.Function):
     def forward(
         ctx: Any, queries: Tensor, rows: Tensor, positives: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
-        negatives, mean = rows[: how.num_negatives], None
+        negatives, mean, kept = rows[: how.num_negatives], None, None
         operands = how.way.operands(queries.device)
         if operands is None:
             values = negatives if ctx.needs_input_grad[0] else None
@@ -80,16 +81,17 @@ class _PrototypeLogits(torch.autograd.Function):
             )
             log_total, mean = sums.log_partition, sums.mean
         else:
-            log_total = _triton_log_negatives(queries, negatives, how, operands)
+            keep = any(ctx.needs_input_grad[:2])
+            log_total, kept = _triton_log_negatives(queries, negatives, how, operands, keep=keep)
         ctx.how = how._replace(pairs=how.pairs._replace(bias=None, excluded=None))
-        ctx.save_for_backward(queries, rows, positives, how.pairs.bias, mean, log_total)
+        ctx.save_for_backward(queries, rows, positives, how.pairs.bias, mean, kept, log_total)
         return log_total, pair_products(queries, rows, positives)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("prototype_logits has no second derivative; drop create_graph=True")
-        queries, rows, positives, bias, mean, log_total = ctx.saved_tensors
+        queries, rows, positives, bias, mean, kept, log_total = ctx.saved_tensors
         how: _How = ctx.how._replace(pairs=ctx.how.pairs._replace(bias=bias, excluded=positives))
         scaled_gradient = gradients[0] * how.scale
         of_queries = torch.zeros_like(queries) if ctx.needs_input_grad[0] else None
@@ -99,7 +101,7 @@ class _PrototypeLogits(torch.autograd.Function):
         if operands is None:
             _torch_gradients(mean, *arguments)
         else:
-            _triton_gradients(*arguments, operands)
+            _triton_gradients(kept, *arguments, operands)
         add_pair_gradients(
             queries, rows, positives, gradients[1], of_queries=of_queries, of_rows=of_rows
         )
@@ -129,18 +131,24 @@ def _torch_gradients(
 
 
 def _triton_log_negatives(
-    queries: Tensor, negatives: Tensor, how: _How, operands: torch.dtype
-) -> Tensor:
+    queries: Tensor, negatives: Tensor, how: _How, operands: torch.dtype, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The sums' logarithms, and the exponentials, where a fixed reference lets them be kept."""
     from trainer.kernels import triton_logits
 
     halves = triton_logits.operands(queries, negatives, dtype=operands)
+    kept = None
+    if keep and how.pairs.reference is not None:
+        most = how.way.kept_gib * 2**30
+        kept = triton_logits.room_to_keep(*halves, most_bytes=most)
     total = triton_logits.log_negatives(
-        *halves, scale=how.scale, pairs=how.pairs, sizes=how.way.kernel_sizes
+        *halves, scale=how.scale, pairs=how.pairs, kept=kept, sizes=how.way.kernel_sizes
     )
-    return total.to(queries.dtype)
+    return total.to(queries.dtype), kept
 
 
 def _triton_gradients(
+    kept: Tensor | None,
     queries: Tensor,
     rows: Tensor,
     gradient: Tensor,
@@ -152,14 +160,25 @@ def _triton_gradients(
 ) -> None:
     from trainer.kernels import triton_logits
 
-    halves = triton_logits.operands(queries, rows[: how.num_negatives], dtype=operands)
+    negatives = rows[: how.num_negatives]
+    of_negatives = None if of_rows is None else of_rows[: how.num_negatives]
+    if kept is not None:
+        # As precise as what the sums were made of.
+        halves = [tensor.to(operands) for tensor in (queries, negatives)]
+        triton_logits.write_kept_gradients(
+            *(*halves, gradient, log_total, kept),
+            reference=how.pairs.reference or 0.0,
+            of_queries=of_queries,
+            of_rows=of_negatives,
+        )
+        return
     triton_logits.write_gradients(
-        *(*halves, gradient, log_total),
+        *(*triton_logits.operands(queries, negatives, dtype=operands), gradient, log_total),
         dim=queries.shape[1],
         scale=how.scale,
         pairs=how.pairs,
         of_queries=of_queries,
-        of_rows=None if of_rows is None else of_rows[: how.num_negatives],
+        of_rows=of_negatives,
         sizes=how.way.kernel_sizes,
     )
 

@@ -20,7 +20,8 @@ import triton.language as tl
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trainer.kernels.triton_logits import Launch, allow_descriptors, architecture_of
+from trainer.kernels.launches import Launch, architecture_of
+from trainer.kernels.triton_logits import allow_descriptors
 
 GROUP = 32
 """Columns of which the largest score is kept. The number of columns is a multiple."""

@@ -1,10 +1,13 @@
 """The negatives of `prototype_logits` on a GPU: one Triton kernel, and cuBLAS or hipBLASLt.
 
 Forward, the kernel multiplies a tile of queries with the rows, takes exponentials in registers and
-adds them up: 2 B K D operations, and no logit leaves the chip. Backward, it recomputes the tiles of
-a block of queries and writes the probabilities, times the gradient, in half precision; two stock
-products make the gradients of them: 6 B K D operations, and a scratch of
-[512 to 8192 queries, rows], whatever the batch.
+adds them up: 2 B K D operations. Where a gradient is asked for, logits are bounded and there is
+room, it also writes the exponentials in bfloat16, whose exponents reach as far as float32's: two
+stock products then make both gradients, 4 B K D operations, and nothing is computed twice.
+
+Elsewhere no logit leaves the chip. The backward pass recomputes the tiles of a block of queries and
+writes the probabilities, times the gradient, in half precision, for the same two products: 6 B K D
+operations, and a scratch of [512 to 8192 queries, rows], whatever the batch.
 
 A form that keeps the gradient of a query tile on the chip was compared by its compiled code. At
 D = 512 that gradient is 128 KiB of accumulators: it spills, or takes each exponential twice, and
@@ -28,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trainer.kernels.autotune import KernelSizes, chosen, size_class
+from trainer.kernels.launches import STORING, Launch, architecture_of, forward_launches
 from trainer.kernels.tiled import LOG2_E, Pairs
 
 SCRATCH_BYTES = 1 << 30
@@ -37,49 +41,10 @@ BLOCK_QUERIES = (512, 8192)
 block, costs 8 * dim / queries bytes a logit, and must not dwarf the 6 of the probabilities."""
 PROGRAMS = 1024
 """Enough programs for every chip, by splitting the rows where there are few queries."""
+HIGHEST_EXPONENT = 88.0
+"""Of e, in float32."""
 HALF_RANGE = 2.0**14
 """Probabilities are stored in float16 times this: normal numbers down to 4e-9."""
-
-
-class Launch(NamedTuple):
-    """Sizes of a program."""
-
-    queries: int = 128
-    rows: int = 128
-    dim: int = 64
-    warps: int = 8
-    stages: int = 3
-
-
-SUMMING = {
-    "sm80": (Launch(), Launch(rows=64, warps=4)),
-    "sm90": (Launch(), Launch(rows=256), Launch(warps=4)),
-    "sm100": (Launch(), Launch(rows=64, warps=4)),
-    "gfx942": (
-        Launch(dim=32, stages=2),
-        Launch(stages=2),
-        Launch(rows=64, dim=32, warps=4, stages=2),
-    ),
-}
-"""By architecture: what the compiled code's registers and shared memory allow. The first is the
-fixed one, the others are tried where sizes are timed."""
-STORING = {
-    "sm80": (Launch(dim=32), Launch(rows=64, warps=4)),
-    "sm90": (Launch(stages=2), Launch(rows=256), Launch(warps=4)),
-    "sm100": (Launch(stages=2), Launch(rows=64, warps=4)),
-    "gfx942": SUMMING["gfx942"],
-}
-"""As `SUMMING`; the tile on its way out takes a stage's shared memory."""
-
-
-def architecture_of(device: torch.device) -> str:
-    """The nearest architecture there is a launch for; a CPU's interpreter runs any."""
-    if device.type == "cpu":
-        return "sm90"
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
 
 
 class TilePairs(NamedTuple):
@@ -119,12 +84,16 @@ def exponential_product(  # type: ignore[no-untyped-def]
     HAS_CEILING: tl.constexpr,
     ONLINE: tl.constexpr,
     STORE: tl.constexpr,
+    KEEP: tl.constexpr,
+    RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of queries against a range of row tiles; logits are in base 2.
 
     STORE: writes weight_i 2^(logit_ij - shift_i). Otherwise: row sums of 2^(logit_ij - reference),
-    or, ONLINE, relative to the largest logit met so far, which is written too.
+    or, ONLINE, relative to the largest logit met so far, which is written too. KEEP: writes the
+    exponentials that it adds up, zero where the logit was above the ceiling.
+    RESIDENT: queries are loaded once; DIM is then their width.
     """
     # One axis, since a second one ends at 65,535. Neighbours read the same rows.
     query_tiles = tl.cdiv(num_queries, QUERIES)
@@ -133,7 +102,7 @@ def exponential_product(  # type: ignore[no-untyped-def]
     num_tiles = tl.cdiv(num_rows, ROWS)
     left = tl.make_tensor_descriptor(queries, [num_queries, dim], [dim, 1], [QUERIES, DIM])
     right = tl.make_tensor_descriptor(rows, [num_rows, dim], [dim, 1], [ROWS, DIM])
-    if STORE:
+    if STORE or KEEP:
         output = tl.make_tensor_descriptor(
             stored, [num_queries, num_rows], [stored_stride, 1], [QUERIES, ROWS]
         )
@@ -145,27 +114,37 @@ def exponential_product(  # type: ignore[no-untyped-def]
         query_shift = tl.load(shift + query, mask=inside, other=0.0)
         query_weight = tl.load(weight + query, mask=inside, other=0.0)
 
+    if RESIDENT:
+        my_queries = left.load([query_tile * QUERIES, 0])
     first_tile = split * tiles_per_split
     for row_tile in range(first_tile, min(first_tile + tiles_per_split, num_tiles)):
-        products = tl.zeros([QUERIES, ROWS], dtype=tl.float32)
-        for start in range(0, dim, DIM):
-            some_queries = left.load([query_tile * QUERIES, start])
-            some_rows = right.load([row_tile * ROWS, start])
-            products = tl.dot(some_queries, some_rows.T, products, input_precision=PRECISION)
+        if RESIDENT:
+            all_rows = right.load([row_tile * ROWS, 0])
+            products = tl.dot(my_queries, all_rows.T, input_precision=PRECISION)
+        else:
+            products = tl.zeros([QUERIES, ROWS], dtype=tl.float32)
+            for start in range(0, dim, DIM):
+                some_queries = left.load([query_tile * QUERIES, start])
+                some_rows = right.load([row_tile * ROWS, start])
+                products = tl.dot(some_queries, some_rows.T, products, input_precision=PRECISION)
         row = row_tile * ROWS + tl.arange(0, ROWS)
         logits = products * scale
         if HAS_CEILING:
             # Such a logit adds to the sum, as a zero, and has no gradient.
-            logits = tl.where(logits > ceiling, -float("inf") if STORE else 0.0, logits)
+            above = logits > ceiling
+            logits = tl.where(above, -float("inf") if STORE else 0.0, logits)
         if HAS_BIAS:
             logits += tl.load(bias + row, mask=row < num_rows, other=-float("inf"))[None, :]
         else:
             logits = tl.where((row < num_rows)[None, :], logits, -float("inf"))
         tile = query_tile * num_tiles + row_tile
-        for pair in range(tl.load(offsets + tile), tl.load(offsets + tile + 1)):
-            hit = (query == tl.load(pair_queries + pair))[:, None]
-            hit = hit & (row == tl.load(pair_rows + pair))[None, :]
-            logits = tl.where(hit, -float("inf"), logits)
+        first_pair, behind = tl.load(offsets + tile), tl.load(offsets + tile + 1)
+        # The compiler loads row tiles ahead in loops that have no loop directly inside.
+        if first_pair < behind:
+            for pair in range(first_pair, behind):
+                hit = (query == tl.load(pair_queries + pair))[:, None]
+                hit = hit & (row == tl.load(pair_rows + pair))[None, :]
+                logits = tl.where(hit, -float("inf"), logits)
 
         if STORE:
             values = tl.exp2(logits - query_shift[:, None]) * query_weight[:, None]
@@ -178,7 +157,13 @@ def exponential_product(  # type: ignore[no-untyped-def]
             total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(logits - base[:, None]), axis=1)
             peak = higher
         else:
-            total += tl.sum(tl.exp2(logits - reference), axis=1)
+            exponentials = tl.exp2(logits - reference)
+            total += tl.sum(exponentials, axis=1)
+            if KEEP:
+                if HAS_CEILING:
+                    exponentials = tl.where(above, 0.0, exponentials)
+                place = [query_tile * QUERIES, row_tile * ROWS]
+                output.store(place, exponentials.to(stored.dtype.element_ty))
     if not STORE:
         tl.store(sums + split * num_queries + query, total, mask=inside)
         if ONLINE:
@@ -191,23 +176,29 @@ def log_negatives(
     *,
     scale: float,
     pairs: Pairs,
+    kept: Tensor | None = None,
     sizes: KernelSizes = "fixed",
 ) -> Tensor:
-    """log sum_j exp(scale * queries . rows_j + bias_j), float32, of half-precision operands."""
+    """log sum_j exp(scale * queries . rows_j + bias_j), float32, of half-precision operands.
+
+    With a fixed reference, exp(logit_ij - reference) is left in `kept`, zero above the ceiling.
+    """
     if not queries.shape[0] or not rows.shape[0]:
         return queries.new_full((queries.shape[0],), -torch.inf, dtype=torch.float32)
     launch = chosen(
-        SUMMING[architecture_of(queries.device)],
-        lambda one: _log_negatives(queries, rows, scale, pairs, one),
+        forward_launches(
+            architecture_of(queries.device), queries.shape[1], keeping=kept is not None
+        ),
+        lambda one: _log_negatives(queries, rows, scale, pairs, kept, one),
         sizes=sizes,
-        problem=_problem("summing", queries, rows, pairs),
+        problem=_problem("summing" if kept is None else "keeping", queries, rows, pairs),
         device=queries.device,
     )
-    return _log_negatives(queries, rows, scale, pairs, launch)
+    return _log_negatives(queries, rows, scale, pairs, kept, launch)
 
 
 def _log_negatives(
-    queries: Tensor, rows: Tensor, scale: float, pairs: Pairs, launch: Launch
+    queries: Tensor, rows: Tensor, scale: float, pairs: Pairs, kept: Tensor | None, launch: Launch
 ) -> Tensor:
     count, num_tiles = queries.shape[0], triton.cdiv(rows.shape[0], launch.rows)
     query_tiles = triton.cdiv(count, launch.queries)
@@ -221,11 +212,43 @@ def _log_negatives(
         *(queries, rows, pairs, scale, launch),
         sums=sums,
         peaks=peaks,
+        kept=kept,
         tiles_per_split=tiles_per_split,
     )
     if pairs.reference is not None:
         return sums.sum(dim=0).log() + pairs.reference
     return torch.logsumexp(peaks / LOG2_E + sums.log(), dim=0)
+
+
+def room_to_keep(queries: Tensor, rows: Tensor, *, most_bytes: float) -> Tensor | None:
+    """Where `log_negatives` may leave its exponentials; None if they take more than is allowed."""
+    dtype = torch.float32 if queries.dtype == torch.float32 else torch.bfloat16
+    stride = -(-rows.shape[0] // 16) * 16
+    if not queries.shape[0] or not 0 < queries.shape[0] * stride * dtype.itemsize <= most_bytes:
+        return None
+    room = torch.empty((queries.shape[0], stride), dtype=dtype, device=queries.device)
+    return room[:, : rows.shape[0]]
+
+
+def write_kept_gradients(
+    queries: Tensor,
+    rows: Tensor,
+    gradient: Tensor,
+    log_total: Tensor,
+    kept: Tensor,
+    *,
+    reference: float,
+    of_queries: Tensor | None,
+    of_rows: Tensor | None,
+) -> None:
+    """As `write_gradients`, of what the forward pass kept: two products, in its precision."""
+    # A sum of nothing has no probabilities; the bound keeps a float32 from overflowing.
+    share = (reference - log_total.float()).clamp_max(HIGHEST_EXPONENT).exp()
+    weight = torch.where(log_total == -torch.inf, 0.0, gradient.float() * share)[:, None]
+    if of_queries is not None:
+        torch.mul(_product(kept, rows.to(kept.dtype)), weight, out=of_queries)
+    if of_rows is not None:
+        _write_product(of_rows, kept.T, (queries * weight).to(kept.dtype))
 
 
 def write_gradients(
@@ -306,9 +329,10 @@ def sorted_pairs(excluded: Tensor, *, num_rows: int, launch: Launch) -> TilePair
     query = torch.arange(excluded.shape[0], device=excluded.device)[:, None].expand_as(excluded)
     inside = (excluded >= 0) & (excluded < num_rows)
     tile = query // launch.queries * row_tiles + excluded // launch.rows
-    tile, order = torch.where(inside, tile, query_tiles * row_tiles).flatten().sort()
-    places = torch.arange(query_tiles * row_tiles + 1, device=excluded.device)
-    offsets = torch.searchsorted(tile, places).to(torch.int32)
+    num_tiles = query_tiles * row_tiles
+    tile, order = torch.where(inside, tile, num_tiles).to(torch.int32).flatten().sort()
+    places = torch.arange(num_tiles + 1, dtype=torch.int32, device=excluded.device)
+    offsets = torch.searchsorted(tile, places, out_int32=True)
     listed = [pairs.flatten()[order].to(torch.int32) for pairs in (query, excluded)]
     return TilePairs(offsets, *listed)
 
@@ -333,6 +357,7 @@ def _launch(
     sums: Tensor | None = None,
     peaks: Tensor | None = None,
     stored: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
     excluded = pairs.excluded
     if excluded is None:
@@ -340,14 +365,15 @@ def _launch(
     tiles = sorted_pairs(excluded, num_rows=rows.shape[0], launch=launch)
     bias = None if pairs.bias is None else pairs.bias.float() * LOG2_E
     any_tensor: Any = tiles.offsets
+    output = stored if kept is None else kept
     allow_descriptors(queries.device)
     exponential_product[(num_programs,)](
         *(queries, rows, any_tensor if bias is None else bias),
         *(tiles.offsets, tiles.queries, tiles.rows),
         *(tensor if tensor is not None else any_tensor for tensor in (shift, weight, sums, peaks)),
-        any_tensor if stored is None else stored,
+        any_tensor if output is None else output,
         *(queries.shape[0], rows.shape[0], queries.shape[1]),
-        16 if stored is None else stored.stride(0),
+        16 if output is None else output.stride(0),
         tiles_per_split,
         scale * LOG2_E,
         0.0 if pairs.ceiling is None else pairs.ceiling * LOG2_E,
@@ -359,6 +385,8 @@ def _launch(
         HAS_CEILING=pairs.ceiling is not None,
         ONLINE=pairs.reference is None,
         STORE=stored is not None,
+        KEEP=kept is not None,
+        RESIDENT=launch.resident,
         PRECISION="ieee",
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -386,3 +414,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float(), right.float())
     else:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def _write_product(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """To a tensor of zeros."""
+    if left.device.type == "cpu":
+        torch.mm(left.float(), right.float(), out=result)
+    else:
+        torch.mm(left, right, out_dtype=torch.float32, out=result)

@@ -23,6 +23,9 @@ class Way(NamedTuple):
     """What the kernels multiply; unit vectors use float16 best."""
     kernel_sizes: KernelSizes = "fixed"
     """Two runs of the kernels have equal bits unless these are timed."""
+    kept_gib: float = 8.0
+    """GiB of exponentials that the kernels may leave for the backward pass, in bfloat16, where
+    logits have a bound. They are recomputed where they would take more: a third more products."""
 
     def operands(self, device: torch.device) -> torch.dtype | None:
         """The dtype of the kernels' operands; None for plain torch, in the inputs' dtype."""

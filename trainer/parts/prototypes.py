@@ -78,6 +78,11 @@ class PrototypesConfig(Frozen):
     kernel_sizes: KernelSizes = "fixed"
     """Of the programs on a GPU: `fixed` gives every run the same bits; `timed` tries a few in the
     first step and keeps the fastest. Nothing to choose without a GPU."""
+    kept_gib: float = Field(default=8.0, ge=0)
+    """GiB that probabilities, in bfloat16, may take on a GPU between the forward and the backward
+    pass: 2 bytes for each pair of a sample of the global batch and a rank's row of the step. With
+    fewer GiB than that (0: always) they are computed again, a third more work. No effect without a
+    GPU, nor for a scale above 80."""
     figures_every: PositiveInt = 10
     """Steps between two readings of the negatives' mean cosine and the head's figures, which cost
     an exchange of the features; `log_every` shows them if it is a multiple."""
@@ -154,7 +159,7 @@ class PrototypesTerm:
                 scale=config.scale,
                 ceiling=config.ceiling,
                 gather_dtype=self.head.gather_dtype,
-                way=Way(kernel_sizes=config.kernel_sizes),
+                way=Way(kernel_sizes=config.kernel_sizes, kept_gib=config.kept_gib),
             ),
         )
 

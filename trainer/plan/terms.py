@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.comm import Comm
 from trainer.config import RunConfig
+from trainer.kernels.tiled import fixed_reference
 from trainer.kernels.way import Way
 from trainer.losses.constant_prototypes import PrototypeTable, prototype_cross_entropy
 from trainer.losses.contrastive import info_nce
@@ -158,10 +159,19 @@ def _learned(name: str, section: Any, rows: int, labels: int, sizes: Sizes) -> T
     if head.rows == "bfloat16":
         state = 5.0 * owned * width
     sent = {collective: count * columns for collective, count in term.sent.items()}
+    kept = _kept(section, everyone, negatives) if sizes.halves else 0.0
     return Term(
-        *(name, term.flops * columns, term.scratch + 4.0 * touched * dim, sent),
+        *(name, term.flops * columns, term.scratch + kept + 4.0 * touched * dim, sent),
         state=0.0 if head.offload else state,
     )
+
+
+def _kept(section: Any, queries: int, rows: int) -> float:
+    """Bytes of exponentials that a GPU's kernel leaves for the backward pass."""
+    found = 2.0 * queries * rows
+    bounded = fixed_reference(section.scale) is not None
+    most = getattr(section, "kept_gib", Way().kept_gib) * 2**30
+    return found if bounded and found <= most else 0.0
 
 
 def _translated(recipe: Any, sizes: Sizes) -> list[Term]:
