@@ -152,7 +152,9 @@ def amd_code(binary: Any) -> tuple[str, dict[str, int]]:
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", code)}
     spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
     waves = int(re.findall(r"; Occupancy: (\d+)", code)[0])
-    return code, {"registers": numbers["vgpr_count"], "spills": spills, "waves": waves}
+    into_memory = numbers["vgpr_spill_count"]
+    found = {"registers": numbers["vgpr_count"], "spills": spills, "into_memory": into_memory}
+    return code, {**found, "waves": waves}
 
 
 def said(*command: object) -> str:

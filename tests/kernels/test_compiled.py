@@ -115,7 +115,9 @@ def test_machine_code_of_forward_passes_that_keep_their_exponentials(folder: str
     assert len(found) == 2 * 5 + 4 * 3
     for row in found:
         assert "failed" not in row, row
-        assert row["spills"] == 0, row
+        # A tile's mask is wider than the scalar registers; they spill into vector registers' lanes.
+        masked = row["architecture"] == "gfx942" and "ceiling" in row["flags"]
+        assert row["into_memory" if masked else "spills"] == 0, row
         assert 0.9 < row["exponentials_per_logit"] <= 1.15, row
         assert row["async_copies"] > 0, row
         if row["architecture"] == "gfx942":

@@ -40,10 +40,10 @@ STORING = {
 }
 """As `SUMMING`; the tile on its way out takes a stage's shared memory."""
 KEEPING = {
-    "sm80": (Launch(rows=64, warps=4),),
+    "sm80": (Launch(rows=64),),
     "sm90": (Launch(stages=2), Launch(warps=4)),
     "sm100": (Launch(stages=2),),
-    "gfx942": (Launch(rows=64, dim=32, warps=4, stages=2),),
+    "gfx942": (Launch(dim=32, stages=2),),
 }
 """As `SUMMING`, of a forward pass that writes its exponentials too."""
 RESIDENT = {
