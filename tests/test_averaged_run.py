@@ -87,7 +87,8 @@ def averages_of(config: RunConfig, step: int = STEPS) -> dict[str, Tensor]:
 
 
 def naive_average(config: RunConfig) -> dict[str, Tensor]:
-    """a <- m a + (1 - m) w in float32, from the weights before the first step, over saved ones.
+    """a <- m a + (1 - m) w of whole weights in float32, from those before the first step, over
+    saved ones.
 
     m goes from 0.6 to 0.9 by half a cosine.
     """
@@ -98,7 +99,7 @@ def naive_average(config: RunConfig) -> dict[str, Tensor]:
     for step in range(STEPS):
         momentum = END - (END - START) * (math.cos(math.pi * step / STEPS) + 1) / 2
         for name, weight in group_of(config, "weights", step + 1).items():
-            average[name] = momentum * average[name] + (1 - momentum) * weight
+            average[name].lerp_(weight, 1 - momentum)
     return average
 
 
@@ -108,6 +109,11 @@ def figures_logged(config: RunConfig) -> dict[str, dict[str, float]]:
     found = {record["event"]: record for record in map(json.loads, lines)}
     kept = {label: found[label] for label in ("averaged", "trained")}
     return {k: {n: v for n, v in one.items() if n != "timing"} for k, one in kept.items()}
+
+
+def ending_at(folder: Path, momentum: int) -> RunConfig:
+    average = f"average={{momentum: {momentum}, final_momentum: {momentum}}}"
+    return config_in(folder, f"1-zero2-m{momentum}", average, "evals=[]")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two += [case("2-zero2-again", "2-zero2"), case("2-zero3-again", "2-zero3")]
     run_ranks(train_each, 2, two, timeout_seconds=400)
     one = [case("1-zero3"), case("1-zero0-again", "2-zero3")]
+    one += [(ending_at(folder, momentum), None) for momentum in (0, 1)]
     run_ranks(train_each, 1, one, timeout_seconds=400)
     return folder
 
@@ -133,8 +140,28 @@ def test_the_average_in_the_checkpoint_is_a_plain_loop_over_the_weights(folder, 
     found = averages_of(config)
     assert found.keys() == naive.keys() == weights.keys()
     for key, value in naive.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=key)
+        assert torch.equal(found[key], value), key
     assert any((found[key] - weights[key]).abs().max() > 1e-3 for key in found)
+
+
+@pytest.mark.slow
+def test_the_average_over_the_shards_of_four_ranks_is_that_of_whole_weights_too(folder):
+    config = config_in(folder, "4-zero3", "micro_batch=2", "evals=[]")
+    run_ranks(train_each, 4, [(config, None)], timeout_seconds=400)
+    naive, found = naive_average(config), averages_of(config)
+    assert found.keys() == naive.keys()
+    assert all(torch.equal(found[key], value) for key, value in naive.items())
+
+
+def test_an_average_that_keeps_everything_stays_and_one_that_keeps_nothing_is_the_weights(folder):
+    follows, stays = (ending_at(folder, momentum) for momentum in (0, 1))
+    weights = group_of(follows, "weights", STEPS)
+    assert all(torch.equal(value, weights[key]) for key, value in averages_of(follows).items())
+    tokenizer = tokenizer_of(stays, Comm.solo())
+    start = build_model(stays.recipe, tokenizer, Comm.solo(), seed=stays.seed).state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in averages_of(stays).items())
+    moved = group_of(stays, "weights", STEPS)
+    assert any(not torch.equal(value, start[key]) for key, value in moved.items())
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

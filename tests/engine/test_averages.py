@@ -299,3 +299,25 @@ def test_a_block_that_runs_twice_under_zero_3_is_named_and_elsewhere_trains(tmp_
         assert "runs twice in one pass" in sentence
         assert "torch.cat" in sentence
         assert sentence.startswith("inner.")
+
+
+def looks_and_steps(comm: Comm) -> list[tuple[bool, bool]]:
+    """Whether ZeRO-3 knew to its end what comes next: in a look, and in the pass that trains."""
+    engine = new_engine(comm, "zero3")
+    average, known = engine.weight_copy().values, []
+    coordinator = engine._engine.optimizer.parameter_offload.param_coordinator
+    for step in range(4):
+        batches = batch_of(step, comm, 1)
+        with engine.running_on(average):
+            engine.encode(batches[0])
+        looked = coordinator.is_complete_trace()
+        accumulate(engine, loss_of(comm), batches)
+        known.append((looked, coordinator.is_complete_trace()))
+        assert engine.step(factor(step))
+    return known
+
+
+def test_looks_and_steps_that_take_turns_both_fetch_ahead() -> None:
+    """At the latest from the third on: those before are learned from."""
+    for known in run_ranks(looks_and_steps, 2, timeout_seconds=300):
+        assert [tuple(step) for step in known[2:]] == [(True, True)] * 2

@@ -180,7 +180,15 @@ def test_runs_go_on_at_another_number_of_ranks_and_stage(tmp_path: Path) -> None
     names = ("superclip-2-zero3", "superclass-2-zero2")
     again = ("superclip-1-zero0", "superclass-1-zero3")
     whole = [config_in(tmp_path, name) for name in names]
-    run_ranks(train_each, 2, [(config, None) for config in whole], timeout_seconds=400)
+    model = RECIPES["superclip"]
+    silent = {"name": "superclip", "weight": 0.0, **model}
+    off = config_in(tmp_path, "superclip-off-zero3", recipe=silent)
+    clip = config_in(tmp_path, "superclip-clip-zero3", recipe={"name": "clip", **model})
+    two = [(config, None) for config in (*whole, off, clip)]
+    run_ranks(train_each, 2, two, timeout_seconds=400)
+    ours, plain = (tensors(tmp_path, c.workdir.name, "weights") for c in (off, clip))
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[key], value) for key, value in plain.items()), "0 is CLIP"
     cases = [(config_in(tmp_path, n), other) for n, other in zip(again, whole, strict=True)]
     run_ranks(train_each, 1, cases, timeout_seconds=400)
     for one, other in zip(names, again, strict=True):

@@ -26,6 +26,7 @@ from trainer.engine.groups import set_learning_rate
 from trainer.engine.kept import Kept
 from trainer.engine.masters import MOMENTS, Masters, Piece, stretches, write_piece
 from trainer.engine.once import OncePerPass
+from trainer.engine.pass_order import PassOrder
 from trainer.engine.tower_norms import TowerNorms
 from trainer.engine.zero_file import Decided, completed
 from trainer.errors import CheckpointError
@@ -85,6 +86,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=self._config, dist_init_required=False
         )
+        self._order = PassOrder(self._engine, self.stage)
         self._masters = Masters(self._engine, self._optimizer, self.comm, self.stage)
         self._tower_norms = TowerNorms(self.comm, divided=self.stage > 0)
         self._optimizer.register_step_pre_hook(self._tower_norms.look)
@@ -102,7 +104,8 @@ class Engine:
     def encode(self, batch: Batch) -> Features:
         """Forward in evaluation mode, without gradient. Every rank must call it equally often."""
         self._engine.eval()
-        features = self(batch)
+        with self._order.of_looks():
+            features = self(batch)
         self._engine.train()
         return features
 
