@@ -64,7 +64,16 @@ def golden_names(pattern: str) -> list[str]:
 
 
 def world_size_of(path: str) -> int:
-    return int(golden(path)["world_size"])
+    size = told_world_size(path)
+    assert size is not None
+    return size
+
+
+@cache
+def told_world_size(path: str) -> int | None:
+    """The number of ranks that a file is of, where it is of one. Nothing else of it is read."""
+    with np.load(GOLDEN / path, allow_pickle=False) as arrays:
+        return int(arrays["world_size"]) if "world_size" in arrays else None
 
 
 def results(world_size: int) -> list[Mapping[str, Arrays]]:
@@ -97,14 +106,16 @@ def computed(world_size: int, family: str) -> list[dict[str, Arrays]]:
 
 
 def every_case(comm: Comm, family: str) -> dict[str, Arrays]:
+    """Of one family; nothing of the others is read."""
     return {name: case() for name, case in cases_of(comm) if family_of(name) == family}
 
 
 def family_of(name: str) -> str:
-    """Golden files by folder, in float64 and as recipes apart; the others by their first word."""
+    """Golden files by folder and the first word of their name, in float64 and as recipes apart;
+    the others each by themselves."""
     path, _, precision = name.partition(" ")
-    folder = path.partition("/")[0]
-    return f"{folder} in precisions" if precision in PRECISIONS else folder
+    family = path.partition("_")[0] if "/" in path else name
+    return f"{family} in precisions" if precision in PRECISIONS else family
 
 
 def cases_of(comm: Comm) -> Iterator[tuple[str, Callable[[], Arrays]]]:
@@ -112,7 +123,7 @@ def cases_of(comm: Comm) -> Iterator[tuple[str, Callable[[], Arrays]]]:
     for pattern, case in GOLDEN_LOSSES.items():
         for name in golden_names(pattern):
             if world_size_of(name) == comm.world_size:
-                yield name, partial(case, comm, golden(name))
+                yield name, partial(published_case, comm, case, name)
     for name in (name for pattern in RECIPE_FILES for name in golden_names(pattern)):
         if world_size_of(name) == comm.world_size:
             for precision in PRECISIONS:
@@ -129,6 +140,10 @@ def cases_of(comm: Comm) -> Iterator[tuple[str, Callable[[], Arrays]]]:
     yield "translate", partial(translate_case, comm)
 
 
+def published_case(comm: Comm, case: Callable[[Comm, Arrays], Arrays], name: str) -> Arrays:
+    return case(comm, golden(name))
+
+
 def whole_recipe(comm: Comm, name: str, precision: str) -> Arrays:
     arrays = golden(name)
     return recipe_case(name, arrays, gathering(comm, arrays), precision)
@@ -142,11 +157,11 @@ def whole_head(comm: Comm, name: str, precision: str) -> Arrays:
 def head_files(world_size: int) -> list[str]:
     """Files with rows of a head that this many ranks compute."""
     names = [name for pattern in HEAD_FILES for name in golden_names(pattern)]
-    fits = {name: golden(name).get("world_size") for name in names if DIVERGENT not in name}
+    fits = {name: told_world_size(name) for name in names if DIVERGENT not in name}
     return [
         name
         for name, size in fits.items()
-        if (world_size in HEAD_SIZES if size is None else int(size) == world_size)
+        if (world_size in HEAD_SIZES if size is None else size == world_size)
     ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.losses import rank_cases
 from tests.losses.rank_cases import golden, golden_names, results, world_size_of
 from trainer.comm import Comm
 from trainer.losses.constant_prototypes import prototype_cross_entropy, prototype_table
@@ -38,6 +39,19 @@ def by_rank(path: str) -> Mapping[str, np.ndarray]:
 def test_all_files_are_here() -> None:
     assert (len(CLIP), len(SIGLIP), len(TERMS), len(STEPS)) == (8, 5, 7, 4)
     assert len(AFFINITIES) == 3
+
+
+def test_a_case_reads_and_starts_its_own_family_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def told(path: str) -> dict[str, np.ndarray]:
+        read.append(path)
+        return golden(path)
+
+    monkeypatch.setattr(rank_cases, "golden", told)
+    alone = [path for path in SIGLIP if world_size_of(path) == 1]
+    found = rank_cases.every_case(Comm.solo(), rank_cases.family_of(alone[0]))
+    assert sorted(found) == sorted(read) == sorted(alone)
 
 
 @pytest.mark.parametrize("path", CLIP)

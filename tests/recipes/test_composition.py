@@ -94,6 +94,25 @@ def test_clip_with_simclr_is_aclip_of_all_patches_without_its_copy(folder: Path)
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
+def test_clip_with_caption_tokens_is_superclip_and_others_take_the_same_head(folder: Path) -> None:
+    """To the last bit, with the gradient of the head's rows; elsewhere the same value."""
+    clip, batch = built(run_of(folder, "clip", "caption_tokens: {weight: 0.5, scale: 20}"))
+    superclip, _ = built(
+        run_of(folder, "superclip", "weight: 0.5\nscale: 20", "recipe.name=superclip")
+    )
+    ours, theirs = losses_of(clip, batch), losses_of(superclip, batch)
+    assert ours.weights == theirs.weights == {"clip": 1.0, "words": 0.5}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    found, wanted = gradients(clip, batch), gradients(superclip, batch)
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert clip.parts.keys() == superclip.parts.keys() == {"words", "frequencies"}
+    for name in ("siglip", "protoclip"):
+        other, _ = built(run_of(folder, name, "caption_tokens: {weight: 0.5, scale: 20}"))
+        said = losses_of(other, batch)
+        assert torch.equal(said["words"], ours["words"])
+        assert said.weights["words"] == 0.5
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_without_the_keys_the_model_and_the_loss_are_the_recipe_s_own(
     folder: Path, name: str

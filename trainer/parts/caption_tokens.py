@@ -21,7 +21,7 @@ from trainer.losses.learned_prototypes import LogitOptions, prototype_statistics
 from trainer.losses.token_classes import each_token_once, token_cross_entropy
 from trainer.parts.prototype_head import PrototypeHead, PrototypeHeadConfig
 from trainer.recipe import Context, Part, every_nth
-from trainer.types import Batch
+from trainer.types import Batch, Losses
 
 
 class TokenHeadConfig(PrototypeHeadConfig):
@@ -37,6 +37,21 @@ class TokenClassesConfig(Frozen):
     scale: float = Field(default=32.0, gt=0)
     """Of cosines. The published layer compares rows of any length; these are directions."""
     head: TokenHeadConfig = TokenHeadConfig()
+
+
+class WeightedTokenClassesConfig(TokenClassesConfig):
+    """Tokens of captions beside another task."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Of the loss; with 0 it is computed and logged, and moves nothing."""
+
+
+class LearnsCaptionTokens(Frozen):
+    """Of a recipe whose images may also be told the tokens of their captions. Stands before
+    `RecipeConfig` among the bases of a `Config`."""
+
+    caption_tokens: WeightedTokenClassesConfig | None = None
+    """A lexical head: the tokens of its caption as classes of an image; none where None."""
 
 
 class TokenFrequencies:
@@ -109,3 +124,20 @@ class TokenClassesTerm:
         everyones = head.comm.all_gather(labels)
         own = weights[everyones.clamp_min(0)]
         return token_cross_entropy(statistics, own, scale=self._config.scale)
+
+
+class CaptionTokens:
+    """The term `words` of a recipe that may have it; `parts` are what the recipe has to name."""
+
+    def __init__(self, config: LearnsCaptionTokens, context: Context, *, dim: int) -> None:
+        self._config = config.caption_tokens
+        self.parts: dict[str, Part] = {}
+        if self._config is not None:
+            self._term = TokenClassesTerm(self._config, context, context.tokenizer, dim=dim)
+            self.parts = self._term.parts
+
+    def losses(self, rows: Float[Tensor, "batch dim"], batch: Batch, step: int) -> Losses:
+        if self._config is None:
+            return Losses()
+        value = self._term.loss(rows, batch, step)
+        return Losses().with_term("words", value, self._config.weight)

@@ -18,6 +18,7 @@ from trainer.config import RecipeConfig
 from trainer.losses.contrastive import info_nce
 from trainer.models.self_supervised import build_towers_of_views
 from trainer.models.two_tower import TwoTower, TwoTowerConfig
+from trainer.parts.caption_tokens import CaptionTokens, LearnsCaptionTokens
 from trainer.parts.distillation import Distillation, Distils
 from trainer.parts.known_groups import KnownGroups, KnowsGroups
 from trainer.parts.prototypes import PrototypesTerm, WeightedPrototypesConfig
@@ -27,7 +28,7 @@ from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(ComparesViews, Distils, KnowsGroups, RecipeConfig):
+class Config(ComparesViews, Distils, LearnsCaptionTokens, KnowsGroups, RecipeConfig):
     name: Literal["clip"] = "clip"
     model: TwoTowerConfig = TwoTowerConfig()
     weight: float = Field(default=1.0, ge=0)
@@ -65,7 +66,8 @@ class Recipe(WithoutPhases):
         self.distilled = Distillation(config, config.model, context)
         self.parts |= self.distilled.parts
         self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
-        self.parts |= self.groups.parts
+        self.words = CaptionTokens(config, context, dim=config.model.embed_dim)
+        self.parts |= self.groups.parts | self.words.parts
         self.prototypes: PrototypesTerm | None = None
         if config.prototypes is not None:
             dim = config.model.embed_dim
@@ -78,6 +80,7 @@ class Recipe(WithoutPhases):
         losses = Losses().with_term("clip", contrastive, self.config.weight)
         losses += self_supervision(self.config, features, batch, self.comm)
         losses += self.distilled.losses(features, batch)
+        losses += self.words.losses(image, batch, step)
         if self.prototypes is not None:
             losses += self.prototypes.losses(features, batch, step)
         return losses + self.groups.losses(image, batch, step)

@@ -35,6 +35,7 @@ from trainer.models.config import HeadedTwoTower
 from trainer.models.self_supervised import build_towers_of_views
 from trainer.models.two_tower import TwoTower, TwoTowerConfig
 from trainer.parts.back_translation import TableOptions, softness
+from trainer.parts.caption_tokens import CaptionTokens, LearnsCaptionTokens
 from trainer.parts.distillation import Distillation, Distils
 from trainer.parts.episode import EpisodeTables, Term
 from trainer.parts.episodes import Episodes, Extracted, extract, timed
@@ -48,7 +49,7 @@ from trainer.recipe import Context, Encode, Part, Samples
 from trainer.types import Batch, Features, Losses, Progress, TowerName
 
 
-class Config(ComparesViews, Distils, KnowsGroups, RecipeConfig):
+class Config(ComparesViews, Distils, LearnsCaptionTokens, KnowsGroups, RecipeConfig):
     """Defaults are the recipe of the paper's 8-GPU run; K is a tenth of an episode."""
 
     name: Literal["protoclip"] = "protoclip"
@@ -133,7 +134,8 @@ class Recipe:
         }
         self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
         self.distilled = Distillation(config, config.model, context)
-        self.parts |= self.groups.parts | self.distilled.parts
+        self.words = CaptionTokens(config, context, dim=config.model.embed_dim)
+        self.parts |= self.groups.parts | self.distilled.parts | self.words.parts
         self.episodes = Episodes.of_run(
             config.episode_samples,
             context,
@@ -183,6 +185,7 @@ class Recipe:
                 )
         losses += self_supervision(self.config, features, batch, self.comm)
         losses += self.distilled.losses(features, batch)
+        losses += self.words.losses(image, batch, step)
         return losses + self.groups.losses(image, batch, step)
 
     def _prototype_term(self, term: Term, features: Features, batch: Batch) -> tuple[Tensor, float]:

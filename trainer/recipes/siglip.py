@@ -13,6 +13,7 @@ from trainer.losses.sigmoid import sigmoid_loss
 from trainer.models.config import SigmoidTwoTower
 from trainer.models.self_supervised import build_towers_of_views
 from trainer.models.two_tower import TwoTower, TwoTowerConfig
+from trainer.parts.caption_tokens import CaptionTokens, LearnsCaptionTokens
 from trainer.parts.distillation import Distillation, Distils
 from trainer.parts.known_groups import KnownGroups, KnowsGroups
 from trainer.parts.self_supervision import ComparesViews, mean_over_views, self_supervision
@@ -21,7 +22,7 @@ from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
 
-class Config(ComparesViews, Distils, KnowsGroups, RecipeConfig):
+class Config(ComparesViews, Distils, LearnsCaptionTokens, KnowsGroups, RecipeConfig):
     name: Literal["siglip"] = "siglip"
     model: SigmoidTwoTower = Field(default=TwoTowerConfig(), validate_default=True)
     reads = frozenset({"bias"})
@@ -50,7 +51,8 @@ class Recipe(WithoutPhases):
         self.distilled = Distillation(config, config.model, context)
         self.parts |= self.distilled.parts
         self.groups = KnownGroups(config, context, dim=config.model.embed_dim)
-        self.parts |= self.groups.parts
+        self.words = CaptionTokens(config, context, dim=config.model.embed_dim)
+        self.parts |= self.groups.parts | self.words.parts
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         image, text = features.tensor("image"), features.tensor("text")
@@ -61,4 +63,5 @@ class Recipe(WithoutPhases):
         losses = Losses.of(siglip=loss)
         losses += self_supervision(self.config, features, batch, self.comm)
         losses += self.distilled.losses(features, batch)
+        losses += self.words.losses(image, batch, step)
         return losses + self.groups.losses(image, batch, step)
