@@ -114,7 +114,8 @@ def family_of(name: str) -> str:
     """Golden files by folder and the first word of their name, in float64 and as recipes apart;
     the others each by themselves."""
     path, _, precision = name.partition(" ")
-    family = path.partition("_")[0] if "/" in path else name
+    folder, _, file = path.partition("/")
+    family = f"{folder}/{file.partition('_')[0]}" if file else name
     return f"{family} in precisions" if precision in PRECISIONS else family
 
 
