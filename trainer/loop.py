@@ -16,6 +16,7 @@ from trainer.config import EvalConfig, RunConfig
 from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.log.printed import note, told_to_log
 from trainer.meeting import read_place
+from trainer.pulse import PULSE
 from trainer.running.built import Run, built
 from trainer.running.looks import due_looks, look, owed_looks
 from trainer.running.saves import save, save_if_possible, save_what_is_not
@@ -79,7 +80,8 @@ def _course(
             with suppress(CheckpointError):
                 run.checkpoints.finish()
             saved, began = checkpoints.steps(), start.progress.step
-            leave_out(spike, config, comm, saved=saved, began=began)
+            with PULSE.phase("going back"):
+                leave_out(spike, config, comm, saved=saved, began=began)
             return None
 
 

@@ -23,7 +23,7 @@ from trainer.checkpoint.beside import SavesBeside
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.command import run_command
-from trainer.programs.soak import free_port
+from trainer.programs.faults import free_port
 
 STEPS = 4
 RANKS = 2
