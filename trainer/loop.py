@@ -48,7 +48,9 @@ def train(config: RunConfig) -> Outcome:
     comm = Comm.from_environment(timeout_seconds=config.comm_timeout_seconds)
     with _watch(config), sole_user(config.workdir, comm), StopRequest() as stop:
         checkpoints = Checkpointer(
-            config.workdir / "checkpoints", comm, keep=config.keep_checkpoints
+            *(config.workdir / "checkpoints", comm),
+            keep=config.keep_checkpoints,
+            second=config.second_copy,
         )
         while (outcome := _course(config, comm, checkpoints, stop)) is None:
             pass  # the loss jumped: on from a checkpoint before

@@ -137,6 +137,7 @@ def _connected(place: Place, deadline: float) -> dist.Store:
                 timeout=timedelta(seconds=min(left, SAY_EVERY_SECONDS)),
                 wait_for_workers=False,
                 multi_tenant=True,
+                master_listen_fd=_listening(place) if holds else None,
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             if holds:
@@ -144,6 +145,25 @@ def _connected(place: Place, deadline: float) -> dist.Store:
             if time.monotonic() >= deadline:
                 raise ConfigError(f"rank {place.rank} reached nobody at {where}") from error
             _say(f"rank {place.rank} on {socket.gethostname()} waits for rank 0 at {where}")
+
+
+def _listening(place: Place) -> int | None:
+    """A socket that only this host reaches, where the address says that no other host is meant.
+
+    Torch's own listens on all interfaces, as does this where the address may mean another host, or
+    the port is taken (perhaps by this process, whose server is then used again).
+    """
+    if not (place.address == "localhost" or place.address.startswith("127.")):
+        return None
+    address = "127.0.0.1" if place.address == "localhost" else place.address
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((address, place.port))
+        except OSError:
+            return None
+        listening.listen(4096)
+        return listening.detach()
 
 
 def _why_not_held(place: Place, error: str) -> str:

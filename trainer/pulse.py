@@ -29,7 +29,7 @@ class Pulse:
     """Knows the last beat; its phase is the innermost that was entered."""
 
     def __init__(self) -> None:
-        self._marks, self._at = 0, time.monotonic()
+        self._marks, self._beside, self._at = 0, 0, time.monotonic()
         self._phases = ["setup"]
         self._longest: dict[str, float] = {}
 
@@ -47,9 +47,12 @@ class Pulse:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside, this is what goes on; entering and leaving are marks."""
+        """Inside, this is what goes on; entering and leaving are marks. Beside the main thread they
+        are nothing else: when at last somebody waits for that thread, who is behind has fewer."""
         if threading.current_thread() is not threading.main_thread():
+            self._beside += 1
             yield
+            self._beside += 1
             return
         self.mark()
         self._phases.append(name)
@@ -62,7 +65,7 @@ class Pulse:
     def read(self) -> Reading:
         phase = self._phases[-1]
         waited = time.monotonic() - self._at
-        return Reading(self._marks, phase, waited, self._longest.get(phase, 0.0))
+        return Reading(self._marks + self._beside, phase, waited, self._longest.get(phase, 0.0))
 
 
 PULSE = Pulse()

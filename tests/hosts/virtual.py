@@ -124,9 +124,49 @@ class Hosts:
         """A folder is empty on one host, as a disk that is not mounted there."""
         _run(*self.command(name, "mount", "-t", "tmpfs", "none", str(folder)))
 
+    def small_disk(self, name: str, folder: Path) -> None:
+        """A folder is a disk of its own on one host, with room for next to nothing."""
+        _run(*self.command(name, "mount", "-t", "tmpfs", "-o", "size=8k", "none", str(folder)))
+
     def unplug(self, name: str) -> None:
         """The network of a host is down; its processes go on."""
         self._in_switch("link", "set", f"to-{name}", "down")
+
+    def plug_in(self, name: str) -> None:
+        self._in_switch("link", "set", f"to-{name}", "up")
+
+    def limit(self, name: str, rate: str) -> None:
+        """What a host sends and is sent, each, as `100mbit`; no limit where empty."""
+        words = ["root", "tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
+        for where in (self.command(name), self._of_switch()):
+            device = "eth0" if where[2] == str(self._pid(name)) else f"to-{name}"
+            subprocess.run(
+                [*where, "tc", "qdisc", "del", "dev", device, "root"], capture_output=True
+            )
+            if rate:
+                _run(*where, "tc", "qdisc", "add", "dev", device, *words)
+
+    def bytes_sent(self, name: str) -> int:
+        """By a host, since its beginning."""
+        path = "/sys/class/net/eth0/statistics/tx_bytes"
+        script = f"mount -t sysfs none /sys 2>/dev/null; cat {path}"
+        done = subprocess.run(
+            self.command(name, "sh", "-c", script), capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    def rank(self, name: str) -> str:
+        """The number, on the host, of the process that trains there."""
+        found = subprocess.run(
+            self.command(name, "pgrep", "-o", "-f", "--", " -m trainer "),
+            capture_output=True,
+            text=True,
+        )
+        assert found.stdout, f"nobody trains on {name}"
+        return found.stdout.split()[0]
+
+    def signal(self, name: str, number: str, pid: str) -> None:
+        _run(*self.command(name, "kill", f"-{number}", pid))
 
     def lose(self, name: str) -> None:
         """A host ends, with all its processes, as by a cut of its power."""
@@ -168,8 +208,11 @@ class Hosts:
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
     def _in_switch(self, *words: str) -> None:
+        _run(*self._of_switch(), "ip", *words)
+
+    def _of_switch(self) -> list[str]:
         assert self._switch is not None
-        _run("nsenter", "--target", str(self._switch.pid), "--net", "ip", *words)
+        return ["nsenter", "--target", str(self._switch.pid), "--net"]
 
 
 def _run(*command: str) -> None:

@@ -54,7 +54,7 @@ class Ranks:
             process.kill()
             process.communicate()
 
-    def said(self, rank: int, *, seconds: float = 120.0) -> str:
+    def said(self, rank: int, *, seconds: float = 240.0) -> str:
         """All that a rank has said, once it has ended."""
         return self.processes[rank].communicate(timeout=seconds)[0]
 

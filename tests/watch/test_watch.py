@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from ipaddress import ip_address
 
 import pytest
 
+from tests.watch.listening import addresses
 from tests.watch.runs import Ranks, run_file, until_logged
 from trainer.pulse import Pulse
 
@@ -56,10 +58,12 @@ built.load_recipe = load_recipe
 """
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
+def test_a_killed_rank_is_named_and_the_run_goes_on_and_nothing_listens_to_other_hosts(tmp_path):
     path = run_file(tmp_path, steps=400)
     with Ranks(path, 2, *LATE) as ranks:
         until_logged(tmp_path / "run", 6)
+        for process in ranks.processes:
+            assert {a for a in addresses(process.pid) if not ip_address(a).is_loopback} == set()
         ranks.processes[1].kill()
         said = ranks.said(0)
     assert f"error: rank 1 on {HOST} ended without a word" in said

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.errors import CheckpointError
+from trainer.pulse import PULSE
 from trainer.types import NamedTensors
 
 
@@ -61,7 +62,8 @@ class SavesBeside:
 
     def _ended(self) -> BaseException | None:
         if self._thread is not None:
-            self._thread.join()
+            with PULSE.phase("save"):
+                self._thread.join()
         failure, self._thread, self._failure = self._failure, None, None
         if failure is not None and not isinstance(failure, CheckpointError):
             raise failure

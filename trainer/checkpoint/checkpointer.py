@@ -32,6 +32,7 @@ from trainer.checkpoint.manifest import (
     Share,
     ShareWriter,
     damage,
+    failure_of_copy,
     parse_manifest,
     read_manifest_bytes,
     sync_folder,
@@ -60,9 +61,13 @@ class Checkpointer:
         keep: int = 2,
         file_bytes: int = 512 << 20,
         reads: Collection[str] | None = None,
+        second: Path | None = None,
     ) -> None:
         """`reads`: the groups that will be read. Of others no byte is checked, and none is there:
-        whoever evaluates a model has no use for its moments, two thirds of a checkpoint."""
+        whoever evaluates a model has no use for its moments, two thirds of a checkpoint.
+
+        `second`: a folder that holds a copy of each checkpoint, as whole as the first and read
+        where that is damaged or gone."""
         if keep < 2:
             raise ValueError("keep at least two: the one before is the way back from damage")
         self._folder = folder
@@ -71,11 +76,18 @@ class Checkpointer:
         self._file_bytes = file_bytes
         self._reads = reads
         self._refused: set[str] = set()
+        self._second = (
+            None if second is None else Checkpointer(second, comm, keep=keep, reads=reads)
+        )
 
     def beside(self) -> Checkpointer:
         """This one for another thread: its collectives are of a group of their own."""
+        return self._over(self._comm.beside())
+
+    def _over(self, comm: Comm) -> Checkpointer:
         other = copy.copy(self)
-        other._comm = self._comm.beside()
+        other._comm = comm
+        other._second = self._second and self._second._over(comm)
         return other
 
     # -- saving ---------------------------------------------------------------------------------
@@ -91,7 +103,8 @@ class Checkpointer:
 
         `tensors` is this rank's share by group: each name is on one rank only (ValueError), the
         groups come in the same order on all. `state` (JSON) and `texts` are written by rank 0.
-        CheckpointError on all ranks if one of them can't write; what was there before stays.
+        CheckpointError on all ranks if one of them can't write; what was there before stays. So it
+        is where the second copy can't be written, which is then all that is missing.
         """
         state_text = json.dumps(state, allow_nan=False)
         with PULSE.phase("save"):
@@ -106,11 +119,12 @@ class Checkpointer:
     ) -> Path:
         temporary = self._begin(step)
         writer = self._writer(temporary)
-        for group, values in tensors.items():
-            writer.group(group, values)
-        if self._comm.is_main:
-            for name, text in {STATE: state_text, **texts}.items():
-                writer.text(name, text)
+        with PULSE.phase("save"):  # this rank's own share: who is not through is behind
+            for group, values in tensors.items():
+                writer.group(group, values)
+            if self._comm.is_main:
+                for name, text in {STATE: state_text, **texts}.items():
+                    writer.text(name, text)
         shares = [
             Share.model_validate(share)
             for share in self._comm.gather_json(writer.share.model_dump(mode="json"))
@@ -120,7 +134,29 @@ class Checkpointer:
         if self._comm.is_main:
             prune(self._folder, folder, keep=self._keep, refused=self._refused)
         self._comm.barrier()
+        if self._second is not None:
+            self._second._copy(folder, step, shares)
         return folder
+
+    def _copy(self, folder: Path, step: int, shares: Sequence[Share]) -> None:
+        """Each rank copies its files, and reads both ends of every byte: what was written is hashed
+        as it is read, and what is read back must have that hash too."""
+        try:
+            temporary = self._begin(step)
+            failures = self._comm.gather_json(
+                failure_of_copy(shares[self._comm.rank].files, folder, temporary)
+            )
+            if told := [f"rank {r}: {failure}" for r, failure in enumerate(failures) if failure]:
+                self._abandon(temporary)
+                self._give_up(step, told, needed=sum(share.size for share in shares))
+            copied = self._commit(step, temporary, shares)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{folder} is saved, but its second copy is not: {error}"
+            ) from error
+        if self._comm.is_main:
+            prune(self._folder, copied, keep=self._keep, refused=self._refused)
+        self._comm.barrier()
 
     def _writer(self, folder: Path) -> ShareWriter:
         comm = self._comm
@@ -231,18 +267,24 @@ class Checkpointer:
     def _latest(
         self, warn: Callable[[str], None], passed_over: Callable[[Restored], bool]
     ) -> Restored | None:
-        names = self._comm.broadcast_json([each.folder.name for each in generations(self._folder)])
+        second = generations(self._second._folder) if self._second else []
+        found = [*generations(self._folder), *second]
+        newest = sorted(found, key=lambda g: (g[:2], g.folder.parent == self._folder), reverse=True)
+        paths = self._comm.broadcast_json([str(each.folder) for each in newest])
         reasons: list[str] = []
-        for name in reversed(names):
-            restored, reason = self._verified(self._folder / name)
+        for path in map(Path, paths):
+            restored, reason = self._verified(path)
             if restored is not None and not passed_over(restored):
                 return restored
-            self._refused.add(name)
+            if path.parent == self._folder:
+                self._refused.add(path.name)
+            elif self._second is not None:
+                self._second._refused.add(path.name)
             if restored is not None:
                 continue
-            reasons.append(f"{name}: {reason}")
+            reasons.append(f"{path.name}: {reason}")
             if self._comm.is_main:
-                warn(f"checkpoint {self._folder / name} is damaged and not used: {reason}")
+                warn(f"checkpoint {path} is damaged and not used: {reason}")
         if reasons:
             raise CheckpointError(
                 f"none of the {len(reasons)} checkpoints in {self._folder} can be used "

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -199,6 +200,22 @@ def damage(folder: Path, entry: FileEntry) -> str | None:
         return f"{entry.name}: {error.strerror or error}"
     if found != entry.sha256:
         return f"{entry.name} has SHA-256 {found[:12]}... instead of {entry.sha256[:12]}...{where}"
+    return None
+
+
+def failure_of_copy(files: Sequence[FileEntry], source: Path, target: Path) -> str | None:
+    """Copy files to another folder, on whose disk they are then, and read them back; what went
+    wrong, in words, or None."""
+    for entry in files:
+        PULSE.beat()
+        try:
+            shutil.copyfile(source / entry.name, target / entry.name)
+            with (target / entry.name).open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            return f"{error.strerror or error} ({entry.name})"
+        if (problem := damage(target, entry)) is not None:
+            return problem
     return None
 
 

@@ -76,6 +76,9 @@ class RunConfig(Frozen):
     """Between two checkpoints. The end of a run is always saved."""
     keep_checkpoints: int = Field(default=2, ge=2)
     """Two at least: the one before is the way back if the newest is damaged."""
+    second_copy: LocalPath | None = None
+    """A folder of this run alone, on another disk: every checkpoint is copied there and verified,
+    and read from there where the one in the workdir is damaged or gone."""
     save_beside: bool = True
     """Training goes on while a checkpoint is written from a copy in the host's memory; else a step
     waits for the disk. The last save, and the one of a stop, always waits."""
@@ -118,6 +121,15 @@ class RunConfig(Frozen):
                     "that stands before it and has the same `every` and `weights`"
                 )
         return evals
+
+    @model_validator(mode="after")
+    def _a_second_copy_elsewhere(self) -> RunConfig:
+        if self.second_copy is not None and self.second_copy.is_relative_to(self.workdir):
+            raise ValueError(
+                f"second_copy {self.second_copy} is inside the workdir, with which it would be "
+                "lost; name a folder on another disk"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_average_that_is_not_kept(self) -> RunConfig:
