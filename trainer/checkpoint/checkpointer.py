@@ -31,15 +31,13 @@ from trainer.checkpoint.manifest import (
     Manifest,
     Share,
     ShareWriter,
-    damage,
     failure_of_copy,
-    parse_manifest,
-    read_manifest_bytes,
     sync_folder,
     write_manifest,
 )
-from trainer.checkpoint.restored import Restored, open_checkpoint
+from trainer.checkpoint.restored import Restored
 from trainer.checkpoint.room import free_bytes, size_in_words
+from trainer.checkpoint.verified import verified
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
 from trainer.pulse import PULSE
@@ -259,7 +257,7 @@ class Checkpointer:
         """The checkpoint in the folder of that name; CheckpointError on all ranks if it is damaged,
         or none."""
         with PULSE.phase("restore"):
-            restored, reason = self._verified(self._folder / name)
+            restored, reason = verified(self._folder / name, self._comm, self._reads)
         if restored is None:
             raise CheckpointError(f"{self._folder / name} is no sound checkpoint: {reason}")
         return restored
@@ -273,7 +271,7 @@ class Checkpointer:
         paths = self._comm.broadcast_json([str(each.folder) for each in newest])
         reasons: list[str] = []
         for path in map(Path, paths):
-            restored, reason = self._verified(path)
+            restored, reason = verified(path, self._comm, self._reads)
             if restored is not None and not passed_over(restored):
                 return restored
             if path.parent == self._folder:
@@ -291,39 +289,3 @@ class Checkpointer:
                 f"({'; '.join(reasons)}); restore a copy, or move the folder away to start anew"
             )
         return None
-
-    def _verified(self, folder: Path) -> tuple[Restored | None, str]:
-        """The checkpoint if every file is as its manifest says, else None and why."""
-        text, reason = None, ""
-        if self._comm.is_main:
-            try:
-                text = read_manifest_bytes(folder).decode()
-            except (OSError, ValueError) as error:
-                reason = str(error)
-        text, reason = self._comm.broadcast_json([text, reason])
-        if text is None:
-            return None, reason
-        try:
-            manifest = self._wanted(parse_manifest(text))
-            problems = self._damages(folder, manifest)
-            return (
-                (None, "; ".join(problems)) if problems else (open_checkpoint(folder, manifest), "")
-            )
-        except ValueError as error:
-            return None, str(error)
-
-    def _wanted(self, manifest: Manifest) -> Manifest:
-        """With the files alone that will be read."""
-        if self._reads is None:
-            return manifest
-        wanted = {None, *self._reads}
-        files = tuple(entry for entry in manifest.files if entry.group in wanted)
-        return manifest.model_copy(update={"files": files})
-
-    def _damages(self, folder: Path, manifest: Manifest) -> list[str]:
-        mine = manifest.files[self._comm.rank :: self._comm.world_size]
-        found = []
-        for entry in mine:
-            PULSE.beat()
-            found += [problem] if (problem := damage(folder, entry)) else []
-        return [problem for part in self._comm.gather_json(found) for problem in part]
