@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -49,12 +50,19 @@ def pages_of_start(workdir: Path) -> dict[str, str]:
     """Both files as Markdown, of the last start, by a name for each; none where they are not."""
     pages = {}
     try:
-        pages["configuration"] = f"```yaml\n{(workdir / RUN).read_text()}\n```"
+        pages["configuration"] = _as_code("yaml", (workdir / RUN).read_text())
         start = json.loads((workdir / ENVIRONMENT).read_text())[-1]
-        pages["start"] = f"```json\n{json.dumps(start, indent=2)}\n```"
+        pages["start"] = _as_code("json", json.dumps(start, indent=2))
     except (OSError, ValueError, LookupError):
         return pages
     return pages
+
+
+def _as_code(language: str, text: str) -> str:
+    """Fenced by more backticks in a row than the text has, so that it can't end the fence."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _write(config: RunConfig, comm: Comm, step: int, hosts: list[Any]) -> None:
