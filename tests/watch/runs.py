@@ -54,7 +54,7 @@ class Ranks:
             process.kill()
             process.communicate()
 
-    def said(self, rank: int, *, seconds: float = 240.0) -> str:
+    def said(self, rank: int, *, seconds: float = 500.0) -> str:
         """All that a rank has said, once it has ended."""
         return self.processes[rank].communicate(timeout=seconds)[0]
 
@@ -70,7 +70,7 @@ def run_file(folder: Path, *, steps: int) -> Path:
     return path
 
 
-def until_logged(workdir: Path, lines: int, *, seconds: float = 150.0) -> None:
+def until_logged(workdir: Path, lines: int, *, seconds: float = 400.0) -> None:
     """Wait until a run has logged so many steps."""
     end, path = time.monotonic() + seconds, workdir / "metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < lines:

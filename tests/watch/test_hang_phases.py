@@ -78,7 +78,7 @@ def hung(path: Path, script: str, *, phase: str, rank: int, times: int = 1, besi
     script = script.format(folder=str(folder), phase=phase, rank=rank, times=times)
     keys = [key.format(beside=str(beside).lower()) for key in KEYS]
     with Ranks(path, 2, *keys, script=script) as ranks:
-        said = [ranks.said(each, seconds=300.0) for each in range(2)]
+        said = [ranks.said(each, seconds=600.0) for each in range(2)]
         ended = time.time()
     assert f"error: rank {rank} on {HOST} has got no further for " in said[0], said[0]
     assert f"s, in {phase}" in said[0], said[0]
@@ -121,10 +121,10 @@ def test_a_hang_in_each_phase_is_named_and_the_run_comes_to_what_it_would_have(t
     assert max(took.values()) < 90.0, took
     keys = ("save_every=2 steps", "hang_seconds=300")
     with Ranks(path, 2, *keys) as ranks:
-        said = ranks.said(0, seconds=300.0)
+        said = ranks.said(0, seconds=600.0)
     assert ranks.code(0) == 0, said
     assert "going on from step" in said
     with Ranks(path, 2, *keys, f"workdir={tmp_path}/whole") as ranks:
-        said = ranks.said(0, seconds=300.0)
+        said = ranks.said(0, seconds=600.0)
     assert ranks.code(0) == 0, said
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

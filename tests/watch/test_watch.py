@@ -73,6 +73,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_and_nothing_listens_to_other
         said = ranks.said(0)
     assert ranks.code(0) == 0, said
     assert "going on from step" in said
+    assert "changed since then: steps: 400 -> 8\n" in said
 
 
 def test_a_stopped_rank_is_named_and_the_others_leave_their_stacks(tmp_path):

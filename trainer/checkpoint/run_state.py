@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.addresses import all_without_secrets
+from trainer.addresses import all_without_secrets, without_secrets
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.restored import Restored
 from trainer.comm import Comm
@@ -36,6 +36,7 @@ FREE_TO_CHANGE = frozenset(
         "save_every",
         "keep_checkpoints",
         "save_beside",
+        "second_copy",
         "max_skipped_steps",
         "spikes",
         "comm_timeout_seconds",
@@ -217,6 +218,15 @@ def refuse_another_run(
             f"the checkpoint in {place} is of another run ({lines}); "
             "set these back or choose another workdir"
         )
+
+
+def changed_settings(restored: Restored, new: RunConfig) -> str:
+    """What is free to change and was, `key: before -> after`, but for where a run lies; else ''."""
+    old = parse_run(restored.texts["run.yaml"], source="run.yaml")
+    before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
+    differing = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    told = sorted(differing - {"workdir", "begin_from", "data.train"})
+    return without_secrets(", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in told))
 
 
 def _full_rate_ends(config: RunConfig) -> int:

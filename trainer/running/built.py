@@ -15,6 +15,7 @@ from trainer.checkpoint.restored import Restored
 from trainer.checkpoint.room import bytes_needed, check_room
 from trainer.checkpoint.run_state import (
     Place,
+    changed_settings,
     frozen_digest,
     load_rest,
     load_weights,
@@ -137,6 +138,8 @@ def built(
     spikes.tell(log, start.progress)
     if restored:
         log.say(f"going on from step {restored.step} in {restored.folder}")
+        if changes := changed_settings(restored, config):
+            log.say(f"changed since then: {changes}")
     return Run(
         *(config, comm, check, tokenizer, stream, recipe, frozen, engine, average),
         checkpoints=SavesBeside(checkpoints, waits=not config.save_beside),
