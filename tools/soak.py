@@ -3,9 +3,8 @@
 A run is started again and again, and something happens to it in a random phase or at a random time:
 ranks or their launcher are killed, stand still, or are asked to stop; the newest checkpoint is
 damaged, a log torn, the disk slow. At its end comes the same run without faults, whose bytes its
-weights must be; then the next one, until the time is over. A disk of at most 1 GiB under --out is
-filled up too: unshare --mount sh -c 'mount -t tmpfs -o size=600m none OUT; python tools/soak.py'
-A run with the key `spikes` gets a loss that jumps.
+weights must be; then the next one, until the time is over. A disk of at most 1 GiB under --out, as
+a tmpfs that is mounted there, is filled up too. A run with the key `spikes` gets a loss that jumps.
 
 With --ends N no run is needed: N pairs of ranks meet, train a little, save beside it and end, and
 their exit codes are counted.

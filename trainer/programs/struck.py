@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -14,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.__main__ import main
-from trainer.command import run_command
 from trainer.pulse import Pulse
 from trainer.types import Batch, Features, Losses
 
@@ -91,7 +90,7 @@ def struck() -> None:
         slow_disk(troubles.sync_seconds)
     if troubles.jumps is not None:
         loss_that_jumps(*troubles.jumps)
-    run_command(main)
+    runpy.run_module("trainer", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ def built(
 
 def _checked(config: RunConfig, comm: Comm, decided: Decided) -> WeightsAndBiases | None:
     """What can be told before anything large is opened; and who else takes the numbers."""
+    PULSE.mark()  # here and below: who hangs before one is behind those who wait after it
     agreed(comm, lambda: completed(config.deepspeed, comm, decided))
     agreed(comm, lambda: refuse_text_evals(config))
     tracker = agreed(comm, lambda: tracker_for(config, comm))
@@ -165,6 +166,7 @@ def _checked(config: RunConfig, comm: Comm, decided: Decided) -> WeightsAndBiase
 def _opened(
     config: RunConfig, comm: Comm, restored: Restored | None, decided: Decided
 ) -> tuple[PreTrainedTokenizerFast | None, Stream]:
+    PULSE.mark()
     tell(f"opening {config.data.train}")
     tokenizer = tokenizer_of(config, comm)
     size, before = decided.micro_batch, shards_of(restored)
@@ -185,6 +187,7 @@ def _loaded(config: RunConfig, context: Context, *, divided: bool) -> Recipe:
 
 
 def _engine(config: RunConfig, comm: Comm, recipe: Recipe, decided: Decided) -> Engine:
+    PULSE.mark()
     return Engine(
         *(recipe.model, config.optim, comm),
         deepspeed_config=config.deepspeed,
