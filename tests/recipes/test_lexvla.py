@@ -238,6 +238,18 @@ def train_once(comm: Comm, *configs: RunConfig) -> int:
     return [train(config).progress.step for config in configs][-1]
 
 
+def train_and_again(comm: Comm, run: RunConfig, moved: RunConfig, again: RunConfig) -> None:
+    train_once(comm, run, moved)
+    shutil.copytree(run.workdir, again.workdir)
+    without_its_end(again.workdir)
+    train_once(comm, again)
+
+
+def without_its_end(folder: Path) -> None:
+    (last,) = (folder / "checkpoints").glob("*4*")
+    shutil.rmtree(last)
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     restored = Checkpointer(folder / "checkpoints", SOLO).latest()
     assert restored is not None
@@ -245,19 +257,24 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def test_any_ranks_and_stage_learn_the_same_and_go_on_at_another_number(tmp_path: Path) -> None:
-    """One rank under ZeRO-3; two ranks under ZeRO-2; one that goes on from the middle of theirs."""
+    """One rank under ZeRO-3; two under ZeRO-2 without checkpointing; one that goes on from the
+    middle of theirs; and one that goes on from the middle of its own run, to the same bits."""
     kept = ["save_every=2 steps", "keep_checkpoints=3"]
     other = config_in(
-        tmp_path, f"workdir={tmp_path}/other", "deepspeed=ds_configs/zero2.json", *kept
+        *(tmp_path, f"workdir={tmp_path}/other", "deepspeed=ds_configs/zero2.json", *kept),
+        "gradient_checkpointing=false",
     )
     run_ranks(train_once, 2, other, timeout_seconds=500)
     shutil.copytree(tmp_path / "other", tmp_path / "moved")
-    checkpoints = sorted((tmp_path / "moved" / "checkpoints").glob("*4*"))
-    assert len(checkpoints) == 1
-    shutil.rmtree(checkpoints[0])
-    moved = config_in(tmp_path, f"workdir={tmp_path}/moved", *kept)
-    run_ranks(train_once, 1, config_in(tmp_path), moved, timeout_seconds=500)
+    without_its_end(tmp_path / "moved")
+    moved, again = (
+        config_in(tmp_path, f"workdir={tmp_path}/{name}", *kept) for name in ("moved", "again")
+    )
+    run_ranks(train_and_again, 1, config_in(tmp_path, *kept), moved, again, timeout_seconds=500)
     ours = weights(tmp_path / "run")
+    same = weights(tmp_path / "again")
+    assert ours.keys() == same.keys()
+    assert all(torch.equal(same[name], value) for name, value in ours.items())
     assert not any("text_words" in name or name.startswith("image.") for name in ours)
     assert any(name.startswith("image_words") for name in ours)
     assert any("lora_A" in name for name in ours)
@@ -276,8 +293,7 @@ def test_four_ranks_under_every_stage_too(tmp_path: Path) -> None:
     kept = ["save_every=2 steps", "keep_checkpoints=3"]
     run_ranks(train_once, 1, config_in(tmp_path, *kept), timeout_seconds=900)
     shutil.copytree(tmp_path / "run", tmp_path / "moved")
-    for checkpoint in (tmp_path / "moved" / "checkpoints").glob("*4*"):
-        shutil.rmtree(checkpoint)
+    without_its_end(tmp_path / "moved")
     four = [
         config_in(
             *(tmp_path, f"workdir={tmp_path}/{name}", f"deepspeed=ds_configs/zero{stage}.json"),

@@ -145,6 +145,24 @@ def train_each(comm: Comm, *configs: RunConfig) -> int:
     return [train(config).progress.step for config in configs][-1]
 
 
+def train_and_go_on(
+    comm: Comm, one: RunConfig, others: list[RunConfig], again: dict[int, RunConfig]
+) -> None:
+    """`again` go on from what `one` had saved at these steps."""
+    train_each(comm, one, *others)
+    for at, config in again.items():
+        up_to(at, one.workdir, config.workdir)
+        train_each(comm, config)
+
+
+def up_to(step: int, source: Path, folder: Path) -> None:
+    """A copy of a run as it was when it had saved this step."""
+    shutil.copytree(source, folder)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+
+
 def saved(folder: Path) -> dict[str, dict[str, Tensor]]:
     restored = Checkpointer(folder / "checkpoints", SOLO).latest()
     assert restored is not None
@@ -161,8 +179,9 @@ def stages_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_gates_learn_and_the_model_shrinks_twice_and_goes_on_anywhere(tmp_path: Path) -> None:
-    """Two ranks under ZeRO-3 with checkpointing, one under ZeRO-0, and one that goes on in the
-    middle of the second stage with what two ranks saved: the same small model."""
+    """Two ranks under ZeRO-3 with checkpointing, one under ZeRO-0, and one that goes on from every
+    phase with what two ranks saved: the same small model. One rank that goes on from the middle of
+    its own run, at a cut and in every phase: the same bits."""
     gates = STAGES + ", learning_rate: 3.0, ramp: 0.5, multiplier: 60}"
     common = [
         *("steps=7", "save_every=1 steps", "keep_checkpoints=9", "optim.learning_rate=0.001"),
@@ -174,17 +193,22 @@ def test_gates_learn_and_the_model_shrinks_twice_and_goes_on_anywhere(tmp_path: 
         tmp_path, *common, f"workdir={tmp_path}/two", "gradient_checkpointing=true", gates=gates
     )
     run_ranks(train_each, 2, two, timeout_seconds=800)
+    moved, again = [], {}
     for at in (1, 3, 5):
-        folder = tmp_path / f"from-{at}"
-        shutil.copytree(tmp_path / "two", folder)
-        for checkpoint in (folder / "checkpoints").glob("step-*"):
-            if int(checkpoint.name.removeprefix("step-")) > at:
-                shutil.rmtree(checkpoint)
-    moved = [
-        config_of(tmp_path, *common, f"workdir={tmp_path}/from-{at}", gates=gates)
-        for at in (1, 3, 5)
-    ]
-    run_ranks(train_each, 1, one, *moved, timeout_seconds=800)
+        up_to(at, tmp_path / "two", tmp_path / f"from-{at}")
+        moved.append(config_of(tmp_path, *common, f"workdir={tmp_path}/from-{at}", gates=gates))
+    for at in (1, 2, 4, 6):
+        place = f"workdir={tmp_path}/again-{at}"
+        again[at] = config_of(
+            tmp_path, *common, place, "deepspeed=ds_configs/zero0.json", gates=gates
+        )
+    run_ranks(train_and_go_on, 1, one, moved, again, timeout_seconds=800)
+    whole = saved(tmp_path / "run")
+    for at in again:
+        same = saved(tmp_path / f"again-{at}")
+        for kind in ("weights", "moments"):
+            assert same[kind].keys() == whole[kind].keys()
+            assert all(torch.equal(same[kind][key], value) for key, value in whole[kind].items())
     wanted = saved(tmp_path / "two")
     for name in ("run", "from-1", "from-3", "from-5"):
         found = saved(tmp_path / name)
@@ -215,12 +239,8 @@ def test_gates_learn_and_the_model_shrinks_twice_and_goes_on_anywhere(tmp_path: 
     export_model(trained.model, trained.tokenizer, tmp_path / "exported")
     again, _ = load_exported(tmp_path / "exported")
     assert torch.equal(again(small_batch()).image, trained.model(small_batch()).image)
-    middle = tmp_path / "middle"
-    shutil.copytree(tmp_path / "two", middle)
-    for checkpoint in (middle / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > 1:
-            shutil.rmtree(checkpoint)
-    gated = open_workdir(middle, SOLO).model
+    up_to(1, tmp_path / "two", tmp_path / "middle")
+    gated = open_workdir(tmp_path / "middle", SOLO).model
     with pytest.raises(ConfigError, match="its gates are still learning"):
         export_model(gated, trained.tokenizer, tmp_path / "gated")
     batch = small_batch()
@@ -246,10 +266,7 @@ def test_four_ranks_cut_the_same_model_and_go_on_from_one_in_every_phase(tmp_pat
     for name, at, _ in cases:
         if at is None:
             continue
-        shutil.copytree(tmp_path / "run", tmp_path / name)
-        for checkpoint in (tmp_path / name / "checkpoints").glob("step-*"):
-            if int(checkpoint.name.removeprefix("step-")) > at:
-                shutil.rmtree(checkpoint)
+        up_to(at, tmp_path / "run", tmp_path / name)
     four = [
         config_of(
             *(tmp_path, *common, f"workdir={tmp_path}/{name}", "micro_batch=2"),
