@@ -1,4 +1,6 @@
-"""Builds the corpus of real image-text pairs: python tools/make_corpus.py --out data/open"""
+"""Builds the corpus of real image-text pairs: python tools/make_corpus.py --out data/open
+
+With `--large --out data/large`, from some seventy more vendors; downloads lie in cache/npm."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ sys.path.pop(0)  # this folder: its inspect.py would hide Python's own
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.data.corpus.build import build_corpus
+from trainer.data.corpus.large import build_large
 from trainer.data.corpus.wheels import DEFAULT_CACHE
 from trainer.errors import TrainerError
 
@@ -30,11 +33,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("data/open"), help="folder of the corpus")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of downloads")
     parser.add_argument("--no-glosses", action="store_true", help="without WordNet's definitions")
+    parser.add_argument("--large", action="store_true", help="with the icon sets of npm")
     options = parser.parse_args()
+    if options.large and options.no_glosses:
+        parser.error("--large is always built with definitions; leave --no-glosses out")
     try:
-        manifest = build_corpus(
-            options.out, cache=options.cache, glosses=not options.no_glosses, report=print
-        )
+        if options.large:
+            manifest = build_large(options.out, cache=options.cache, report=print)
+        else:
+            manifest = build_corpus(
+                options.out, cache=options.cache, glosses=not options.no_glosses, report=print
+            )
     except (TrainerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

