@@ -115,6 +115,12 @@ class Glosses:
                 return self._gloss(lemma, match, sense)
         return None
 
+    def find_whole(self, entry: Entry, keywords: Sequence[str]) -> Gloss | None:
+        """The definition of a name that is a word as it stands, or None."""
+        files, name = allowed_files(entry), _plain_name(entry)
+        found = None if files is None else self._best(name, files, _context(keywords, name))
+        return None if found is None else self._gloss(found[0], "full", found[1])
+
     def _gloss(self, lemma: str, match: Match, sense: Sense) -> Gloss:
         spelling = next((word for word in sense.words if word.lower() == lemma), lemma)
         synonyms = [word for word in sense.words if word != spelling][:4]

@@ -208,8 +208,8 @@ def _definition(name: str, facts: Mapping[str, Any], known: Known) -> dict[str, 
     gloss = None
     if known.glosses is not None:
         entry = _ICON._replace(name=name)
-        gloss = known.glosses.find(entry, [], [*facts["alias"], *facts["keywords"]])
-    if gloss is None or gloss.match != "full":
+        gloss = known.glosses.find_whole(entry, [*facts["alias"], *facts["keywords"]])
+    if gloss is None:
         return {"gloss": None, "synonyms": []}
     return {"gloss": gloss.text, "synonyms": gloss.synonyms}
 

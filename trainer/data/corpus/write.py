@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from trainer.data.index import index_path, write_index
 
 MANIFEST = "manifest.json"
 PAIRS_PER_SHARD = 1000
+_LONGEST_KEY = 90
 
 
 class Classes(NamedTuple):
@@ -57,8 +59,15 @@ class Numbering:
 
 
 def sample_key(pair: Pair) -> str:
-    """The pair's name in its shard: `google_1f34e`, `mdi_outline-apple`."""
-    return re.sub("[^0-9A-Za-z_-]", "_", f"{pair.vendor}_{pair.key}")
+    """The pair's name in its shard: `google_1f34e`, `mdi_outline-apple`.
+
+    A tar's header has room for so many letters; of longer names a hash stands for the end.
+    """
+    name = re.sub("[^0-9A-Za-z_-]", "_", f"{pair.vendor}_{pair.key}")
+    if len(name) <= _LONGEST_KEY:
+        return name
+    digest = hashlib.blake2b(name.encode(), digest_size=6).hexdigest()
+    return f"{name[: _LONGEST_KEY - len(digest) - 1]}-{digest}"
 
 
 def sample_fields(pair: Pair, numbering: Numbering) -> dict[str, bytes]:
