@@ -31,6 +31,7 @@ from trainer.losses.constant_prototypes import (
     prototype_losses,
     prototype_table,
     target_figures,
+    temperature_of_entropy,
 )
 from trainer.losses.units import unit_rows
 
@@ -268,6 +269,37 @@ def figures_of(case: Problem, *, counts: torch.Tensor):
         temperature=case.temperature,
         comm=SOLO,
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.05, 2.2), st.integers(0, 99), st.sampled_from([1e-3, 1.0, 50.0]))
+def test_the_temperature_of_an_entropy_gives_it_in_the_plain_form(
+    entropy: float, seed: int, length: float
+) -> None:
+    """Entropy of softmax(Q Q^T / tau) row by row, for teachers of any length; log 10 is 2.3."""
+    case = problem(num_empty=3, seed=seed)
+    teacher = case.teacher * length
+    counts = torch.arange(13) * case.valid
+    found = temperature_of_entropy(
+        teacher,
+        counts=counts,
+        valid=case.valid,
+        num_prototypes=13,
+        entropy=entropy,
+        comm=SOLO,
+    )
+    rows = teacher[case.valid]
+    targets = (rows @ rows.T / found).softmax(dim=1)
+    each = -torch.special.xlogy(targets, targets).sum(dim=1)
+    weights = counts[case.valid] / counts.sum()
+    assert float((each * weights).sum()) == pytest.approx(entropy, abs=1e-4)
+
+
+def test_an_entropy_that_no_temperature_gives_ends_at_the_hottest() -> None:
+    case = problem()
+    rows = {"counts": torch.ones(13, dtype=torch.int64), "valid": case.valid, "num_prototypes": 13}
+    found = temperature_of_entropy(case.teacher, **rows, entropy=9.0, comm=SOLO)
+    assert found > 500 * float(case.teacher.square().sum(dim=1).max())
 
 
 def test_hard_targets_have_their_whole_mass_on_their_own_cluster() -> None:

@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
 from trainer.config import RunConfig, micro_batches, parse_run
+from trainer.errors import ConfigError
 from trainer.recipe import load_recipe
 from trainer.run import context_of, stream_of, tokenizer_of
 from trainer.types import Batch, Features, Progress
@@ -142,6 +143,7 @@ def test_a_term_is_the_paper_s_and_every_switch_changes_it(tmp_path):
         "recipe.back_translation=true",
         "recipe.back_translation=false",
         "recipe.target_temperature=-1",
+        "recipe.target_entropy=0.7",
         "recipe.unit_centroids=true",
         "recipe.unit_tables=true",
         "recipe.spherical=true",
@@ -249,3 +251,35 @@ def test_weights_of_zero_are_clip_bit_for_bit(tmp_path):
     ]
     assert plain.keys() == weightless.keys()
     assert [name for name in plain if not torch.equal(plain[name], weightless[name])] == []
+
+
+def test_an_entropy_finds_each_modality_s_temperature(tmp_path):
+    """What is logged has the entropy that was asked for; the tables are those of that temperature
+    when it is given by hand."""
+    config = config_in(tmp_path, "recipe.target_entropy=0.7")
+    recipe, stream = built(config, Comm.solo())
+    figures = recipe.begin_phase(Progress(), encoder(recipe), stream)
+    for space, student in (("image", "text"), ("text", "image")):
+        assert figures[f"{space}_target_entropy"] == pytest.approx(0.7, abs=1e-3)
+        found = figures[f"{space}_target_temperature"]
+        other, again = built(config_in(tmp_path, f"recipe.target_temperature={found}"), Comm.solo())
+        other.begin_phase(Progress(), encoder(other), again)
+        ours, theirs = (
+            {term.name: table.targets for term, table in each.episode.tables.items()}
+            for each in (recipe, other)
+        )
+        name = f"{student}_from_{space}"
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["recipe.target_entropy=1", "recipe.target_temperature=1"], "give one of them"),
+        (["recipe.target_entropy=1.7"], "5 clusters is below 1.61"),
+        (["recipe.target_entropy=1", "recipe.prototype_weight=0"], "prototype_weight is 0"),
+    ],
+)
+def test_an_entropy_that_nothing_could_use_is_refused(tmp_path, overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        config_in(tmp_path, *overrides)

@@ -11,6 +11,7 @@ Source: ProtoCLIP, arXiv 2206.10996.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from trainer.comm import Comm
 from trainer.kernels.log_partition import log_partition
 from trainer.kernels.tiled import Partition, finite, merge, partition_sums
 from trainer.losses.units import at_least_float32
+
+_COLDEST, _HOTTEST = 1e-5, 1e3
+_HALVINGS = 24
 
 
 class PrototypeTable(NamedTuple):
@@ -106,6 +110,42 @@ def target_figures(
     columns = torch.stack([own_mass, entropy, off_peak, torch.ones_like(weight)])
     sums = comm.sum(torch.where(weight > 0, columns * weight, 0.0).sum(dim=1))
     return TargetFigures(*(sums[:3] / sums[3].clamp_min(1.0)).unbind())
+
+
+def temperature_of_entropy(
+    teacher: Float[Tensor, "local teacher_dim"],
+    *,
+    counts: Int64[Tensor, " local"],
+    valid: Bool[Tensor, " local"],
+    num_prototypes: int,
+    entropy: float,
+    comm: Comm,
+) -> float:
+    """The temperature whose soft targets have this mean entropy in nats; equal on all ranks.
+
+    A softmax's entropy only grows with its temperature, so halving an interval of the logarithm
+    finds it, to a few millionths. The interval is `_COLDEST` to `_HOTTEST` times the longest
+    centroid's squared length; where entropy leaves it (it is at most the logarithm of the valid
+    rows, and twins share their mass at any temperature) the nearer end is the answer.
+
+    Cost: `_HALVINGS` times that of `target_figures`.
+    """
+    rows = at_least_float32(teacher.detach())
+    lengths = torch.where(valid, rows.square().sum(dim=1), 0.0)
+    longest = float(comm.max(torch.cat([lengths, lengths.new_zeros(1)]).max()))
+    low, high = math.log(_COLDEST * max(longest, 1e-30)), math.log(_HOTTEST * max(longest, 1e-30))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = target_figures(
+            teacher,
+            counts=counts,
+            valid=valid,
+            num_prototypes=num_prototypes,
+            temperature=math.exp(middle),
+            comm=comm,
+        )
+        low, high = (middle, high) if float(found.entropy) < entropy else (low, middle)
+    return math.exp((low + high) / 2)
 
 
 def prototype_cross_entropy(

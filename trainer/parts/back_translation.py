@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +12,12 @@ from torch import Tensor
 from trainer.cluster.kmeans import KMeansResult
 from trainer.cluster.translate import group_means
 from trainer.comm import Comm
-from trainer.losses.constant_prototypes import PrototypeTable, prototype_table, target_figures
+from trainer.losses.constant_prototypes import (
+    PrototypeTable,
+    prototype_table,
+    target_figures,
+    temperature_of_entropy,
+)
 from trainer.losses.units import unit_rows
 from trainer.parts.teacher import Student
 
@@ -57,27 +62,54 @@ def episode_table(
     )
 
 
-def softness(
+Temperatures = Mapping[Student, float]
+"""Of the soft targets, by the space whose groups they are."""
+
+
+def temperatures_of(
     clustered: Mapping[Student, KMeansResult],
     options: TableOptions,
     comm: Comm,
     *,
     temperature: float,
+    entropy: float | None,
+) -> Temperatures:
+    """The same for every space, or the one that gives its targets this entropy in nats."""
+    if entropy is None:
+        return dict.fromkeys(clustered, temperature)
+    found = {}
+    for space, result in clustered.items():
+        groups = _groups(result, options, comm)
+        found[space] = temperature_of_entropy(**groups, entropy=entropy, comm=comm)
+    return found
+
+
+def softness(
+    clustered: Mapping[Student, KMeansResult],
+    options: TableOptions,
+    comm: Comm,
+    *,
+    temperatures: Temperatures,
 ) -> dict[str, float]:
-    """Own mass, entropy and misplaced peaks of the soft targets that clusterings give, by space."""
+    """Temperature, own mass, entropy and misplaced peaks of the soft targets, by space."""
     found: dict[str, float] = {}
     for space, result in clustered.items():
-        centroids, counts = own_rows(result.centroids, comm), own_rows(result.counts, comm)
-        figures = target_figures(
-            unit_rows(centroids) if options.unit_centroids else centroids,
-            counts=counts,
-            valid=counts > 0,
-            num_prototypes=result.centroids.shape[0],
-            temperature=temperature,
-            comm=comm,
-        )
+        groups = _groups(result, options, comm)
+        figures = target_figures(**groups, temperature=temperatures[space], comm=comm)
+        found[f"{space}_target_temperature"] = temperatures[space]
         found |= {f"{space}_target_{k}": float(v) for k, v in figures._asdict().items()}
     return found
+
+
+def _groups(result: KMeansResult, options: TableOptions, comm: Comm) -> dict[str, Any]:
+    """This rank's centroids, as targets are made of them, and how many samples each has."""
+    centroids, counts = own_rows(result.centroids, comm), own_rows(result.counts, comm)
+    return {
+        "teacher": unit_rows(centroids) if options.unit_centroids else centroids,
+        "counts": counts,
+        "valid": counts > 0,
+        "num_prototypes": result.centroids.shape[0],
+    }
 
 
 def own_rows(rows: Tensor, comm: Comm) -> Tensor:

@@ -12,7 +12,7 @@ from trainer.cluster.kmeans import KMeansResult
 from trainer.comm import Comm
 from trainer.data.labels import ClusterLabels
 from trainer.losses.constant_prototypes import PrototypeTable
-from trainer.parts.back_translation import TableOptions, episode_table, own_rows
+from trainer.parts.back_translation import TableOptions, Temperatures, episode_table, own_rows
 from trainer.parts.episodes import Extracted
 from trainer.parts.teacher import Student, TeacherGroups
 from trainer.recipe import every_nth
@@ -76,7 +76,7 @@ class EpisodeTables:
         clustered: Mapping[Student, KMeansResult],
         options: TableOptions,
         *,
-        temperature: float,
+        temperatures: Temperatures,
     ) -> None:
         """Images learn from the groups of texts, and texts from those of images."""
         for student, space in OTHER.items():
@@ -84,7 +84,7 @@ class EpisodeTables:
             self.tables[Term(student, space)] = episode_table(
                 *(extracted.of(student), result.labels, own_rows(result.centroids, self.comm)),
                 *(options, self.comm),
-                temperature=temperature,
+                temperature=temperatures[space],
             )
 
     def add_teachers(

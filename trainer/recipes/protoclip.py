@@ -12,6 +12,7 @@ prototypes leave the softmax, and an episode is a stretch of the stream without 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from trainer.losses.usage import prototype_overuse
 from trainer.models.config import HeadedTwoTower
 from trainer.models.self_supervised import build_towers_of_views
 from trainer.models.two_tower import TwoTower, TwoTowerConfig
-from trainer.parts.back_translation import TableOptions, softness
+from trainer.parts.back_translation import TableOptions, Temperatures, softness, temperatures_of
 from trainer.parts.caption_tokens import CaptionTokens, LearnsCaptionTokens
 from trainer.parts.distillation import Distillation, Distils
 from trainer.parts.episode import EpisodeTables, Term
@@ -47,6 +48,8 @@ from trainer.parts.teacher_digests import TeacherDigests
 from trainer.parts.token_selection import token_parts
 from trainer.recipe import Context, Encode, Part, Samples
 from trainer.types import Batch, Features, Losses, Progress, TowerName
+
+Clustered = Mapping[Student, KMeansResult]
 
 
 class Config(ComparesViews, Distils, LearnsCaptionTokens, KnowsGroups, RecipeConfig):
@@ -65,6 +68,10 @@ class Config(ComparesViews, Distils, LearnsCaptionTokens, KnowsGroups, RecipeCon
     """Of the internal pair: text groups teach images, image groups teach texts."""
     target_temperature: float = 0.01
     """Of the internal pair's soft targets; 0 or less means one-hot."""
+    target_entropy: float | None = Field(default=None, gt=0)
+    """Mean entropy of the internal pair's soft targets in nats, instead of a temperature: each
+    episode finds, for each modality, the temperature that gives it. exp of it is the number of
+    groups that a target is spread over."""
     overuse: OveruseConfig | None = None
     """A penalty on prototypes that everything uses, half of it for each term of a pair."""
     teachers: tuple[TeacherConfig, ...] = ()
@@ -100,6 +107,17 @@ class Config(ComparesViews, Distils, LearnsCaptionTokens, KnowsGroups, RecipeCon
                 "overuse is of prototypes, and prototype_weight: 0 without teachers makes none; "
                 "leave it out, or give prototype_weight"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_soften(self) -> Config:
+        reached, given = math.log(self.clusters), self.model_fields_set
+        if self.target_entropy is not None and not self.prototype_weight:
+            raise ValueError("target_entropy is of the pair's targets, and prototype_weight is 0")
+        if self.target_entropy is not None and "target_temperature" in given:
+            raise ValueError("target_entropy finds target_temperature; give one of them")
+        if (self.target_entropy or 0.0) >= reached > 0:
+            raise ValueError(f"target_entropy of {self.clusters} clusters is below {reached:.3g}")
         return self
 
     def knows_the_end(self) -> str | None:
@@ -235,15 +253,15 @@ class Recipe:
             view = self.episodes.view(progress, samples, self.comm.world_size)
             extracted = extract(encode, view)
         with timed(figures, "seconds_cluster"):
-            clustered: dict[Student, KMeansResult] = {
+            clustered: Clustered = {
                 "image": self._clustered("image", extracted.image, extracted.ids),
                 "text": self._clustered("text", extracted.text, extracted.ids),
             }
         with timed(figures, "seconds_translate"):
-            self._fill(extracted, clustered)
+            temperatures = self._temperatures(clustered)
+            self._fill(extracted, clustered, temperatures)
         figures |= agreement(clustered, extracted.ids, self.classes, self.comm)
-        temperature = self.config.target_temperature
-        figures |= softness(clustered, self.options, self.comm, temperature=temperature)
+        figures |= softness(clustered, self.options, self.comm, temperatures=temperatures)
         return figures | overlap(self.teachers, extracted.ids, clustered, self.comm)
 
     def shown_groups(self) -> ClusterLabels | None:
@@ -261,11 +279,16 @@ class Recipe:
         observer = Interruptible(self.context.check)
         return kmeans(points, ids, config, self.comm, initial=start, observer=observer)
 
-    def _fill(self, extracted: Extracted, clustered: Mapping[Student, KMeansResult]) -> None:
-        temperature = self.config.target_temperature
+    def _temperatures(self, clustered: Clustered) -> Temperatures:
+        given, entropy = self.config.target_temperature, self.config.target_entropy
+        return temperatures_of(
+            clustered, self.options, self.comm, temperature=given, entropy=entropy
+        )
+
+    def _fill(self, extracted: Extracted, clustered: Clustered, softened: Temperatures) -> None:
         self.episode.keep(extracted, clustered)
         if self.config.prototype_weight:
-            self.episode.add_pair(extracted, clustered, self.options, temperature=temperature)
+            self.episode.add_pair(extracted, clustered, self.options, temperatures=softened)
         self.episode.add_teachers(extracted, self.teachers, self.options)
 
     # -- inside ---------------------------------------------------------------------------------
