@@ -116,7 +116,7 @@ class Config(ComparesViews, Distils, LearnsCaptionTokens, KnowsGroups, RecipeCon
             raise ValueError("target_entropy is of the pair's targets, and prototype_weight is 0")
         if self.target_entropy is not None and "target_temperature" in given:
             raise ValueError("target_entropy finds target_temperature; give one of them")
-        if (self.target_entropy or 0.0) >= reached > 0:
+        if self.target_entropy is not None and self.target_entropy >= reached:
             raise ValueError(f"target_entropy of {self.clusters} clusters is below {reached:.3g}")
         return self
 
