@@ -88,7 +88,11 @@ def draw_few(function: Any) -> None:
     """Fewer examples of a property; what decides is hypothesis' own settings of the function."""
     own = getattr(function, "_hypothesis_internal_use_settings", None)
     if own is not None:
-        few = hypothesis.settings(own, max_examples=min(EXAMPLES, own.max_examples))
+        # How long drawing takes on a busy machine is no fault of a test either.
+        patient = {*own.suppress_health_check, hypothesis.HealthCheck.too_slow}
+        few = hypothesis.settings(
+            own, max_examples=min(EXAMPLES, own.max_examples), suppress_health_check=patient
+        )
         function._hypothesis_internal_use_settings = few
 
 

@@ -240,7 +240,7 @@ def test_a_sample_of_many_large_members_is_one_bad_sample(
     members = [("a.txt", b"small"), *[(f"k.{n}", bytes(4096)) for n in range(9)]]
     path = write_members(tmp_path / "a.tar", members)
     write_index(path)
-    monkeypatch.setattr("trainer.data.shards.MAX_SAMPLE_BYTES", 8 * 4096)
+    monkeypatch.setattr("trainer.data.members.MAX_SAMPLE_BYTES", 8 * 4096)
     shards = ShardSet.open(path)
     assert shards.read(0).fields == {"txt": b"small"}
     with pytest.raises(DataError, match="members of k span"):
