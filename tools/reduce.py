@@ -35,7 +35,10 @@ def main() -> None:
     policy = read_policy(given, arguments.settings)
     out: Path = arguments.out
     figures = reduce_scan(
-        arguments.data, arguments.scan, out, policy, comm, labels=arguments.labels, say=say
+        *(arguments.data, arguments.scan, out, policy, comm),
+        labels=arguments.labels,
+        codes=arguments.codes,
+        say=say,
     )
     say(table_of(policy, figures))
     if arguments.write is not None:
@@ -54,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS)
     parser.add_argument("--clusters", type=int, help="of the k-means over image vectors")
     parser.add_argument("--labels", type=Path, help="a clustering of the scan's images/ instead")
+    parser.add_argument("--codes", type=Path, help="cluster these of tools/caption.py instead")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="copy the selected samples")
     parser.add_argument("--run", type=Path, metavar="YAML", help="to compare with and without")
     parser.add_argument("--seeds", type=int, default=3, help="of the comparison")

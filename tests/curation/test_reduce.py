@@ -49,10 +49,11 @@ def bytes_of(out: Path) -> dict[str, bytes]:
     }
 
 
-def test_one_rank_and_two_write_the_same_bytes(scanned, tmp_path):
+def test_one_rank_two_and_four_write_the_same_bytes(scanned, tmp_path):
     on_ranks(Comm.solo(), *scanned, tmp_path / "one")
-    run_ranks(on_ranks, 2, *scanned, tmp_path / "two")
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    for world_size in (2, 4):
+        run_ranks(on_ranks, world_size, *scanned, tmp_path / str(world_size))
+        assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / str(world_size))
     assert len(bytes_of(tmp_path / "one")) >= 9
 
 
@@ -172,7 +173,6 @@ def _usable_scores(shards: ShardSet, scan: Path) -> np.ndarray:
     return np.concatenate([rows.score[rows.usable].astype(np.float64) for rows in found])
 
 
-@pytest.mark.heavy
 def test_figures_are_plain_json(scanned, tmp_path):
     spec, scan = scanned
     out = tmp_path / "out"

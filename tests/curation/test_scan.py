@@ -100,7 +100,9 @@ def killed(comm: Comm, spec: str, out: Path) -> None:
     scan(spec, out, questions(), comm)
 
 
-def test_two_ranks_and_a_kill_leave_the_bytes_of_one_that_was_not_killed(spec, whole, tmp_path):
+def test_two_and_four_ranks_and_a_kill_leave_the_bytes_of_one_that_was_not_killed(
+    spec, whole, tmp_path
+):
     find_repeats(ShardSet.open(spec), whole, Comm.solo(), most_bits=4)
     out = tmp_path / "out"
     with pytest.raises((RuntimeError, AssertionError, EOFError)):
@@ -111,6 +113,8 @@ def test_two_ranks_and_a_kill_leave_the_bytes_of_one_that_was_not_killed(spec, w
     run_ranks(on_ranks, 2, spec, out)
     assert (out / "rows" / "000.safetensors").stat().st_mtime_ns == before
     assert files_of(out) == files_of(whole)
+    run_ranks(on_ranks, 4, spec, tmp_path / "four")  # one of them has no shard
+    assert files_of(tmp_path / "four") == files_of(whole)
 
 
 def test_a_near_copy_in_another_shard_is_found_and_the_first_one_stays(spec, whole):

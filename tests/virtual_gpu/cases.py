@@ -54,6 +54,10 @@ RECIPES = {
     ),
     "superclip": PAIR,
     "superclass": f"captions: {{length: 8, vocabulary: 300}}, {ALONE}",
+    "codebook": (
+        "captions: {length: 8, vocabulary: 300}, codes: {count: 12}, "
+        f"decoder: {{width: 16, layers: 1, heads: 2}}, {ALONE}"
+    ),
     "tinyclip": (
         "distill: {model: FOLDER/pair}, "
         "gates: {stages: [{steps: 1, target: 0.3, settle: 1}, {steps: 2, target: 0.6}]}, "

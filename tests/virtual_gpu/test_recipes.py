@@ -37,6 +37,7 @@ BUDGET = {
     "aclip": FINITE,
     "tinyclip": FINITE,
     "superclass": ROWS_FINITE,
+    "codebook": FINITE,
     # transformers asks of positions that it has made itself whether several texts share a row
     "lexvla": FINITE | {"trainer/models/tower.py _local_scalar_dense": 1},
     "slots": HEAD | {"trainer/parts/prototype_head.py _unique2": 2},

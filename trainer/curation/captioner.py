@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,22 +157,35 @@ def _of_shard(
     select: Path | None,
     images: Sequence[str],
 ) -> dict[str, str]:
-    first = sum(shards.sizes[:row])
     found: dict[str, str] = {}
     shares = None if select is None else read_shares(select, shards.names[row])
     wanted = [n for n in range(shards.sizes[row]) if shares is None or shares[n] > 0]
+    for ids, pictures in read_pictures(shards, row, wanted, captioner.read, images):
+        texts = captioner.write(pictures)
+        found |= {str(i): text for i, text in zip(ids, texts, strict=True)}
+    return found
+
+
+def read_pictures(
+    shards: ShardSet,
+    row: int,
+    wanted: Sequence[int],
+    read: Callable[[bytes], Tensor],
+    images: Sequence[str],
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Ids and images of a shard's samples, some dozens at a time, without the unreadable."""
+    first = sum(shards.sizes[:row])
     for begin in range(0, len(wanted), _CHUNK):
         ids, pictures = [], []
         for number in wanted[begin : begin + _CHUNK]:
             try:
                 sample = shards.read(first + number)
-                pictures.append(captioner.read(find_image(sample.fields, images)))
+                pictures.append(read(find_image(sample.fields, images)))
             except (BadSample, DamagedSample):
                 continue
             ids.append(sample.sample_id)
-        texts = captioner.write(pictures) if pictures else []
-        found |= {str(i): text for i, text in zip(ids, texts, strict=True)}
-    return found
+        if pictures:
+            yield ids, pictures
 
 
 def _read_part(path: Path) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,18 +27,24 @@ SMALLEST_HIDDEN = 4096
 class PatchEncoder(Tower):
     """A vision transformer whose patches, not its class token, become the embedding."""
 
-    def images(
+    def patches(
         self, pixels: Float[Tensor, "n 3 s s"], kept: Int[Tensor, "n kept"] | None = None
-    ) -> Float[Tensor, "n dim"]:
-        """The mean of the projected patches, not normalised, in the dtype of the weights."""
+    ) -> Float[Tensor, "n patches dim"]:
+        """Each patch projected, not normalised, in the dtype of the weights."""
         with (
             torch.set_grad_enabled(self.trained and torch.is_grad_enabled()),
             reading_only(self.backbone, kept, image_size=pixels.shape[-1]),
         ):
             states = self.backbone(pixel_values=pixels).last_hidden_state
+        projected: Tensor = self.projection(states[:, 1:])
+        return projected
+
+    def images(
+        self, pixels: Float[Tensor, "n 3 s s"], kept: Int[Tensor, "n kept"] | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """The mean of the projected patches, not normalised, in the dtype of the weights."""
         # The projection ends in a norm, so its mean is not the projection of the mean.
-        embeddings: Tensor = self.projection(states[:, 1:]).mean(dim=1)
-        return embeddings
+        return self.patches(pixels, kept).mean(dim=1)
 
 
 class PatchTower(Model):
@@ -96,6 +103,26 @@ def build_patch_tower(
     `hidden` between (at least 4096 where None). The transformer's own last norm is not used, and
     not kept. Equal on all ranks. FLAME, arXiv 2411.11927.
     """
+    found = patch_backbone(config, seed=seed)
+    with seeded(seed, "patch head"):
+        head = patch_head(found.backbone.config.hidden_size, config.embed_dim, hidden=hidden)
+    image = PatchEncoder(found.backbone, head, pool="mean", trained=found.trained, note=found.note)
+    return PatchTower(
+        config, image=image, logit_scale=logit_scale, scale_max=scale_max, logit_bias=logit_bias
+    )
+
+
+class PatchBackbone(NamedTuple):
+    """A vision transformer without its last norm and projection."""
+
+    backbone: CLIPVisionModel
+    trained: bool
+    note: str
+    """What was found at loading, for people."""
+
+
+def patch_backbone(config: ImageTowerConfig, *, seed: int) -> PatchBackbone:
+    """The vision transformer of `config`; ConfigError where its patches are not known."""
     began, section = time.perf_counter(), config.image
     with seeded(seed, "image"):
         plain = image_tower(_without_projection(config))
@@ -106,13 +133,8 @@ def build_patch_tower(
     if section.pooling not in ("auto", "mean"):
         raise ConfigError(f"image.pooling is {section.pooling}; patches are averaged")
     setattr(backbone, "post_layernorm", nn.Identity())  # noqa: B010 (its type is LayerNorm)
-    with seeded(seed, "patch head"):
-        head = patch_head(backbone.config.hidden_size, config.embed_dim, hidden=hidden)
     note = "" if section.path is None else _note(section.path, time.perf_counter() - began)
-    image = PatchEncoder(backbone, head, pool="mean", trained=plain.trained, note=note)
-    return PatchTower(
-        config, image=image, logit_scale=logit_scale, scale_max=scale_max, logit_bias=logit_bias
-    )
+    return PatchBackbone(backbone, plain.trained, note)
 
 
 def _without_projection(config: ImageTowerConfig) -> ImageTowerConfig:

@@ -1,6 +1,7 @@
 """What tools/reduce.py does: cluster a scan's vectors, select, and lay out the comparison.
 
 OUT/selection.json, *.keep.npy   what data.select takes; OUT/clusters/ the k-means it is made by
+OUT/bags/                        bags of codes, where codes are clustered
 OUT/random/                      the control: as many samples, drawn by hash
 OUT/compare.yaml                 full set, selection and control, at the same samples seen
 OUT/reduce.json, reduce.md, reduce.png   figures
@@ -24,6 +25,7 @@ from trainer.cluster.duplicates import without_duplicates
 from trainer.cluster.problem import KMeansConfig
 from trainer.cluster.stored import StoredPoints
 from trainer.comm import Comm, agreed
+from trainer.curation.code_files import CodeFiles
 from trainer.curation.policy import Policy
 from trainer.curation.reduce import Clustering, Reduction, groups_of
 from trainer.curation.scan import IMAGES
@@ -35,9 +37,10 @@ from trainer.long_work import counted
 from trainer.programs.cluster import CENTROIDS, ClusterJob, cluster_store
 from trainer.store import EmbeddingStore
 from trainer.store.header import write_whole
+from trainer.teachers.fill import embed
 from trainer.tensor_files import read_tensors
 
-CLUSTERS, RANDOM, DISTINCT = "clusters", "random", "distinct.npy"
+CLUSTERS, RANDOM, BAGS, DISTINCT = "clusters", "random", "bags", "distinct.npy"
 Say = Callable[[str], None]
 
 
@@ -49,12 +52,23 @@ def reduce_scan(
     comm: Comm,
     *,
     labels: Path | None = None,
+    codes: Path | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Write the selection, its control and its figures."""
+    """Write the selection, its control and its figures.
+
+    Clusters are those of `labels`, or are made of the bags of `codes`, or of the scan's vectors.
+    """
     shards = ShardSet.open(spec)
+    if codes is not None and (labels is not None or policy.clusters is None):
+        raise ConfigError("--codes are clustered: give --clusters with them, and no --labels")
     agreed(comm, lambda: out.mkdir(parents=True, exist_ok=True))
-    clustering = _clustering(scan, out, policy, comm, labels, say)
+    vectors = scan / IMAGES
+    if codes is not None:
+        vectors = out / BAGS
+        bags = agreed(comm, lambda: CodeFiles(codes, shards))
+        embed(spec, vectors, teacher=bags, comm=comm)
+    clustering = _clustering(vectors, out, policy, comm, labels, say)
     distinct = _distinct(scan, out, policy, comm) if policy.duplicate_cosine else None
     figures = Reduction(
         shards, scan, out, policy, comm, clustering=clustering, distinct=distinct
@@ -137,9 +151,9 @@ def _percent(values: NDArray[np.float64]) -> str:
 
 
 def _clustering(
-    scan: Path, out: Path, policy: Policy, comm: Comm, labels: Path | None, say: Say
+    vectors: Path, out: Path, policy: Policy, comm: Comm, labels: Path | None, say: Say
 ) -> Clustering | None:
-    """The clusters of the scan's image vectors: those in `labels`, or made here."""
+    """The clusters of the samples: those in `labels`, or made here of a store of vectors."""
     if labels is None:
         if policy.clusters is None:
             return None
@@ -153,7 +167,7 @@ def _clustering(
             ),
             per_sample=1,
         )
-        labels = cluster_store(scan / IMAGES, out / CLUSTERS, job, comm, say=say)
+        labels = cluster_store(vectors, out / CLUSTERS, job, comm, say=say)
     centroids = read_tensors(labels / CENTROIDS, of="centroids")["centroids"].numpy()
     return Clustering(labels, groups_of(centroids, policy.merge_cosine))
 

@@ -231,7 +231,7 @@ def _trained(model: str, comm: Comm, **how: Any) -> Pair:
         pixels,
         trained.tokenizer,
         name=f"{Path(model).name} at step {trained.restored.step}",
-        model_hash=_hash_of(trained.model),
+        model_hash=hash_of(trained.model),
         settings=_settings(section.model_dump_json() + pixels.text),
         length=section.text_length,
         dim=section.embed_dim,
@@ -269,7 +269,7 @@ def _loaded(model: str, comm: Comm, **how: Any) -> Pair:
     )
 
 
-def _hash_of(model: nn.Module) -> str:
+def hash_of(model: nn.Module) -> str:
     """SHA-256 over names and bytes of the weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
