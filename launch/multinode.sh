@@ -24,4 +24,6 @@ if [ -n "$away" ]; then  # a host may come back, so launch/until_done.sh tries a
     "they are up, or take them out of $hostfile" >&2
   exit 3
 fi
+# ssh to a host that is gone would wait for hours when all ranks have long ended.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=6"
 exec deepspeed --hostfile "$hostfile" --module trainer "$run" "${@:3}"
