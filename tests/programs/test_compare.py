@@ -64,11 +64,22 @@ def test_a_grid_trains_each_cell_once_and_writes_its_table(tmp_path, capsys):
     logs = [cell.workdir / "output.log" for cell in cells(comparison)]
     assert run_comparison(comparison) == table
     assert all("nothing left to do" in log.read_text() for log in logs)
+    _lose_evaluations(cells(comparison)[0].workdir)
+    with_less = write_table(comparison)
+    assert with_less != table, "all steps without their evaluation are no finished cell"
+    assert run_comparison(comparison) == table, "the evaluation is made again, with its figures"
     more = comparison.model_copy(update={"seeds": (0, 1)})
     (begun,) = {cell.workdir for cell in cells(more) if cell.variant == "clip" and cell.seed == 1}
     begun.mkdir(parents=True)
     (begun / "events.jsonl").touch()
     assert write_table(more) == table, "a cell that is not finished has no figures yet"
+
+
+def _lose_evaluations(workdir: Path) -> None:
+    """As a run that was stopped between its last step and its evaluation."""
+    events = workdir / "events.jsonl"
+    kept = [line for line in events.read_text().splitlines() if '"event": "names"' not in line]
+    events.write_text("".join(f"{line}\n" for line in kept))
 
 
 def test_cards_are_shared_out_to_cells():

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
 from trainer.config import parse_run
+from trainer.running.looks import owed_looks
 from trainer.stop import SIGNALS
 
 
@@ -86,8 +87,10 @@ class Cells:
 
 
 def is_finished(workdir: Path) -> bool:
-    """Whether a run has taken all of its steps."""
-    restored = Checkpointer(
-        workdir / "checkpoints", Comm.solo(), reads=("weights", "parts")
-    ).latest()
-    return restored is not None and restored.step >= parse_run(restored.texts["run.yaml"]).steps
+    """Whether a run has taken all of its steps and made the evaluations that its end asks for."""
+    solo = Comm.solo()
+    restored = Checkpointer(workdir / "checkpoints", solo, reads=("weights", "parts")).latest()
+    if restored is None:
+        return False
+    config = parse_run(restored.texts["run.yaml"])
+    return restored.step >= config.steps and not owed_looks(config, restored, solo)
