@@ -24,7 +24,7 @@ ROWS_FINITE = FINITE | {"trainer/parts/prototype_head.py tolist": 1}
 """So does a head whether its own is."""
 HEAD = ROWS_FINITE | {"trainer/parts/sampling.py nonzero": 2}
 """How many rows are drawn, and how many are positives."""
-OF_GLOO = "trainer/comm.py copy to the device"
+OF_GLOO = "trainer/adjoints.py copy to the device"
 """Gloo's sum that is dealt out copies in C++, from where no tag is seen; NCCL's does not."""
 BUDGET = {
     "mlcd/2": HEAD,

@@ -258,8 +258,7 @@ class Recipe:
                 "text": self._clustered("text", extracted.text, extracted.ids),
             }
         with timed(figures, "seconds_translate"):
-            temperatures = self._temperatures(clustered)
-            self._fill(extracted, clustered, temperatures)
+            temperatures = self._fill(extracted, clustered)
         figures |= agreement(clustered, extracted.ids, self.classes, self.comm)
         figures |= softness(clustered, self.options, self.comm, temperatures=temperatures)
         return figures | overlap(self.teachers, extracted.ids, clustered, self.comm)
@@ -285,11 +284,14 @@ class Recipe:
             clustered, self.options, self.comm, temperature=given, entropy=entropy
         )
 
-    def _fill(self, extracted: Extracted, clustered: Clustered, softened: Temperatures) -> None:
+    def _fill(self, extracted: Extracted, clustered: Clustered) -> Temperatures:
+        """The episode's tables; the temperatures of its soft targets are returned."""
+        temperatures = self._temperatures(clustered)
         self.episode.keep(extracted, clustered)
         if self.config.prototype_weight:
-            self.episode.add_pair(extracted, clustered, self.options, temperatures=softened)
+            self.episode.add_pair(extracted, clustered, self.options, temperatures=temperatures)
         self.episode.add_teachers(extracted, self.teachers, self.options)
+        return temperatures
 
     # -- inside ---------------------------------------------------------------------------------
 
