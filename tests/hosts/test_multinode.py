@@ -169,17 +169,6 @@ def test_three_hosts_are_struck_again_and_again_and_two_bring_the_run_to_its_end
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_on_one_host_ends_all_by_a_sentence_that_names_it(hosts, tmp_path):
-    path = run_file(tmp_path, steps=4)
-    (tmp_path / "cache").mkdir()
-    hosts.small_disk("host3", tmp_path / "cache")
-    keys = (f"data.shard_cache={{folder: {tmp_path}/cache, bytes: 1000000}}", *THREE)
-    process = started(hosts, hosts.names, path, *keys)
-    said = ended(process)
-    print(process.returncode, said[-3000:])
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_torchrun_starts_the_ranks_of_two_hosts_again(hosts, tmp_path):
     path = run_file(tmp_path, steps=40)

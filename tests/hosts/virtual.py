@@ -124,10 +124,6 @@ class Hosts:
         """A folder is empty on one host, as a disk that is not mounted there."""
         _run(*self.command(name, "mount", "-t", "tmpfs", "none", str(folder)))
 
-    def small_disk(self, name: str, folder: Path) -> None:
-        """A folder is a disk of its own on one host, with room for next to nothing."""
-        _run(*self.command(name, "mount", "-t", "tmpfs", "-o", "size=8k", "none", str(folder)))
-
     def unplug(self, name: str) -> None:
         """The network of a host is down; its processes go on."""
         self._in_switch("link", "set", f"to-{name}", "down")
