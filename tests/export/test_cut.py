@@ -44,6 +44,21 @@ def cut_model(folder: Path | None = None, **shapes: NarrowShape) -> TwoTower:
     return model.eval()
 
 
+@torch.no_grad()
+def test_one_head_that_is_left_is_not_taken_for_one_of_the_towers_width(tmp_path: Path) -> None:
+    """A tower of one head that lost channels alone: its head stays as wide as it was."""
+    one = {"width": 32, "layers": 2, "heads": 1}
+    model = build_two_tower(small_config(image=one, text=one), word_tokenizer()).eval()
+    whole = shape_of(model.image)
+    model.image = narrowed(model.image, NarrowShape(28, 32, (1, 1), (128, 128)))
+    assert (whole, shape_of(model.image)) == (None, NarrowShape(28, 32, (1, 1), (128, 128)))
+    for value in model.image.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    assert export_model(model.eval(), word_tokenizer(), tmp_path / "out").loads_as == OWN
+    again, _ = load_exported(tmp_path / "out")
+    assert torch.equal(again(small_batch()).image, model(small_batch()).image)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(("image", "text"), [(ROOMY, EMPTY), (EMPTY, ROOMY), (ROOMY, None)])
 @torch.no_grad()

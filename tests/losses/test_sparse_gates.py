@@ -137,6 +137,14 @@ def test_of_equal_gates_the_later_ones_close() -> None:
     assert gate[0].tolist() == [1] * 8 + [0] * 2
 
 
+def test_a_tower_keeps_a_channel_however_closed_its_gates_are() -> None:
+    """Of ten gates that are as closed as they get, 0.47 are expected to be open."""
+    closed = torch.full((10,), -LARGEST)
+    assert is_open(closed).sum() == 0
+    assert is_open(closed, least=1).tolist() == [1.0] + [0.0] * 9
+    assert is_open(closed, least=1, multiple=4).sum() == 4
+
+
 def test_the_share_of_open_gates_is_a_sum_over_pairs_and_every_gate_moves_it() -> None:
     """The closed form against the published outer product of a hidden and an inner gate."""
     draw = torch.Generator().manual_seed(2)

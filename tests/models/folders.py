@@ -52,6 +52,22 @@ def chinese_clip() -> Any:
     )
 
 
+def dual_encoder() -> Any:
+    """Two models that were trained apart; what is compared are their poolers' vectors."""
+    return hf.VisionTextDualEncoderModel(
+        hf.VisionTextDualEncoderConfig.from_vision_text_configs(
+            hf.ViTConfig(**SQUARE, **WIDE),
+            hf.BertConfig(**SIZES, **ROWS, **WIDE),
+            projection_dim=24,
+        )
+    )
+
+
+def blip() -> Any:
+    text = {**SIZES, **ROWS, **WIDE, "encoder_hidden_size": 32}
+    return hf.BlipModel(hf.BlipConfig(text_config=text, vision_config=SQUARE, projection_dim=24))
+
+
 IMAGES: dict[str, Callable[[], Any]] = {
     "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SQUARE)),
     "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO, mlp_ratio=2, **WIDE)),

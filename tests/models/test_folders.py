@@ -145,12 +145,24 @@ def test_a_sentence_folder_says_how_its_texts_are_pooled(tmp_path: Path) -> None
         text_model(path)
 
 
+def vectors(found: Any) -> torch.Tensor:
+    """Some classes return them bare."""
+    return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+
 # -- pairs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("make", "dim"), [(folders.clip, 24), (folders.siglip, 32), (folders.chinese_clip, 24)]
+    ("make", "dim"),
+    [
+        (folders.clip, 24),
+        (folders.siglip, 32),
+        (folders.chinese_clip, 24),
+        (folders.dual_encoder, 24),
+        (folders.blip, 24),
+    ],
 )
 def test_a_pair_keeps_its_features_its_scale_and_its_bias(
     make: Any, dim: int, tmp_path: Path
@@ -160,9 +172,9 @@ def test_a_pair_keeps_its_features_its_scale_and_its_bias(
     model = build_two_tower(small_config(**towers, bias=True), word_tokenizer())
     tokens, mask = texts([1, 5, 10, 3])
     with torch.no_grad():
-        images = pair.get_image_features(pixel_values=PIXELS).pooler_output
+        images = vectors(pair.get_image_features(pixel_values=PIXELS))
         hidden = None if make is folders.siglip else mask.long()
-        words = pair.get_text_features(input_ids=tokens, attention_mask=hidden).pooler_output
+        words = vectors(pair.get_text_features(input_ids=tokens, attention_mask=hidden))
         close(model.image.images(PIXELS), images)
         close(model.text.texts(tokens, mask), words)
     assert model.logit_scale().item() == pytest.approx(pair.logit_scale.exp().item(), rel=1e-6)

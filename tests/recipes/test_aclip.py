@@ -322,6 +322,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({**CLIP, "tokens": {"keep": 0}}, "keep"),
     ({**CLIP, "momentum_copy": {"momentum": 0.5}}, "momentum_copy is not read where no scores"),
     ({**CLIP, "tokens": {"group": 3}}, "group is 3, which does not divide the 8 .* 1 or 2 or 4"),
+    ({**CLIP, "tokens": {"group": 8}}, "keep=0.5 of 1 squares of 8 x 8 patches is all of them"),
+    ({**CLIP, "tokens": {"keep": 0.99, "rounding": "floor_plus_one"}}, "nothing would be left out"),
     ({**CLIP, "tokens": {"cover_scale": 0.45}}, "cover_scale.*14 pixels .* of 4; use 12"),
 ]
 

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from tests.fixtures.emoji import read_pairs, write_shards
+from tests.models import folders
 from tests.ranks import run_ranks
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.comm import Comm
@@ -206,6 +207,34 @@ def test_an_image_says_its_loudest_patch_and_gradients_are_the_dense_ones(tmp_pa
     assert losses.weights == pytest.approx(
         {"contrastive": 2.0, "image_overuse": 0.0, "text_overuse": 0.02 / 4}
     )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("kind", "states", "patches"),
+    [("dinov2 with registers", 19, 16), ("deit", 18, 16), ("siglip", 16, 16), ("swin", 16, 16),
+     ("convnext", 1, 1)],
+)  # fmt: skip
+def test_any_encoder_says_words_by_each_of_its_states(
+    kind: str, states: int, patches: int, tmp_path: Path
+) -> None:
+    """A class token and registers before the patches, or stages that join patches on the way."""
+    path, encoder = folders.save(tmp_path / "encoder", folders.IMAGES[kind])
+    image = f"recipe.model.image={{path: {path}, trained: false}}"
+    sizes = ("recipe.model.patch_size=null", image)
+    config = config_in(tmp_path, *sizes)
+    batch = batch_of(config)
+    model, bare = (
+        built(config_in(tmp_path, *sizes, f"recipe.class_token={said}")).model
+        for said in ("true", "false")
+    )
+    with torch.no_grad():
+        wanted = encoder(pixel_values=batch.images).last_hidden_state
+        wanted = wanted.flatten(2).mT if wanted.dim() == 4 else wanted
+        torch.testing.assert_close(model.image(batch.images), wanted, rtol=1e-5, atol=1e-5)
+        said = model.patches(batch.images)
+        assert (said.shape[1], model.patches_a_side(states) ** 2) == (states, patches)
+        assert torch.equal(bare.patches(batch.images), said[:, states - patches :])
 
 
 @pytest.mark.heavy

@@ -58,7 +58,9 @@ def batch_of(size: int = 32, count: int = 5) -> Batch:
 
 @pytest.mark.heavy
 @torch.no_grad()
-@pytest.mark.parametrize("make", [folders.clip, folders.siglip, folders.chinese_clip])
+@pytest.mark.parametrize(
+    "make", [folders.clip, folders.siglip, folders.chinese_clip, folders.dual_encoder]
+)
 def test_it_says_what_transformers_says_of_the_students_pixels_and_tokens(
     make: Any, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.models import folders
-from tests.models.small import small_batch
+from tests.models.small import small_batch, word_tokenizer
 from tests.ranks import run_ranks
 from tests.recipes.test_clip import config_in
 from tests.recipes.test_live_teacher import batch_of, built, pair
@@ -109,6 +109,7 @@ def test_a_student_begins_with_a_part_of_the_teachers_weights(tmp_path: Path, wi
         f"recipe.inherit={{path: {path}, width: {width}}}",
     )
     student = built(config).model
+    assert student.image.backbone.config.hidden_act == vision.hidden_act == "quick_gelu"
     large = model.vision_model.pre_layrnorm.weight
     small = student.image.backbone.pre_layrnorm.weight
     assert set(small.tolist()) <= set(large.tolist())
@@ -135,8 +136,19 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
             config_of(tmp_path, gates=gates)
     with pytest.raises(ConfigError, match="neither may be frozen"):
         config_of(tmp_path, "recipe.model.text.trained=false", gates=STAGES + "}")
+    path, _ = pair(tmp_path / "other", folders.clip)
+    added = f"recipe.model.text={{path: {path}, lora: {{rank: 2}}}}"
+    with pytest.raises(ConfigError, match="gates cut whole weights"):
+        config_of(tmp_path, added, gates=STAGES + "}")
     with pytest.raises(ConfigError, match="distill"):
         config_in(tmp_path, "recipe={name: tinyclip}")
+    word_tokenizer(("[end]", "[pad]", "[begin]")).save_pretrained(path)
+    inherits = f"recipe.inherit={{path: {path}}}"
+    with pytest.raises(ConfigError, match="another tokenizer, so its token embeddings"):
+        built(config_of(tmp_path, inherits))
+    word_tokenizer().save_pretrained(path)
+    with pytest.raises(ConfigError, match=r"set model\.image\.activation=quick_gelu"):
+        built(config_of(tmp_path, inherits, "recipe.model.image.activation=gelu"))
 
 
 def train_each(comm: Comm, *configs: RunConfig) -> int:

@@ -71,8 +71,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a plain Exception is what tokenizers says
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"no tokenizer at {path}: {said}") from error
+        raise ConfigError(f"no tokenizer at {path}: {_said(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
             f"{path} has no fast tokenizer (tokenizer.json); save it once with transformers where "
@@ -86,6 +85,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
             raise ConfigError(f"the tokenizer {path} has neither a pad nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def sides_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
@@ -115,7 +118,13 @@ def _refuse_made_up(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
 
 
 def _refuse_types(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
-    types = tokenizer("a b", return_token_type_ids=True).get("token_type_ids") or []
+    try:
+        types = tokenizer("a b", return_token_type_ids=True).get("token_type_ids") or []
+    except Exception as error:  # a plain Exception is what tokenizers says
+        raise ConfigError(
+            f"the tokenizer {path} can't read a text ({_said(error)}); save the one that its "
+            "model was trained with"
+        ) from error
     if any(types):
         raise ConfigError(
             f"the tokenizer {path} gives a text the token types {sorted(set(types))}, but models "

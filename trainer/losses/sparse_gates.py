@@ -62,10 +62,10 @@ def softened(log_alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def is_open(
-    log_alpha: Float[Tensor, "... units"], *, multiple: int = 1
+    log_alpha: Float[Tensor, "... units"], *, multiple: int = 1, least: int = 0
 ) -> Float[Tensor, "... units"]:
     """1 for the units that stay, else 0; per layer as many as are expected to be open, rounded up
-    to a `multiple` where there are so many.
+    to a `multiple` where there are so many; `least` of them in any case.
 
     Of equal parameters the later ones close. Gates that only open or close make the masked and the
     pruned model one and the same; the published code keeps `softened` values of open gates.
@@ -73,7 +73,7 @@ def is_open(
     units = log_alpha.shape[-1]
     rows = log_alpha.reshape(-1, units)
     closed = (units - open_probability(rows).sum(dim=1)).round().long()
-    stay = (-(-(units - closed) // multiple) * multiple).clamp_max(units).tolist()
+    stay = (-(-(units - closed).clamp_min(least) // multiple) * multiple).clamp_max(units).tolist()
     result = torch.ones_like(rows)
     orders = rows.flip(1).argsort(dim=1, stable=True)
     for row, order, count in zip(result, orders, stay, strict=True):

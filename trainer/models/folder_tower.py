@@ -46,7 +46,12 @@ def loaded_image_tower(config: ModelConfig, path: str) -> Tower:
     loaded = load_folder(path, part="image", is_tower=True)
     check_image_size(loaded.backbone, config)
     learns = section.trained and section.lora is None
-    sight = inspect_images(loaded.backbone, path, size=config.image_size, trained=learns)
+    sight = inspect_images(
+        *(loaded.backbone, path),
+        size=config.image_size,
+        trained=learns,
+        of_pair=loaded.pair is not None,
+    )
     pixels = torch.rand(2, 3, config.image_size, config.image_size, generator=_generator())
 
     def tower(pool: Pool) -> Tower:
@@ -78,7 +83,11 @@ def loaded_text_tower(
     loaded = load_folder(folder, part="text", is_tower=True)
     if loaded.is_decoded:
         raise ConfigError(f"{path} is an encoder-decoder; a tower is one of the two")
-    reach = inspect_text(loaded.backbone, tokenizer, path, length=config.text_length)
+    reach = inspect_text(
+        *(loaded.backbone, tokenizer, path),
+        length=config.text_length,
+        of_pair=loaded.pair is not None,
+    )
     check_length(reach, config.text_length, path)
     check_row(reach, config.text_length, path)
     rows = tokenize(tokenizer, [_PROBE_TEXT], length=config.text_length)

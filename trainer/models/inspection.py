@@ -20,7 +20,7 @@ from trainer.models.folder import RAISED, Part, first_line
 from trainer.models.stored import running_as_stored
 
 _CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")
-_PROBE_TOKENS = 8
+_PROBE_TOKENS = 6
 _CLOSE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative distance of two outputs that should be equal up to rounding."""
 
@@ -50,9 +50,15 @@ class Reach(NamedTuple):
     """That length."""
 
 
-def inspect_images(model: Any, path: Path | str, *, size: int, trained: bool = False) -> Sight:
-    """Run an image encoder on noise of `size` pixels; ConfigError where it can't be used so."""
-    leave_out_pooler(model)
+def inspect_images(
+    model: Any, path: Path | str, *, size: int, trained: bool = False, of_pair: bool = False
+) -> Sight:
+    """Run an image encoder on noise of `size` pixels; ConfigError where it can't be used so.
+
+    What a pair has learned to compare may be what its towers' poolers say, so these stay.
+    """
+    if not of_pair:
+        leave_out_pooler(model)
     if trained:
         _refuse_batch_norm(model, path)
     pixels = _noise(size, model)
@@ -70,13 +76,20 @@ def inspect_images(model: Any, path: Path | str, *, size: int, trained: bool = F
 
 
 def inspect_text(
-    model: Any, tokenizer: Any, path: Path | str, *, length: int | None = None
+    model: Any,
+    tokenizer: Any,
+    path: Path | str,
+    *,
+    length: int | None = None,
+    of_pair: bool = False,
 ) -> Reach:
     """Run a text encoder on a few tokens, and on a row of `length`, for as long as it can read.
 
-    The tokenizer must fit the model. ConfigError where one of them can't be used.
+    The tokenizer must fit the model; `of_pair` as above. ConfigError where one of them can't be
+    used.
     """
-    leave_out_pooler(model)
+    if not of_pair:
+        leave_out_pooler(model)
     _check_vocabulary(model, tokenizer, path)
     rows = _tokens(tokenizer, model)
     mask = torch.ones_like(rows)
@@ -237,8 +250,14 @@ def _sees_padding(model: Any, rows: Tensor, output: Any, tokenizer: Any, path: P
     """
     spare = torch.full_like(rows[:, :2], tokenizer.pad_token_id)
     mask = torch.cat([torch.ones_like(rows), torch.zeros_like(spare)], dim=1)
-    with torch.no_grad():
-        padded = model(input_ids=torch.cat([rows, spare], dim=1), attention_mask=mask)
+    try:
+        with torch.no_grad():
+            padded = model(input_ids=torch.cat([rows, spare], dim=1), attention_mask=mask)
+    except RAISED as error:
+        raise ConfigError(
+            f"{path}: {_kind(model)} reads no row of {mask.shape[1]} tokens, which is too few for "
+            f"texts: {first_line(error)}"
+        ) from error
     if not _near(padded.last_hidden_state[:, : rows.shape[1]], output.last_hidden_state):
         raise ConfigError(
             f"{path}: {_kind(model)} says other things of a text when padding stands behind it, "

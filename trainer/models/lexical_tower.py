@@ -6,6 +6,7 @@ An image says a word as loudly as the patch that says it loudest.
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -122,15 +123,18 @@ class LexicalTowers(TwoTower):
 
     def patches(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n states dim"]:
         """What each state says, in the space of the words' rows."""
-        states = self.adapter(self.image(images))
+        states: Tensor = self.adapter(self.image(images))
         if self.class_token:
-            return states  # type: ignore[no-any-return]
-        return states[:, self.num_extra(states) :]  # type: ignore[no-any-return]
+            return states
+        return states[:, states.shape[1] - self.patches_a_side(states.shape[1]) ** 2 :]
 
-    def num_extra(self, states: Tensor) -> int:
-        """How many states stand before those of the patches."""
-        patch: int = self.image.backbone.config.patch_size
-        return states.shape[1] - (self.config.image_size // patch) ** 2
+    def patches_a_side(self, num_states: int) -> int:
+        """Of the square that the last of so many states stand for; before them stand a class token
+        and the like. Of an encoder that joins patches on its way: of the largest square."""
+        patch = getattr(self.image.backbone.config, "patch_size", None)
+        patch = patch[0] if isinstance(patch, list | tuple) else patch
+        side = self.config.image_size // patch if patch else 0
+        return side if 0 < side * side <= num_states else isqrt(num_states)
 
     def kept(self, rows: Float[Tensor, "n words"]) -> Float[Tensor, "n words"]:
         """The coordinates that count; all of them in training."""
@@ -139,6 +143,13 @@ class LexicalTowers(TwoTower):
         if self.sparse == "threshold":
             return threshold_sparse(rows)
         return largest_sparse(rows, self.sparse)
+
+
+def states_width(encoder: StateEncoder) -> int:
+    """How many numbers a state has; the last stage's, of an encoder that has several."""
+    settings = encoder.backbone.config
+    several = getattr(settings, "hidden_sizes", None)
+    return int(several[-1] if several else settings.hidden_size)
 
 
 def state_encoder(plain: Tower) -> StateEncoder:

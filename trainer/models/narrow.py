@@ -98,13 +98,14 @@ def shape_of(tower: Tower) -> NarrowShape | None:
         return None
     settings: Any = tower.backbone.config
     layers = list(tower.backbone.encoder.layers)
-    heads = tuple(getattr(layer.self_attn, "num_heads", 0) for layer in layers)
-    neurons = tuple(getattr(getattr(layer.mlp, "fc1", None), "out_features", 0) for layer in layers)
-    whole = whole_shape(settings)
-    if (heads, neurons) == (whole.heads, whole.neurons):
-        return None
-    head_dim = max(getattr(layer.self_attn, "head_dim", 1) for layer in layers)
-    return NarrowShape(settings.hidden_size, head_dim, heads, neurons)
+    found = NarrowShape(
+        settings.hidden_size,
+        max(getattr(layer.self_attn, "head_dim", 1) for layer in layers),
+        tuple(getattr(layer.self_attn, "num_heads", 0) for layer in layers),
+        tuple(getattr(getattr(layer.mlp, "fc1", None), "out_features", 0) for layer in layers),
+    )
+    # One head that was left of a wide tower is one of its own width, not of the tower's.
+    return None if found == whole_shape(settings) else found
 
 
 def whole_shape(settings: Any) -> NarrowShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ from trainer.models.pools import is_causal_kind
 
 BEGINS = ("Ġ", "▁")
 """How byte-level and sentencepiece tokenizers write the space before a word."""
+ENDS = "</w>"
+"""How others write the end of one, who mark no beginnings."""
+_OF_SCORES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings by which some models bound or scale what they say next."""
 Vocabulary = Literal["words", "all"]
 
 
@@ -49,14 +54,27 @@ def output_rows(path: str) -> Float[Tensor, "tokens dim"]:
     return rows
 
 
+def beside_rows(path: str) -> str:
+    """What the model at `path` scores a token by besides its row, for people; empty if nothing."""
+    settings = folder_settings(path)
+    with torch.device("meta"):
+        head: Any = AutoModelForCausalLM.from_config(settings).get_output_embeddings()
+    found = ["a bias"] if getattr(head, "bias", None) is not None else []
+    for name in _OF_SCORES:
+        if getattr(settings, name, None) not in (None, 1, 1.0):
+            found.append(f"{name}={getattr(settings, name)}")
+    return f"; left out of its words' scores: {', '.join(found)}" if found else ""
+
+
 def chosen_words(
     tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary | Path, *, count: int
 ) -> Int64[Tensor, " words"]:
     """Ids below `count`, in ascending order.
 
-    `words`: those that begin a word and consist of two letters or more, in any script. A tokenizer
-    that marks no beginnings has whole words only. `all`: everything but special tokens. A path: a
-    text file with one id a line. LexVLA's own list is not published; this rule is ours.
+    `words`: those that begin a word and consist of two letters or more, in any script; of a
+    tokenizer that marks the ends of words only, those that end one; of one that marks neither, all
+    that are letters. `all`: everything but special tokens. A path: a text file with one id a line.
+    LexVLA's own list is not published; this rule is ours.
     """
     if isinstance(vocabulary, Path):
         return _listed(vocabulary, count)
@@ -64,18 +82,22 @@ def chosen_words(
     ids = [i for i in range(min(count, len(tokenizer))) if i not in special]
     if vocabulary == "words":
         tokens = dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
-        marked = any(token.startswith(BEGINS) for token in tokens.values())
-        ids = [
-            i
-            for i, token in tokens.items()
-            if (token.startswith(BEGINS) or not marked) and _is_word(tokenizer, token)
-        ]
+        marked = _is_marked(tokens.values())
+        ids = [i for i, token in tokens.items() if marked(token) and _is_word(tokenizer, token)]
     if len(ids) < 2:
         raise ConfigError(
             f"the tokenizer has {len(ids)} words by the rule of `vocabulary: words`; use `all`, or "
             "a file of ids"
         )
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _is_marked(tokens: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a token is marked as a word, in the way in which some of these tokens are."""
+    for mark in (lambda token: token.startswith(BEGINS), lambda token: token.endswith(ENDS)):
+        if any(map(mark, tokens)):
+            return mark
+    return lambda token: True
 
 
 def _is_word(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:

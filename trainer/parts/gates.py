@@ -112,7 +112,7 @@ class LearnedGates:
             multiple = self.config.multiple
             return {
                 name: Gates(
-                    is_open(gates.hidden, multiple=multiple),
+                    is_open(gates.hidden, multiple=multiple, least=1),
                     _open_rows(gates.heads, tower.sizes.heads),
                     _open_rows(gates.neurons, tower.sizes.neurons, multiple=multiple),
                 )

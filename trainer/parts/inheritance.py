@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPVisionModel
+from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedTokenizerFast
 
 from trainer.config import Frozen, LocalPath
+from trainer.data.tokenize import load_tokenizer, tokenizer_digest
 from trainer.engine.kept import Kept
 from trainer.errors import ConfigError
-from trainer.models.folder import Part, load_folder
+from trainer.models.folder import Part, folder_settings, load_folder
 from trainer.models.tower import Tower
 
 Unit = Literal["hidden", "heads", "neurons"]
@@ -40,6 +41,7 @@ _ROLES: tuple[tuple[str, tuple[Unit | None, ...]], ...] = (
     (r"(class_embedding|(pre_layrnorm|\w*layer_?norm\d?)\.\w+|(out_proj|fc2)\.bias)", ("hidden",)),
 )
 """What each dimension of a parameter counts, by the end of its name."""
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _LAYER = re.compile(r"(.*encoder\.layers\.)(\d+)(\..*)")
 
 
@@ -143,6 +145,37 @@ def inherit(
     return {name: one.of(teacher[one.name]).clone() for name, one in kept.items()}
 
 
+def with_activations(values: Any) -> Any:
+    """A recipe's section in which towers that say no activation have that of the pair at
+    `inherit.path`, where that can be read."""
+    said = values.get("inherit") if isinstance(values, dict) else None
+    path = said.get("path") if isinstance(said, dict) else None
+    model = values.get("model", {}) if path else None
+    if not isinstance(model, dict):
+        return values
+    try:
+        settings = folder_settings(Path(path), local_files_only=True)
+    except ConfigError:
+        return values  # said where it is read
+    for name, key in (("image", "vision_config"), ("text", "text_config")):
+        tower, large = model.get(name, {}), getattr(settings, key, None)
+        if isinstance(tower, dict) and not tower.get("path") and hasattr(large, "hidden_act"):
+            model = {**model, name: {"activation": large.hidden_act, **tower}}
+    return {**values, "model": model}
+
+
+def refuse_other_ids(config: InheritConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """ConfigError where rows of the larger pair's token embedding stand for other tokens than the
+    smaller one's; a folder without a tokenizer is taken at its word."""
+    if not any((config.path / name).exists() for name in TOKENIZER_FILES):
+        return
+    if tokenizer_digest(load_tokenizer(str(config.path))) != tokenizer_digest(tokenizer):
+        raise ConfigError(
+            f"{config.path} reads texts with another tokenizer, so its token embeddings would be "
+            f"inherited by other tokens; set recipe.model.tokenizer={config.path}"
+        )
+
+
 def inherit_from(config: InheritConfig, part: Part, tower: Tower) -> None:
     """Fill a tower with a part of the weights at `config.path`, in place.
 
@@ -157,6 +190,7 @@ def inherit_from(config: InheritConfig, part: Part, tower: Tower) -> None:
             f"{head_dim}; whole heads are inherited, so set model.{part}.heads to "
             f"{own.width // head_dim}"
         )
+    _refuse_other_function(config, part, loaded.backbone.config, tower.backbone.config)
     weights = {f"backbone.{name}": value for name, value in loaded.backbone.named_parameters()}
     if isinstance(loaded.projection, nn.Linear):
         weights["projection.weight"] = loaded.projection.weight
@@ -181,6 +215,15 @@ def _sizes(backbone: Any, path: Path) -> Sizes:
     return Sizes(
         said.num_hidden_layers, said.hidden_size, said.num_attention_heads, said.intermediate_size
     )
+
+
+def _refuse_other_function(config: InheritConfig, part: Part, large: Any, small: Any) -> None:
+    """The same weights between other activations are another function."""
+    if large.hidden_act != small.hidden_act:
+        raise ConfigError(
+            f"the {part} tower at {config.path} has {large.hidden_act} between its weights and "
+            f"this one {small.hidden_act}; set model.{part}.activation={large.hidden_act}"
+        )
 
 
 def _roles(name: str) -> tuple[Unit | None, ...]:

@@ -245,7 +245,14 @@ def _grid(tokens: TokensConfig, tower: Tower, image_size: int) -> Grid:
             f"{image_size} pixels; use {_divisors(side)}"
         )
     check_chosen_patches(tower.backbone, image_size)
-    return Grid(side, group, num_kept((side // group) ** 2, tokens.keep, tokens.rounding))
+    grid = Grid(side, group, num_kept((side // group) ** 2, tokens.keep, tokens.rounding))
+    if grid.kept == grid.groups:
+        raise ConfigError(
+            f"tokens.keep={tokens.keep} of {grid.groups} squares of {group} x {group} patches is "
+            "all of them, so nothing would be left out; make tokens.keep or tokens.group smaller, "
+            "or set tokens.select=none"
+        )
+    return grid
 
 
 def _check_cover(tower: Tower, size: int, *, scored: bool) -> None:

@@ -21,7 +21,6 @@ from trainer.programs.words_figures import (
     precision_figures,
     read_images,
     search_figures,
-    side_of,
     words_in,
 )
 from trainer.programs.workdir import Trained, open_workdir
@@ -82,8 +81,9 @@ def word_names(trained: Trained) -> list[str]:
 
 def heat_of(seen: Seen, model: LexicalTowers, image: int, word: int) -> Tensor:
     """How loudly each patch of an image says a word, as a square."""
-    side = side_of(model)
-    patches = seen.patches[image, seen.patches.shape[1] - side * side :]
+    num_states = seen.patches.shape[1]
+    side = model.patches_a_side(num_states)
+    patches = seen.patches[image, num_states - side * side :]
     return elu1p(patches @ model.image_words.weight[word]).view(side, side)
 
 

@@ -143,7 +143,11 @@ def mosaic_figures(seen: Seen, model: LexicalTowers, context: EvalContext) -> di
     """
     captions = seen.captions
     chosen = list({caption: place for place, caption in enumerate(captions)}.values())
-    count, size, side = len(chosen) // 4, context.image_size, side_of(model)
+    count, size, side = (
+        len(chosen) // 4,
+        context.image_size,
+        model.patches_a_side(seen.patches.shape[1]),
+    )
     if not count or side % 2 or size % 2:
         return {}
     places = torch.tensor(chosen)[permutation(len(chosen), key_of(context.seed, "mosaics"))]
@@ -184,12 +188,7 @@ def patches_of(
     """Without states that stand for no patch."""
     assert context.pixels is not None
     states = model.patches(context.pixels.normalized(images))
-    return states[:, states.shape[1] - side_of(model) ** 2 :]
-
-
-def side_of(model: LexicalTowers) -> int:
-    """Patches a side."""
-    return model.config.image_size // int(model.image.backbone.config.patch_size)
+    return states[:, states.shape[1] - model.patches_a_side(states.shape[1]) ** 2 :]
 
 
 def dense_texts(

@@ -29,9 +29,10 @@ from trainer.models.lexical_tower import (
     LexicalTowers,
     Sparse,
     state_encoder,
+    states_width,
 )
 from trainer.models.two_tower import build_two_tower, seeded
-from trainer.models.words import chosen_words, output_rows
+from trainer.models.words import beside_rows, chosen_words, output_rows
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
@@ -89,13 +90,14 @@ def build_model(
     image = state_encoder(towers.image)
     model = LexicalTowers(config.model, image=image, text=towers.text)
     rows = output_rows(config.model.text.path)
+    model.text.note += beside_rows(config.model.text.path)
     model.word_ids = chosen_words(tokenizer, config.vocabulary, count=len(rows))
     rows = rows[model.word_ids].float()
     model.text_words, model.image_words = (
         Codebook(rows, trained=False),
         Codebook(rows, trained=True),
     )
-    width = image.backbone.config.hidden_size
+    width = states_width(image)
     if width % config.adapter.heads:
         raise ConfigError(
             f"recipe.adapter.heads is {config.adapter.heads}, which does not divide the image "

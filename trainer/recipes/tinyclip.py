@@ -32,7 +32,14 @@ from trainer.parts.distillation import (
     with_distillation,
 )
 from trainer.parts.gates import GatesConfig, LearnedGates
-from trainer.parts.inheritance import InheritConfig, Units, inherit_from, kept_places
+from trainer.parts.inheritance import (
+    InheritConfig,
+    Units,
+    inherit_from,
+    kept_places,
+    refuse_other_ids,
+    with_activations,
+)
 from trainer.recipe import Context, Encode, Part, Samples, WithoutPhases
 from trainer.types import Batch, Features, Losses, Progress
 
@@ -53,14 +60,22 @@ class Config(RecipeConfig):
     """A fixed multiplier of the student's cosines; learned where None. The published runs fix 50
     for both (`distill.logit_scale` is the teacher's)."""
     inherit: InheritConfig | None = None
-    """Begin with a part of a larger pair's weights."""
+    """Begin with a part of a larger pair's weights, and with its activations where
+    `model.*.activation` says none."""
     gates: GatesConfig | None = None
     """Learn which units can go, and cut them away."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _activations_are_inherited(cls, values: Any) -> Any:
+        return with_activations(values)
 
     @model_validator(mode="after")
     def _gates_need_trained_towers(self) -> Config:
         if self.gates is not None and not (self.model.image.trained and self.model.text.trained):
             raise ValueError("gates cut both towers; neither may be frozen (trained: false)")
+        if self.gates is not None and (self.model.image.lora or self.model.text.lora):
+            raise ValueError("gates cut whole weights; drop model.*.lora, or gates")
         if self.inherit is not None and (self.model.image.path or self.model.text.path):
             raise ValueError("inherit fills towers of given sizes; drop model.*.path, or inherit")
         return self
@@ -80,6 +95,8 @@ def build_model(
     """The pair of towers; `shape` is what `Recipe.shape` said of one that has been cut."""
     model = build_two_tower(config.model, tokenizer, comm, seed=seed)
     if config.inherit is not None:
+        assert tokenizer is not None
+        refuse_other_ids(config.inherit, tokenizer)
         for name in TOWERS:
             inherit_from(config.inherit, name, getattr(model, name))
     if shape is None:
