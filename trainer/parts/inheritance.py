@@ -148,19 +148,20 @@ def inherit(
 def with_activations(values: Any) -> Any:
     """A recipe's section in which towers that say no activation have that of the pair at
     `inherit.path`, where that can be read."""
-    said = values.get("inherit") if isinstance(values, dict) else None
-    path = said.get("path") if isinstance(said, dict) else None
+    inherit = values.get("inherit") if isinstance(values, dict) else None
+    path = inherit.get("path") if isinstance(inherit, dict) else None
     model = values.get("model", {}) if path else None
     if not isinstance(model, dict):
         return values
     try:
-        settings = folder_settings(Path(path), local_files_only=True)
+        settings = folder_settings(str(path), local_files_only=True)
     except ConfigError:
         return values  # said where it is read
     for name, key in (("image", "vision_config"), ("text", "text_config")):
-        tower, large = model.get(name, {}), getattr(settings, key, None)
-        if isinstance(tower, dict) and not tower.get("path") and hasattr(large, "hidden_act"):
-            model = {**model, name: {"activation": large.hidden_act, **tower}}
+        tower = model.get(name, {})
+        activation = getattr(getattr(settings, key, None), "hidden_act", None)
+        if isinstance(tower, dict) and not tower.get("path") and activation:
+            model = {**model, name: {"activation": activation, **tower}}
     return {**values, "model": model}
 
 
