@@ -5,6 +5,7 @@
   python tools/embed.py --teacher smollm2 --data SHARDS --out STORE fields='[txt, "long,txt"]'
   python tools/embed.py --teacher llm.yaml --plan
   python tools/embed.py --teacher smollm2 --data SHARDS --out STORE --verify
+  python tools/embed.py --teacher runs/quickstart kind=image --views 4 --data SHARDS --out STORE
   python tools/embed.py --teacher smollm2 --class-names RUN.yaml --out STORE   (for zero_shot)
 
 Any launcher spreads the shards over its processes: torchrun --nproc-per-node 4 tools/embed.py ...
@@ -36,6 +37,7 @@ from trainer.programs.embed import (
     open_teacher,
     project_store,
     stored_as,
+    with_views,
 )
 from trainer.store import EmbeddingStore
 from trainer.store.size import plan_rows
@@ -108,6 +110,7 @@ def _teacher(arguments: argparse.Namespace, comm: Comm) -> Teacher:
         teacher = open_teacher(spec, comm, cache=arguments.cache)
         if note := getattr(teacher, "note", ""):
             _say(comm, note)
+        teacher = with_views(teacher, arguments.views) if arguments.views else teacher
     return stored_as(teacher, dtype=arguments.dtype, pca=arguments.pca)
 
 
@@ -149,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder of the store")
     parser.add_argument("--dtype", choices=["float16", "int8"], default="float16")
+    parser.add_argument("--views", type=int, default=0, help="random ones beside the whole image")
     parser.add_argument("--pca", type=Path, metavar="FILE", help="components to project on")
     parser.add_argument("--fit-pca", type=Path, metavar="STORE", help="write components to --out")
     parser.add_argument(

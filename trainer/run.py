@@ -25,6 +25,7 @@ from trainer.parts.averaged_weights import AveragedWeights
 from trainer.recipe import Context, Recipe
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
+from trainer.store.images import StoredImages
 from trainer.store.sources import made_of
 
 AVERAGE = "average"
@@ -121,6 +122,7 @@ def stream_of(
         join=config.recipe.join(config.seed),
         views=config.recipe.wanted_views(),
         pixels=pixels_of(config),
+        stored=stored_of(config),
         before=before,
     )
 
@@ -150,6 +152,14 @@ def pixels_of(config: RunConfig) -> Pixels:
     if isinstance(model, ModelConfig):
         return model_pixels(model, config.data.background)
     return Pixels(model.image_size, background=config.data.background)
+
+
+def stored_of(config: RunConfig) -> StoredImages | None:
+    """What the model reads in place of images, if it does."""
+    section = getattr(getattr(config.recipe.model, "image", None), "stored", None)
+    if section is None:
+        return None
+    return StoredImages(section.folders, dim=section.dim, seed=config.seed)
 
 
 def loading_notes(config: RunConfig, recipe: Recipe) -> list[str]:
@@ -204,6 +214,9 @@ def eval_context(
     tokenizer: PreTrainedTokenizerFast | None,
     check: Check = go_on,
 ) -> EvalContext:
+    stored = stored_of(config)
+    if stored is not None:
+        stored.check(comm, views=1)
     return EvalContext(
         comm=comm,
         tokenizer=tokenizer,
@@ -213,6 +226,7 @@ def eval_context(
         seed=config.seed,
         check=check,
         pixels=pixels_of(config),
+        stored=stored,
     )
 
 

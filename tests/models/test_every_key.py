@@ -27,6 +27,7 @@ from trainer.models.config import (
     ImageTowerConfig,
     LoraConfig,
     Pooling,
+    StoredConfig,
     TowerConfig,
     TwoTowerConfig,
 )
@@ -38,6 +39,7 @@ from trainer.models.two_tower import build_two_tower
 SIZES = {"width": 32, "layers": 2, "heads": 2}
 TOWER: dict[str, list[Any]] = {
     "path": ["elsewhere"],
+    "stored": [{"folders": ["features"], "dim": 12}],
     "width": [48],
     "layers": [3],
     "heads": [4],
@@ -80,8 +82,20 @@ SYNONYMS = {
 """Values that say what is done without them: beside a path, what was found at it."""
 
 
+STORED: dict[str, list[Any]] = {
+    "folders": [["elsewhere"]],
+    "dim": [13],
+    "layers": [0, 2],
+    "width": [24],
+}
+
+
 def test_every_key_of_every_section_is_walked() -> None:
-    for section, known in ((TowerConfig, TOWER), (LoraConfig, LORA), (HeadConfig, HEAD)):
+    sections = (
+        *((TowerConfig, TOWER), (LoraConfig, LORA)),
+        *((HeadConfig, HEAD), (StoredConfig, STORED)),
+    )
+    for section, known in sections:
         assert set(section.model_fields) == set(known)
     both = set(TwoTowerConfig.model_fields) | set(ImageTowerConfig.model_fields)
     assert both - {"image", "text"} == set(MODEL)
@@ -141,6 +155,22 @@ def test_keys_of_heads_show_or_are_refused() -> None:
         verdict(("head", key, value), before, {**start, "head": {**start["head"], key: value}})
     refused(two_towers, {**BUILT, "head": {"layers": 0, "hidden": 16}})
     refused(two_towers, {**BUILT, "head": {"layers": 0, "norm": "none"}})
+
+
+def test_keys_of_stored_features_show() -> None:
+    """But for the folders, which decide what is read and not what reads it."""
+    stored = {"folders": ["features"], "dim": 12, "width": 16}
+
+    def built(section: dict[str, Any]) -> list[tuple[str, torch.Size]]:
+        config = ImageTowerConfig.model_validate({"image": {"stored": section}, "embed_dim": 8})
+        return [(n, value.shape) for n, value in build_image_tower(config).named_parameters()]
+
+    before = built(stored)
+    for key, value in walk(STORED):
+        changed = {**stored, key: value}
+        if changed.get("layers") == 0:
+            del changed["width"]
+        assert (built(changed) == before) == (key == "folders"), key
 
 
 @pytest.mark.heavy

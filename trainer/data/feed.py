@@ -14,7 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data.decode import BadSample
 from trainer.data.ledger import Rejected, describe
 from trainer.data.order import Order
-from trainer.data.prepare import ONE_VIEW, Failure, Join, Plan, Prepare, Prepared, RawBatch, Task
+from trainer.data.prepare import (
+    ONE_VIEW,
+    Failure,
+    InsteadOfImages,
+    Join,
+    Plan,
+    Prepare,
+    Prepared,
+    RawBatch,
+    Task,
+)
 from trainer.data.shards import DamagedSample, RawSample, ShardSet
 from trainer.data.workers import loader_options, why_no_batch
 from trainer.errors import DataError
@@ -26,6 +36,7 @@ __all__ = [
     "Failure",
     "Feed",
     "IndexedSamples",
+    "InsteadOfImages",
     "Join",
     "Plan",
     "Prepare",

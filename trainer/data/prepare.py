@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
@@ -59,13 +59,13 @@ class Plan(NamedTuple):
 class RawBatch(NamedTuple):
     """A micro-batch before augmentation, and what went wrong on the way to it."""
 
-    images: UInt8[Tensor, "batch 3 size size"]
+    images: UInt8[Tensor, "batch 3 size size"] | Float32[Tensor, "batch dim"]
     tokens: Int64[Tensor, "batch length"] | None
     token_mask: Bool[Tensor, "batch length"] | None
     sample_id: Int64[Tensor, " batch"]
     epochs: Int64[Tensor, " batch"]
     texts: Float32[Tensor, "batch n dim"] | None
-    views: UInt8[Tensor, "batch further 3 size size"] | None
+    views: UInt8[Tensor, "batch further 3 size size"] | Float32[Tensor, "batch further dim"] | None
     cover: UInt8[Tensor, "batch 3 cover_size cover_size"] | None
     boxes: Float32[Tensor, "batch count 4"] | None
     draws: Float64[Tensor, "count batch 11"]
@@ -85,11 +85,23 @@ Join = Callable[[Int64[Tensor, " batch"], Int64[Tensor, " batch"]], Float32[Tens
 """Vectors that belong to samples of these ids in these epochs, read where images are decoded."""
 
 
+class InsteadOfImages(Protocol):
+    """Stored features that are read in their place; BadSample where a sample has none."""
+
+    dim: int
+
+    def whole(self, sample_id: int) -> Float32[Tensor, " dim"]: ...
+
+    def views(
+        self, sample_id: int, epoch: int, count: int, *, purpose: str
+    ) -> Float32[Tensor, "count dim"]: ...
+
+
 class Prepared(NamedTuple):
     """One visit of a sample."""
 
     caption: str
-    images: tuple[UInt8[Tensor, "3 size size"], ...]
+    images: tuple[UInt8[Tensor, "3 size size"] | Float32[Tensor, " dim"], ...]
     """Every view; at least one."""
     cover: UInt8[Tensor, "3 cover_size cover_size"] | None
     boxes: tuple[Box, ...]
@@ -110,8 +122,9 @@ class Prepare:
         join: Join | None = None,
         views: ViewsConfig = ONE_VIEW,
         resample: int = Image.Resampling.BICUBIC,
+        stored: InsteadOfImages | None = None,
     ) -> None:
-        self.resample = resample
+        self.resample, self.stored = resample, stored
         self.config, self.tokenizer, self.seed, self.join = config, tokenizer, seed, join
         self.image_size, self.text_length, self.views = image_size, text_length, views
         self.kept = DecodedImages(config.cache_mib << 20) if config.cache_mib else None
@@ -134,6 +147,9 @@ class Prepare:
                 config=self.config.captions,
             )
         views = self.views if task.all_views else ONE_VIEW
+        if self.stored is not None:
+            found = self.stored.views(raw.sample_id, epoch, views.count, purpose=task.purpose)
+            return Prepared(caption, tuple(found), cover=None, boxes=())
         crops = Crops(
             raw.sample_id,
             [View(self.seed, epoch, purpose, config) for purpose, config in self.purposes(task)],

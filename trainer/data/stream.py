@@ -23,6 +23,7 @@ from trainer.data.feed import (
     Failure,
     Feed,
     IndexedSamples,
+    InsteadOfImages,
     Join,
     Plan,
     Prepare,
@@ -76,6 +77,7 @@ class Stream:
         join: Join | None = None,
         views: ViewsConfig = ONE_VIEW,
         pixels: Pixels | None = None,
+        stored: InsteadOfImages | None = None,
         before: Sequence[str] | None = None,
     ) -> None:
         """`before` are the `shard_lines` and `folder_lines` of the run that is gone on with: the
@@ -98,6 +100,7 @@ class Stream:
             join=join,
             views=views,
             resample=self.pixels.resample,
+            stored=stored,
         )
         values = 3 * image_size**2 * views.count + 3 * cover_size(image_size, views) ** 2
         refuse_small_shared_memory(
@@ -194,8 +197,11 @@ class Stream:
         return values.to(self.comm.device, non_blocking=True)
 
     def _views(self, raw: RawBatch, plan: Plan) -> list[Tensor]:
-        """Every view with its own changes of colour; the first one's depend on no other."""
+        """Every view with its own changes of colour; the first one's depend on no other. Stored
+        features are sent as they are."""
         pixels = [raw.images, *(() if raw.views is None else raw.views.unbind(dim=1))]
+        if raw.images.is_floating_point():
+            return [self._sent(rows) for rows in pixels]
         purposes = view_purposes(plan.purpose, self.views, self.config.augment)
         return [
             augment(

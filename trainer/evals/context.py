@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.comm import Comm
 from trainer.config import DataConfig
 from trainer.data.pixels import Pixels
+from trainer.data.prepare import InsteadOfImages
 from trainer.evals.samples import Record
 from trainer.stop import Check, go_on
 from trainer.store import EmbeddingStore
@@ -33,6 +34,8 @@ class EvalContext(NamedTuple):
     """Draws the probe's validation part."""
     pixels: Pixels | None = None
     """How images become the model's input; as for CLIP where None."""
+    stored: InsteadOfImages | None = None
+    """What the model reads in place of images, if it does."""
     encoded: dict[tuple[str, int | None], Any] | None = None
     """Encoded splits by (shards, limit), so that several evaluations of one model share them."""
     check: Check = go_on

@@ -75,6 +75,7 @@ def _embedded(spec: str, encode: Encode, context: EvalContext, limit: int | None
         data=context.data,
         comm=context.comm,
         pixels=context.pixels,
+        stored=context.stored,
     ):
         features.append(_encode_images(block, encode, context))
         records += block.records
@@ -83,8 +84,9 @@ def _embedded(spec: str, encode: Encode, context: EvalContext, limit: int | None
 
 def _encode_images(block: Block, encode: Encode, context: EvalContext) -> Tensor:
     device = context.comm.device
-    pixels = context.pixels or Pixels(context.image_size)
-    images = pixels.normalized(block.images.to(device))
+    images = block.images.to(device)
+    if context.stored is None:
+        images = (context.pixels or Pixels(context.image_size)).normalized(images)
     batch = Batch(images, tokens=None, token_mask=None, sample_id=block.sample_id.to(device))
     features = encode(batch).image
     if features is None:

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from trainer.comm import Comm
@@ -23,6 +23,7 @@ from trainer.data.ahead import in_order
 from trainer.data.decode import BadSample
 from trainer.data.fields import check_texts, find_image, json_of, text_of
 from trainer.data.pixels import Pixels
+from trainer.data.prepare import InsteadOfImages
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import DataError, TrainerError
 from trainer.hashing import hash_bits, key_of
@@ -47,7 +48,7 @@ class Record(NamedTuple):
 class Block(NamedTuple):
     """BLOCK rows, of which `usable` count; the others are repeats or could not be decoded."""
 
-    images: UInt8[Tensor, "block 3 size size"]
+    images: UInt8[Tensor, "block 3 size size"] | Float32[Tensor, "block dim"]
     sample_id: Int64[Tensor, " block"]
     usable: Int64[Tensor, " rows"]
     """Rows to keep, in order."""
@@ -84,8 +85,10 @@ def read_blocks(
     data: DataConfig,
     comm: Comm,
     pixels: Pixels | None = None,
+    stored: InsteadOfImages | None = None,
 ) -> Iterator[Block]:
-    """This rank's blocks of a shard spec, images `size` pixels wide, arranged as `pixels` says.
+    """This rank's blocks of a shard spec, images `size` pixels wide, arranged as `pixels` says, or
+    what is `stored` of them.
 
     Collective: every rank must exhaust it. Unusable samples are left out against the budget;
     damage found by one rank is raised by all, after the last block, so that nobody waits for a
@@ -96,7 +99,7 @@ def read_blocks(
     chosen = torch.arange(len(shards)) if whole else select(torch.as_tensor(shards.ids), limit)
     if not len(chosen):
         raise DataError(f"no sample in {spec}; an evaluation needs at least one")
-    reader = _Reader(shards, pixels or Pixels(size, background=data.background), data)
+    reader = _Reader(shards, pixels or Pixels(size, background=data.background), data, stored)
     own = own_positions(len(chosen), comm)
     tasks = torch.where(own >= 0, chosen[own.clamp(min=0)], FILLER).tolist()
     workers = data.workers if len(tasks) > _FEW_BLOCKS else 0
@@ -139,16 +142,22 @@ class _Told(NamedTuple):
 class _Reader:
     """Decodes blocks, here or in a reader process."""
 
-    def __init__(self, shards: ShardSet, pixels: Pixels, data: DataConfig) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        pixels: Pixels,
+        data: DataConfig,
+        stored: InsteadOfImages | None = None,
+    ) -> None:
         self._shards, self._arranged, self._data = shards, pixels, data
+        self._stored = stored
         self._told = _Told([], [])
 
     def block(self, indexes: list[int]) -> tuple[Block, list[str], list[str]]:
         """The samples at these indexes of the shard set, with what was bad and what damaged;
         FILLER repeats the row before."""
         self._told = _Told([], [])
-        size = self._arranged.size
-        images = torch.zeros((len(indexes), 3, size, size), dtype=torch.uint8)
+        images = self._nothing(len(indexes))
         ids = torch.full((len(indexes),), FILLER)
         usable: list[int] = []
         records: list[Record] = []
@@ -178,10 +187,18 @@ class _Reader:
         try:
             image = find_image(raw.fields, self._data.images)
             record = Record(raw.sample_id, values_of(raw.fields), _digest(image))
+            if self._stored is not None:
+                return self._stored.whole(raw.sample_id), record
             return self._pixels(image), record
         except BadSample as error:
             self._told.bad.append(f"{raw.shard} {raw.key}: {error.reason}")
             return None
+
+    def _nothing(self, rows: int) -> Tensor:
+        if self._stored is not None:
+            return torch.zeros(rows, self._stored.dim)
+        size = self._arranged.size
+        return torch.zeros((rows, 3, size, size), dtype=torch.uint8)
 
     def _pixels(self, image: bytes) -> Tensor:
         return self._arranged.decode(image, max_pixels=self._data.max_pixels)

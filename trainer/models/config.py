@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from trainer.config import Frozen, ModelPath, ModelSection, OnlyWith, PositiveInt
+from trainer.config import Frozen, LocalPath, ModelPath, ModelSection, OnlyWith, PositiveInt
 from trainer.models.presets import PRESETS
 
 Preset = Literal["tiny", "small", "vit_b_32", "vit_b_16", "vit_l_14"]
@@ -25,11 +25,33 @@ class LoraConfig(Frozen):
     """Last parts of the names of the layers, such as q_proj; all linear ones where None."""
 
 
+class StoredConfig(Frozen):
+    """Features that an encoder has computed once, and the small network that learns on them."""
+
+    folders: tuple[LocalPath, ...] = Field(min_length=1)
+    """Stores of `tools/embed.py` or `tools/tune.py`, of one encoder: they hold the training samples
+    and those of the evaluations. Vector 0 of a sample is that of the whole image, further ones are
+    of random views."""
+    dim: PositiveInt
+    """Numbers of a stored vector."""
+    layers: int = Field(default=1, ge=0)
+    """Linear layers, each with GELU behind it, before the projection; 0: the projection alone."""
+    width: Annotated[PositiveInt, OnlyWith("layers")] = 512
+    """What each of them puts out."""
+
+    @property
+    def output_dim(self) -> int:
+        """What the projection reads."""
+        return self.width if self.layers else self.dim
+
+
 class TowerConfig(Frozen):
     """One tower: a CLIP transformer of the given size, or any transformers model at `path`."""
 
     path: ModelPath | None = None
     """A folder that transformers can load, or a hub id. The sizes below are then the model's."""
+    stored: StoredConfig | None = None
+    """Read stored features instead of pixels: no encoder runs in training (`palm`, `supcon`)."""
     width: PositiveInt | None = None
     """Numbers per token between blocks."""
     layers: PositiveInt | None = None
@@ -50,6 +72,13 @@ class TowerConfig(Frozen):
     """Into the shared space. `auto`: the one at `path`, which must fit embed_dim, or a new one
     where it has none; `new` drops what is there; `none` takes the pooled state as it is."""
 
+    def _nothing_of_an_encoder(self, given: list[str]) -> None:
+        given = [*given, *(name for name in ("path", "lora") if getattr(self, name) is not None)]
+        given += [] if self.trained else ["trained"]
+        given += [] if self.pooling == "auto" else ["pooling"]
+        if given:
+            raise ValueError(f"stored features have no encoder; drop {', '.join(given)} or stored")
+
     @model_validator(mode="after")
     def _path_or_sizes(self) -> TowerConfig:
         sizes = {
@@ -60,9 +89,11 @@ class TowerConfig(Frozen):
             "activation": self.activation,
         }
         given = [name for name, value in sizes.items() if value is not None]
+        if self.stored is not None:
+            self._nothing_of_an_encoder(given)
         if self.path is not None and given:
             raise ValueError(f"path fixes the sizes; drop {', '.join(given)} or path")
-        if self.path is None and self.projection != "auto":
+        if self.path is None and self.stored is None and self.projection != "auto":
             raise ValueError(f"projection {self.projection} is for a loaded model; drop it")
         if self.lora and (self.path is None or not self.trained):
             raise ValueError(
@@ -137,6 +168,8 @@ class TwoTowerConfig(ModelSection):
 
     @model_validator(mode="after")
     def _one_source_of_words(self) -> TwoTowerConfig:
+        if self.text.stored is not None:
+            raise ValueError("text.stored: stored features stand in the place of images; drop it")
         given = self.tokenizer or self.text.path
         if given and self.vocabulary is not None:
             raise ValueError(f"vocabulary is that of the tokenizer in {given}; drop it")
@@ -197,13 +230,17 @@ def _filled(values: dict[str, Any], *, towers: tuple[str, ...]) -> dict[str, Any
     for name in (*towers, "head"):
         section = _given(values.get(name, {} if name != "head" else None))
         if isinstance(section, dict):
-            section = section if section.get("path") else {**preset[name], **section}
+            section = section if _has_its_sizes(section) else {**preset[name], **section}
             if name == "head" and section.get("layers") == 0 and "hidden" not in values[name]:
                 section.pop("hidden", None)
         filled[name] = section
-    if isinstance(filled["image"], dict) and filled["image"].get("path"):
+    if isinstance(filled["image"], dict) and _has_its_sizes(filled["image"]):
         filled["patch_size"] = values.get("patch_size")
     return filled
+
+
+def _has_its_sizes(section: dict[str, Any]) -> bool:
+    return bool(section.get("path") or section.get("stored"))
 
 
 def _settled(value: Any, info: Any, *, key: str, on: Any) -> Any:
@@ -268,6 +305,9 @@ def _unknown_preset(name: Any) -> ValidationError:
 
 
 def _check_patches(config: ModelConfig) -> None:
+    if config.image.stored is not None:
+        _refuse_pixels(config)
+        return
     if config.image.path is not None:
         return
     if config.patch_size is None:
@@ -277,6 +317,14 @@ def _check_patches(config: ModelConfig) -> None:
         raise ValueError(
             f"image_size {config.image_size} is not divisible by patch_size {config.patch_size}; "
             f"use {lower or config.patch_size} or {lower + config.patch_size}"
+        )
+
+
+def _refuse_pixels(config: ModelConfig) -> None:
+    """Stored features have none, so the preset's size is the only one that says nothing."""
+    if config.patch_size is not None or config.image_size != PRESETS[config.preset]["image_size"]:
+        raise ValueError(
+            "stored features have no pixels; drop image_size and patch_size, or image.stored"
         )
 
 

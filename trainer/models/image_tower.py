@@ -25,6 +25,8 @@ class ImageTower(Model):
         super().__init__()
         self.config = config
         self.image = image
+        if config.image.stored is not None:
+            self.why_not_exported = "it reads stored features and no images"
         self.image_head = image_head
 
     def forward(self, batch: Batch) -> Features:

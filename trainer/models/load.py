@@ -19,6 +19,7 @@ from trainer.models.fitting import refuse_text_pooling
 from trainer.models.folder import local_folder
 from trainer.models.folder_tower import loaded_image_tower, loaded_text_tower
 from trainer.models.projection import new_projection
+from trainer.models.stored_tower import stored_tower
 from trainer.models.tower import Pool, Tower
 
 ATTENTION = "sdpa"
@@ -28,6 +29,8 @@ WHITE = (255, 255, 255)
 def image_tower(config: ModelConfig) -> Tower:
     """The image encoder that `config.image` describes."""
     section = config.image
+    if section.stored is not None:
+        return stored_tower(section.stored, config.embed_dim, projection=section.projection)
     if section.path is not None:
         return loaded_image_tower(config, local_folder(section.path))
     backbone: Any = CLIPVisionModel._from_config(

@@ -152,7 +152,9 @@ def batch_of(config: RunConfig, model: Model, *, rows: int, dtype: torch.dtype) 
     section: Any = config.recipe.model
     side = section.image_size
     views = config.recipe.wanted_views()
-    images = torch.zeros(rows, 3, side, side, dtype=dtype)
+    stored = getattr(getattr(section, "image", None), "stored", None)
+    shape = (3, side, side) if stored is None else (stored.dim,)
+    images = torch.zeros(rows, *shape, dtype=dtype)
     reads = getattr(section, "text", None) is not None
     tokens = torch.zeros(rows, section.text_length, dtype=torch.int64) if reads else None
     batch = Batch(
@@ -162,7 +164,7 @@ def batch_of(config: RunConfig, model: Model, *, rows: int, dtype: torch.dtype) 
         sample_id=torch.zeros(rows, dtype=torch.int64),
     )
     if views.count > 1:
-        further = torch.zeros(rows, views.count - 1, 3, side, side, dtype=dtype)
+        further = torch.zeros(rows, views.count - 1, *shape, dtype=dtype)
         batch = batch._replace(views=further)
     kept = _kept(config, model, rows, views.count)
     return batch if kept is None else batch._replace(more={KEPT: kept})

@@ -16,6 +16,7 @@ from trainer.data.pixels import Pixels
 from trainer.data.texts import TextSet
 from trainer.errors import ConfigError
 from trainer.evals.zero_shot import prompts_of
+from trainer.models.stored_tower import StoredTower
 from trainer.programs.workdir import open_workdir
 from trainer.run import pixels_of
 from trainer.store import EmbeddingStore, Identity
@@ -26,6 +27,7 @@ from trainer.teachers.image import ImageTeacher
 from trainer.teachers.pca import FILE, Pca, ProjectedTeacher, fit_pca, load_pca
 from trainer.teachers.pinned import DEFAULT_CACHE, PINNED, fetch_teacher, is_there
 from trainer.teachers.spec import TeacherSpec, load_teacher, refuse_placement
+from trainer.tuning.views import ImageViews
 
 Report = Callable[[str], None]
 
@@ -98,6 +100,15 @@ def list_teachers(cache: Path) -> list[dict[str, Any]]:
     ]
 
 
+def with_views(teacher: Teacher, count: int) -> Teacher:
+    """A teacher of images that gives so many random views of each beside the whole image."""
+    if not isinstance(teacher, ImageTeacher):
+        raise ConfigError(
+            f"--views are of images, and {teacher.identity.teacher} reads none; give a vision model"
+        )
+    return ImageViews(teacher, count=count, seed=0)
+
+
 class _Recoded:
     """A teacher whose vectors are stored in another precision."""
 
@@ -131,6 +142,11 @@ def _trained_tower(spec: TeacherSpec, comm: Comm) -> ImageTeacher:
         raise ConfigError(f"{spec.model} is a run: its image tower is read with kind=image")
     trained = open_workdir(Path(spec.model), comm)
     tower: Any = trained.model.image
+    if isinstance(tower, StoredTower):
+        raise ConfigError(
+            f"{spec.model} reads stored features and no images; embed with the encoder that they "
+            "are of"
+        )
     pixels = pixels_of(trained.run)
     model = _Embeddings(tower).to(comm.device)
     return ImageTeacher(

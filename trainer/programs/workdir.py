@@ -20,8 +20,10 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.evals import by_weights, evaluate_all
 from trainer.export.native import load_trained
 from trainer.models.model import Model
+from trainer.parts.stored_features import FEATURES
+from trainer.parts.teacher_digests import TeacherDigests
 from trainer.recipe import Encode, build_model
-from trainer.run import AVERAGE, eval_context, tokenizer_of
+from trainer.run import AVERAGE, eval_context, stored_of, tokenizer_of
 from trainer.types import Batch, Features
 
 RUN_KEYS = frozenset({"step", "samples", "skipped", "after_save"})
@@ -69,8 +71,20 @@ def open_workdir(
             f"those that {workdir} was trained with; restore the model they came from, and give "
             "its place if that is another one"
         )
+    _refuse_other_features(run, restored, comm)
     load_trained(model, weights_of(restored, run, weights))
     return Trained(run, model.to(comm.device).eval(), tokenizer, restored)
+
+
+def _refuse_other_features(run: RunConfig, restored: Restored, comm: Comm) -> None:
+    """A CheckpointError where the stores that are read in place of images are of another encoder
+    than those that were trained on."""
+    stored = stored_of(run)
+    if stored is None:
+        return
+    before = Beneath(restored.lazily("parts"), f"{FEATURES}/").get(FEATURES)
+    digests = TeacherDigests({FEATURES: stored.check(comm, views=1)}, comm)
+    digests.load_state_dict({} if before is None else {FEATURES: before})
 
 
 def weights_of(restored: Restored, run: RunConfig, weights: Weights) -> dict[str, Tensor]:

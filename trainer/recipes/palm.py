@@ -21,6 +21,7 @@ from trainer.models.config import HeadConfig
 from trainer.models.image_tower import ImageTowerConfig
 from trainer.models.views_tower import ViewsTower, build_views_tower, compared_views
 from trainer.parts.palm_prototypes import PalmPrototypes, PalmPrototypesConfig, palm_labels
+from trainer.parts.stored_features import stored_features
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
@@ -31,8 +32,9 @@ class Config(RecipeConfig, PalmPrototypesConfig):
     name: Literal["palm"] = "palm"
     model: ImageTowerConfig = ImageTowerConfig(head=HeadConfig(hidden=512, norm="none"))
     views: PositiveInt = 2
-    """Random views of an image, each drawn as `data.augment` says."""
-    reads = frozenset({"head"})
+    """Random views of an image, each drawn as `data.augment` says; of stored features, as many
+    different ones of those that are stored."""
+    reads = frozenset({"head", "stored"})
 
     @model_validator(mode="after")
     def _two_views_without_labels(self) -> Config:
@@ -67,7 +69,10 @@ class Recipe(WithoutPhases):
             seed=context.seed,
             views=config.views,
         )
-        self.parts: dict[str, Part] = {"prototypes": self.prototypes}
+        features = stored_features(
+            config.model, context.comm, views=config.views, seed=context.seed
+        )
+        self.parts: dict[str, Part] = {"prototypes": self.prototypes, **features}
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """Every view is a sample; the terms are over the batch of all ranks."""

@@ -23,6 +23,7 @@ from trainer.models.config import HeadConfig
 from trainer.models.image_tower import ImageTowerConfig
 from trainer.models.views_tower import ViewsTower, build_views_tower, compared_views
 from trainer.parts.prototypes import check_join, class_columns
+from trainer.parts.stored_features import stored_features
 from trainer.recipe import Context, Part, WithoutPhases
 from trainer.types import Batch, Features, Losses
 
@@ -37,10 +38,11 @@ class Config(RecipeConfig):
     classes: str | None = None
     """Instead of `labels`: a json key of the shards, whose every value is a class."""
     views: PositiveInt = 2
-    """Random views of an image, each drawn as `data.augment` says."""
+    """Random views of an image, each drawn as `data.augment` says; of stored features, as many
+    different ones of those that are stored."""
     temperature: float = Field(default=0.1, ge=0.02)
     """Cosines are divided by it."""
-    reads = frozenset({"head"})
+    reads = frozenset({"head", "stored"})
 
     @model_validator(mode="after")
     def _one_source_of_labels(self) -> Config:
@@ -67,7 +69,9 @@ class Recipe(WithoutPhases):
         self.config, self.comm = config, context.comm
         self.model = build_model(config, context.text_tokenizer, context.comm, seed=context.seed)
         self.labels = _labels(config, context)
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, Part] = stored_features(
+            config.model, context.comm, views=config.views, seed=context.seed
+        )
 
     def losses(self, features: Features, batch: Batch, step: int) -> Losses:
         """Every view is a sample; the mean is over those of all ranks that have a class."""

@@ -51,13 +51,19 @@ class RecipeConfig(Frozen):
     """The recipe's file in trainer/recipes/."""
     model: ModelSection
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Which optional parts of a model (`head`, `bias`) the method trains; others are refused."""
+    """Which optional parts of a model (`head`, `bias`) the method trains, and whether it can do
+    with stored features of images (`stored`); others are refused."""
 
     @model_validator(mode="after")
     def _no_part_that_is_not_trained(self) -> RecipeConfig:
         for part in ("head", "bias"):
             if getattr(self.model, part, None) and part not in self.reads:
                 raise ValueError(f"{self.name} trains no model.{part}; drop it, {_WHO_READS[part]}")
+        image = getattr(self.model, "image", None)
+        if getattr(image, "stored", None) is not None and "stored" not in self.reads:
+            raise ValueError(
+                f"{self.name} reads pixels; drop model.image.stored, or use palm or supcon"
+            )
         return self
 
     @classmethod

@@ -198,6 +198,20 @@ class RunConfig(Frozen):
             raise ValueError(f"data.captions: {self._model_has_no('text')}; drop them")
         return self
 
+    @model_validator(mode="after")
+    def _no_pixels_beside_stored_features(self) -> RunConfig:
+        if getattr(getattr(self.recipe.model, "image", None), "stored", None) is None:
+            return self
+        plain = DataConfig(train=self.data.train)
+        for key in ("augment", "max_pixels", "background", "cache_mib"):
+            if getattr(self.data, key) != getattr(plain, key):
+                raise ValueError(
+                    f"data.{key} is of pixels, and the model reads stored features; drop it"
+                )
+        if self.data.reader == "webdataset":
+            raise ValueError("stored features are of indexed samples; use data.reader: indexed")
+        return self
+
     def _model_has_no(self, tower: str) -> str:
         return f"the model of {self.recipe.name} has no {tower} tower that would read it"
 

@@ -91,6 +91,11 @@ class EmbeddingStore:
             raise DataError(f"{self.folder} has {self.num_vectors} vectors per sample, not one")
         return self.vectors(ids)[:, 0]
 
+    def has(self, sample_id: int) -> bool:
+        ids = self._lookup.ids
+        place = int(np.searchsorted(ids, sample_id))
+        return place < len(ids) and int(ids[place]) == sample_id
+
     def vectors(
         self,
         ids: Int64[Tensor, " n"],
