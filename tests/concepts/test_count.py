@@ -106,6 +106,19 @@ def test_tags_join_by_shard_and_key(tmp_path):
     assert images == {0.2: [15, 0, 15, 0, 0], 0.5: [0, 0, 15, 0, 0], 0.95: [0] * 5}
     by_concept = Tags(path, BANK, {"cat": 0.95})
     assert by_concept.of(tagged[0][2]) == (0,)
+    path.write_text('{"shard": "another", "key": "b", "tags": {"cat": 1}}\n')
+    with pytest.raises(DataError, match="none of 20 samples has a line"):
+        count_shards(spec, BANK, ENGLISH, tmp_path / "none", SOLO, tags=Tags(path, BANK))
+    path.write_text(lines[0] + "\n" + lines[0] + "\n")
+    with pytest.raises(DataError, match="line 2 is a second line of one image"):
+        Tags(path, BANK)
+    path.write_text('{"shard": "a", "key": "b", "tags": {"cat": NaN}}\n')
+    with pytest.raises(DataError, match="no finite number"):
+        Tags(path, BANK)
+    line = {"set": "s", "shard": Path(tagged[0][0]).name, "key": tagged[0][1], "tags": {"cat": 1}}
+    path.write_text(json.dumps(line))
+    named = count_shards(f"s={spec}", BANK, ENGLISH, tmp_path / "set", SOLO, tags=Tags(path, BANK))
+    assert named.total("tagged") == 1
     path.write_text('{"shard": "a", "key": "b", "tags": {"dog": 1}}\n')
     with pytest.raises(DataError, match="line 1 has the tag 'dog', which the bank lacks"):
         Tags(path, BANK)

@@ -166,6 +166,8 @@ def test_a_bank_comes_back_as_it_was_saved(tmp_path):
     assert again.languages == ("en", "ja")
     (tmp_path / "names.txt").write_text("cat\n\nred apple\n")
     assert Bank.open(tmp_path / "names.txt").names == ("cat", "red apple")
+    (tmp_path / "windows.txt").write_bytes("\ufeffcat\r\n\r\nred\u2028apple\r\n".encode())
+    assert Bank.open(tmp_path / "windows.txt").names == ("cat", "red\u2028apple")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,7 @@ def test_a_bank_comes_back_as_it_was_saved(tmp_path):
         ("\n", "no concept"),
         ('{"forms": {}}\n', "line 1 is no concept"),
         ('{"name": "a", "forms": {"en": [3]}}\n', "a form is no text"),
+        ('{"name": "a", "forms": {"en": "dog"}}\n', "are a list of texts"),
         ('{"name"\n', "line 1 is no concept"),
     ],
 )

@@ -7,11 +7,14 @@ import pickle
 from collections import Counter
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from tests.fixtures.emoji import write_shards
+from trainer.comm import Comm
 from trainer.config import DataConfig, NoiseConfig
-from trainer.data.noise import NoisyShards
+from trainer.data.classes import named_classes
+from trainer.data.noise import NoisyShards, trained_on
 from trainer.data.shards import ShardSet
 
 IMAGES = ("png", "jpg")
@@ -65,6 +68,21 @@ def test_an_image_and_an_id_stay_and_everything_else_comes_from_one_other_sample
             k: v for k, v in other.items() if k != "png"
         }
         assert json.loads(found.fields["json"]) != json.loads(own.fields["json"])
+
+
+def test_classes_of_a_json_key_move_with_the_texts(shards):
+    """As a recipe with `classes` reads them: 40 % have another sample's, and none is lost."""
+    data = DataConfig(train="::".join(shards.shards), noise=NoiseConfig(share=0.4))
+    clean, names = named_classes(shards, "concept", Comm.solo())
+    moved, same = named_classes(trained_on(data), "concept", Comm.solo())
+    assert names == same
+    view = noisy(shards, 0.4)
+    for index in range(len(shards)):
+        own, source = (shards.ids[[place]] for place in (index, view.source_of(index)))
+        assert moved.of(torch.as_tensor(own)) == clean.of(torch.as_tensor(source))
+    assert Counter(moved.labels.tolist()) == Counter(clean.labels.tolist())
+    count = sum(view.source_of(index) != index for index in range(len(shards)))
+    assert 0 < int((moved.of(clean.ids) != clean.of(clean.ids)).sum()) <= count
 
 
 def test_a_worker_process_sees_the_same(shards):

@@ -103,9 +103,10 @@ def config(inside: str, test: str, outside: str, **more) -> EvalConfig:
 
 @pytest.mark.heavy
 def test_every_score_is_measured_and_shown(tmp_path):
+    spec = write_shards(tmp_path / "all", count=110, per_shard=20)
     inside, test, outside = (
-        write_shards(tmp_path / name, count=count)
-        for name, count in (("in", 60), ("test", 20), ("out", 30))
+        spec.replace("{000000..000005}", part)
+        for part in ("{000000..000002}", "000003", "{000004..000005}")
     )
     model, context = setting(SOLO, inside)
     figures = run_eval(config(inside, test, outside), model, context)
@@ -113,13 +114,33 @@ def test_every_score_is_measured_and_shown(tmp_path):
         assert 0 <= figures[f"{score}_auroc/far"] <= 100
     assert figures["inside/far"] == 20
     assert figures["outside/far"] == 30
-    # `test` is a part of the training set, and `far` half of it: neither is far from it.
+    assert figures["shared/far"] == 0
     shown = format_table({"ood": figures})
     assert "knn auroc/far" in shown
     assert "seed 5" in shown
     assert "aupr" not in shown
     by_prompts = config(inside, test, outside, scores=("msp",), logits="zero_shot")
     assert 0 <= run_eval(by_prompts, model, context)["msp_auroc/far"] <= 100
+
+
+def test_pictures_that_are_inside_too_are_no_outside_samples(tmp_path):
+    """Under other names: 20 of 50 pictures are those of the test set, and then all of them."""
+    spec = write_shards(tmp_path / "all", count=110, per_shard=20)
+    again = write_shards(tmp_path / "again", count=110, per_shard=10)
+    train = spec.replace("{000000..000005}", "{000000..000002}")
+    test = spec.replace("{000000..000005}", "000003")
+    model, context = setting(SOLO, train)
+    some, none = (
+        config(train, test, again.replace("{000000..000010}", part), scores=("ssd",))
+        for part in ("{000006..000010}", "{000001..000003}")
+    )
+    figures = run_eval(some, model, context)
+    assert (figures["shared/far"], figures["outside/far"]) == (20, 30)
+    apart = config(train, test, spec.replace("{000000..000005}", "{000004..000005}"))
+    expected = run_eval(apart.model_copy(update={"scores": ("ssd",)}), model, context)
+    assert figures["ssd_auroc/far"] == pytest.approx(expected["ssd_auroc/far"], abs=1e-9)
+    with pytest.raises(DataError, match=r"all 30 pictures .* none is outside"):
+        run_eval(none, model, context)
 
 
 def test_what_ood_needs_is_asked_for_and_what_others_do_not_read_is_refused():

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from tests.cluster.stores import identity
+from tests.data.tars import write_tar
 from tests.ranks import run_ranks
 from tests.recipes.test_mlcd import changed, shards_without_captions
 from tests.recipes.test_palm import RUN, SOLO, built, state_of, train_each
 from trainer.config import RunConfig, parse_run
 from trainer.data.decode import BadSample
+from trainer.data.index import write_index
 from trainer.data.shards import ShardSet
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.tower import Tower
@@ -190,11 +192,18 @@ def test_stores_that_do_not_fit_are_named_before_anything_is_trained(base, tmp_p
     wide = write_features(tmp_path / "wide", spec, dim=DIM + 1)
     pooled = write_features(tmp_path / "pooled", spec, pooling="cls")
     first = base.recipe.model.image.stored.folders[0]
+    name = Path(ShardSet.open(spec).shards[0]).name
+    second = tmp_path / "data" / name  # another shard of this name
+    second.parent.mkdir()
+    write_tar(second, {"000": {"png": b"none"}})
+    write_index(str(second))
+    twin = write_features(tmp_path / "twin", str(second))
     for overrides, reason in [
         ([f"{start}.folders=[{few}]"], "1 random views of a sample, and the recipe compares 2"),
         ([f"{start}.folders=[{whole}]"], "the whole image alone"),
         ([f"{start}.folders=[{wide}]"], f"{start}.dim={DIM + 1}"),
         ([f"{start}.folders=[{first}, {pooled}]"], "not of one encoder: their pooling differs"),
+        ([f"{start}.folders=[{first}, {twin}]"], "can't be told apart"),
         ([f"{start}.folders=[{tmp_path}/nowhere]"], "no embedding store"),
         (["recipe.model.image.projection=none"], "set model.embed_dim=16"),
     ]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class Bank:
         self.concepts = tuple(concepts)
         self.names = tuple(concept.name for concept in self.concepts)
         if len(set(self.names)) < len(self.names):
-            double = next(name for name in self.names if self.names.count(name) > 1)
+            double = Counter(self.names).most_common(1)[0][0]
             raise DataError(f"the bank has {double!r} twice; give each concept one line")
         if not self.concepts:
             raise DataError("the bank has no concept; give at least one")
@@ -61,7 +62,8 @@ class Bank:
         DataError where a line is neither.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            # Editors of Windows begin a file with a mark and end lines in two bytes.
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"can't read the bank {path}: {error}") from None
         return cls(
@@ -121,6 +123,8 @@ def _read(line: str, place: str) -> Concept:
         name, forms = values["name"], values.get("forms", {ENGLISH: [values["name"]]})
         if not isinstance(name, str) or not name.strip():
             raise TypeError("`name` is no text")
+        if not all(isinstance(texts, list) for texts in forms.values()):
+            raise TypeError("forms of a language are a list of texts")
         if not all(isinstance(text, str) for texts in forms.values() for text in texts):
             raise TypeError("a form is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -107,6 +107,11 @@ def count_shards(
     agreed(comm, work)
     files = [out / SHARDS / f"{name}.safetensors" for name in names]
     total = sum((Counts.open(path)[0] for path in files), nothing)
+    if tags is not None and not total.total("tagged"):
+        raise DataError(
+            f"none of {total.total('samples')} samples has a line in {tags.path}; its lines name a "
+            "shard (without .tar), a key and, where shards are of a named set, that set"
+        )
     agreed(comm, lambda: _finish(total, bank, out) if comm.is_main else None)
     return total
 

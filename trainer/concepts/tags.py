@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from trainer.errors import DataError
 
 
 class Tags:
-    """`{"shard": "train-000000", "key": "cat_1", "tags": {"cat": 0.91}}` a line.
+    """`{"shard": "train-000000", "key": "cat_1", "tags": {"cat": 0.91}}` a line, and `"set"` where
+    the shards are of a named set.
 
     A tag counts from its concept's threshold on. An image without a line has no tags known, and is
     in no denominator; one with an empty `tags` shows none of the concepts.
@@ -26,6 +28,7 @@ class Tags:
     def __init__(
         self, path: Path, bank: Bank, thresholds: Mapping[str, float] | float = 0.0
     ) -> None:
+        self.path = path
         number = {name: place for place, name in enumerate(bank.names)}
         least = thresholds if isinstance(thresholds, Mapping) else None
         floor = 0.0 if isinstance(thresholds, Mapping) else thresholds
@@ -40,6 +43,10 @@ class Tags:
                 raise DataError(
                     f"{path} line {place} has the tag {unknown[0]!r}, which the bank lacks; tag "
                     "with the bank's names"
+                )
+            if sample in self._tags:
+                raise DataError(
+                    f"{path} line {place} is a second line of one image; give each image one"
                 )
             self._tags[sample] = tuple(
                 number[name]
@@ -57,7 +64,10 @@ def _read(line: bytes, place: str) -> tuple[int, dict[str, float]]:
     try:
         values = json.loads(line)
         scores = {str(name): float(score) for name, score in values["tags"].items()}
-        return sample_id(str(values["shard"]), str(values["key"])), scores
+        if not all(math.isfinite(score) for score in scores.values()):
+            raise ValueError("a score is no finite number")
+        where = str(values["shard"]), str(values["key"]), str(values.get("set", ""))
+        return sample_id(*where), scores
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f'{place} is no line of tags ({error!r}); write {{"shard": ..., "key": ..., '

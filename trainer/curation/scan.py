@@ -155,7 +155,8 @@ class _Pass:
         """Look at every sample of a shard, then write what was found, the rows last."""
         first = sum(self.shards.sizes[:row])
         looked: list[Looked] = []
-        images, texts = [], []
+        nothing = torch.empty(0, self.ask.pair.identity.dim)
+        images, texts = [nothing], [nothing]
         for begin in range(first, first + self.shards.sizes[row], CHUNK):
             end = min(begin + CHUNK, first + self.shards.sizes[row])
             some = [self._look(index) for index in range(begin, end)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -21,6 +21,9 @@ from trainer.concepts.tags import calibrated_threshold
 from trainer.errors import DataError
 
 FORMAT = "protoscale-thresholds-1"
+_IMAGES_AT_ONCE = 256
+_CONCEPTS_AT_ONCE = 256
+"""Of a product with all of the other kind, whose number has no bound."""
 
 
 class Tagger:
@@ -37,8 +40,11 @@ class Tagger:
         ).hexdigest()
 
     def __call__(self, images: Float32[Tensor, "n dim"]) -> list[list[int]]:
-        found = images @ self.classes.T >= self.thresholds
-        return [row.nonzero()[:, 0].tolist() for row in found]
+        return [
+            row.nonzero()[:, 0].tolist()
+            for some in images.split(_IMAGES_AT_ONCE)
+            for row in some @ self.classes.T >= self.thresholds
+        ]
 
 
 def class_vectors(
@@ -52,25 +58,25 @@ def class_vectors(
 
 def calibrate(
     images: Float32[Tensor, "n dim"],
-    shows: Bool[np.ndarray, "n concepts"],
+    shows: Int64[np.ndarray, " n"],
     classes: Float32[Tensor, "concepts dim"],
     *,
     precision: float,
 ) -> Float[np.ndarray, " concepts"]:
-    """Of each concept the lowest threshold at which this share of its tags is right.
+    """Of each concept the lowest threshold at which this share of its tags is right; `shows` is the
+    number of the concept that each image shows.
 
     Infinite where no threshold reaches it, and where no labelled image shows the concept: then it
     is tagged nowhere.
     """
-    scores = (images @ classes.T).numpy().astype(np.float64)
-    return np.array(
-        [
-            calibrated_threshold(scores[:, k], shows[:, k], precision=precision)
-            if shows[:, k].any()
-            else np.inf
-            for k in range(shows.shape[1])
-        ]
-    )
+    found = np.full(len(classes), np.inf)
+    for some in np.array_split(np.unique(shows), len(classes) // _CONCEPTS_AT_ONCE + 1):
+        scores = (images @ classes[torch.from_numpy(some)].T).numpy().astype(np.float64)
+        for column, concept in enumerate(some.tolist()):
+            found[concept] = calibrated_threshold(
+                scores[:, column], shows == concept, precision=precision
+            )
+    return found
 
 
 def save_thresholds(

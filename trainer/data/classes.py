@@ -18,13 +18,15 @@ from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import DataError
 
 
-def class_labels(spec: str, key: str, comm: Comm, *, budget: float | None = None) -> ClusterLabels:
+def class_labels(
+    spec: str | ShardSet, key: str, comm: Comm, *, budget: float | None = None
+) -> ClusterLabels:
     """Number the distinct values of a json key in sorted order; a sample without it is unknown."""
     return named_classes(spec, key, comm, budget=budget)[0]
 
 
 def named_classes(
-    spec: str, key: str, comm: Comm, *, budget: float | None = None
+    spec: str | ShardSet, key: str, comm: Comm, *, budget: float | None = None
 ) -> tuple[ClusterLabels, list[str]]:
     """Labels by the distinct values of a json key, and those values as texts, in sorted order.
     A sample without the key is unknown.
@@ -33,7 +35,7 @@ def named_classes(
     and where they are more than `budget`, a share of all, DataError on all ranks. The ranks share
     the reading; all get all labels.
     """
-    shards = ShardSet.open(spec)
+    shards = ShardSet.open(spec) if isinstance(spec, str) else spec
     bad: list[str] = []
     own: dict[str, int] = {}
     ids, codes = array("q"), array("q")

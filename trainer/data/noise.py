@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.config import NoiseConfig
+from trainer.config import DataConfig, NoiseConfig
 from trainer.data.fields import member_of
 from trainer.data.shards import RawSample, ShardSet
 from trainer.hashing import hash_bits, key_of, uniform
@@ -45,6 +45,12 @@ class NoisyShards(ShardSet):
             return own
         other = super().read(source)
         return own._replace(fields=self._image(own.fields) | self._texts(other.fields))
+
+    def read_json(self, index: int) -> RawSample:
+        """The json of the sample that gives its texts, under this one's id and name."""
+        shard, key, sample_id = self.name_of(index)
+        other = super().read_json(self.source_of(index))
+        return other._replace(shard=shard, key=key, sample_id=sample_id)
 
     def source_of(self, index: int) -> int:
         """The sample whose texts sample `index` has: itself where it is not moved."""
@@ -88,3 +94,9 @@ class NoisyShards(ShardSet):
         assert isinstance(noise, NoiseConfig)
         assert isinstance(images, tuple)
         self.noise, self.images, self._sources = noise, images, OrderedDict()
+
+
+def trained_on(data: DataConfig) -> ShardSet:
+    """The training shards as a run reads them: with noise where it asks for any."""
+    shards = ShardSet.open(data.train)
+    return NoisyShards.over(shards, data.noise, data.images) if data.noise.share else shards

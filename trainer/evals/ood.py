@@ -1,12 +1,14 @@
 """Out-of-distribution detection: is a sample of the training set's kind, or from outside?
 
 Each score is fitted on the training shards; `data` is inside, each of `outside` is compared with
-it. Nothing is chosen by looking at outside samples.
+it. Nothing is chosen by looking at outside samples. One that shows the same picture as a sample
+inside, byte for byte, is no outside sample and is left out; `shared/SET` says how many there were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from trainer.comm import Comm
 from trainer.config import EvalConfig
+from trainer.errors import DataError
 from trainer.evals.context import EvalContext, Wanted
-from trainer.evals.features import embed_images, embed_texts
+from trainer.evals.features import Share, embed_images, embed_texts
 from trainer.evals.labels import class_ids, class_names, class_wanted, with_class
 from trainer.evals.linear_probe import choose_penalty
 from trainer.evals.logistic import fitted, with_ones
@@ -42,16 +45,22 @@ class Inside(NamedTuple):
     labels: Int64[Tensor, " n"]
     ids: Int64[Tensor, " n"]
     names: list[str]
+    pictures: set[str]
+    """Of all ranks."""
 
 
 def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, float]:
     """`SCORE_auroc/SET` and `SCORE_fpr95/SET`, `_aupr_in`, `_aupr_out`, `_error`; percent."""
     comm = context.comm
     inside = _training(config, encode, context)
-    shares = {
-        name: embed_images(spec, encode, context, limit=config.limit).features
+    found_of = {
+        name: embed_images(spec, encode, context, limit=config.limit)
         for name, spec in {"": config.data, **config.outside}.items()
     }
+    known = _pictures(found_of[""], comm) | inside.pictures
+    shares, shared = {"": found_of[""].features}, dict[str, int]()
+    for name, spec in config.outside.items():
+        shares[name], shared[name] = _outside(found_of[name], known, spec, comm)
     figures: dict[str, float] = {}
     for kind in config.scores:
         score = _score(kind, inside, config, encode, context)
@@ -68,6 +77,7 @@ def run(config: EvalConfig, encode: Encode, context: EvalContext) -> dict[str, f
             f"chance_fpr95/{name}": 95.0,
             f"inside/{name}": float(count[""]),
             f"outside/{name}": float(count[name]),
+            f"shared/{name}": float(shared[name]),
             f"seed/{name}": float(context.seed),
         }
     return figures
@@ -89,10 +99,35 @@ def _training(config: EvalConfig, encode: Encode, context: EvalContext) -> Insid
     comm, spec = context.comm, config.train
     assert spec is not None
     share = embed_images(spec, encode, context, limit=config.limit)
+    pictures = _pictures(share, comm)
     share = with_class(share, config.target, spec=spec, comm=comm)
     names = class_names(share, config.target, comm)
     ids = torch.tensor([r.sample_id for r in share.records], dtype=torch.int64, device=comm.device)
-    return Inside(share.features, class_ids(share, config.target, names), ids, names)
+    labels = class_ids(share, config.target, names)
+    return Inside(share.features, labels, ids, names, pictures)
+
+
+def _pictures(share: Share, comm: Comm) -> set[str]:
+    """Digests of what all ranks' samples show."""
+    own = sorted({record.picture for record in share.records})
+    return set(chain.from_iterable(comm.gather_json(own)))
+
+
+def _outside(
+    share: Share, known: set[str], spec: str, comm: Comm
+) -> tuple[Float[Tensor, "n dim"], int]:
+    """This rank's features of pictures that are not known, and how many are left out of all."""
+    new = [i for i, record in enumerate(share.records) if record.picture not in known]
+    left = sum(comm.gather_json(len(new)))
+    shared = sum(comm.gather_json(len(share.records))) - left
+    if not left:
+        raise DataError(
+            f"all {shared} pictures of {spec} are among those inside too, so none is outside; name "
+            "other shards"
+        )
+    return share.features[
+        torch.tensor(new, dtype=torch.int64, device=share.features.device)
+    ], shared
 
 
 def _score(

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer.config import Frozen, LocalPath, OnlyWhere, PositiveInt
 from trainer.data.classes import class_labels
 from trainer.data.labels import ClusterLabels
+from trainer.data.noise import trained_on
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
 from trainer.hashing import hash_bits, key_of
@@ -269,10 +270,12 @@ def _labels(config: PrototypesConfig, context: Context) -> ClusterLabels:
 
 
 def class_columns(keys: tuple[str, ...], context: Context) -> ClusterLabels:
-    """A column for each key, its classes numbered behind those of the keys before."""
+    """A column for each key, its classes numbered behind those of the keys before; with the noise
+    that the run asks for (`data.noise`)."""
     spec, comm = context.data.train, context.comm
     budget = context.data.bad_sample_budget
-    found = [class_labels(spec, key, comm, budget=budget) for key in keys]
+    shards = trained_on(context.data)
+    found = [class_labels(shards, key, comm, budget=budget) for key in keys]
     for key, each in zip(keys, found, strict=True):
         if not len(each):
             raise ConfigError(f"no sample of {spec} has the json key {key!r} of `classes`")

@@ -123,7 +123,7 @@ def table_of(found: Mapping[str, PerClass], bank: Bank, counts: Counts, frequenc
 def read_table(path: Path) -> Table:
     """A CSV with the columns of `Table`, from any source."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [_row(line) for line in csv.DictReader(file)]
     except OSError as error:
         raise DataError(f"can't read the table {path}: {error.strerror}") from None

@@ -129,14 +129,15 @@ def calibrate_tags(
     images, shows = _labelled(pair, bank, spec, target)
     classes = class_vectors(bank.names, templates, pair.text_vectors)
     found = calibrate(images, shows, classes, precision=precision)
-    tagged = (images @ classes.T).numpy() >= found
-    right, said = int((tagged & shows).sum()), int(tagged.sum())
+    tags = Tagger(classes, found)(images)
+    right = sum(concept in own for own, concept in zip(tags, shows.tolist(), strict=True))
+    said = sum(map(len, tags))
     figures = {
         "concepts": len(bank),
         "with_a_threshold": int(np.isfinite(found).sum()),
         "labelled_images": len(images),
         "precision": right / said if said else None,
-        "recall": right / int(shows.sum()) if shows.any() else None,
+        "recall": right / len(images),
     }
     about: dict[str, object] = {
         "templates": list(templates),
@@ -215,9 +216,7 @@ def _labelled(pair: Pair, bank: Bank, spec: str, target: str) -> tuple[torch.Ten
     vectors.append(pair.image_vectors(pictures))
     if not classes:
         raise DataError(f"no image in {spec} has a concept of the bank as its {target}")
-    shows = np.zeros((len(classes), len(bank)), bool)
-    shows[np.arange(len(classes)), classes] = True
-    return torch.cat(vectors), shows
+    return torch.cat(vectors), np.array(classes, np.int64)
 
 
 def _trained(model: str, comm: Comm, **how: Any) -> Pair:

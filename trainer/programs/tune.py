@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.comm import Comm, agreed
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.programs.compare import format_comparison
 from trainer.programs.compare_plot import plot_comparison
 from trainer.programs.embed import open_teacher
+from trainer.store import EmbeddingStore
 from trainer.store.header import write_whole
+from trainer.store.images import refuse_another_encoder
 from trainer.teachers.fill import embed
 from trainer.teachers.image import ImageTeacher
 from trainer.teachers.spec import TeacherSpec
@@ -61,12 +63,29 @@ def embed_sets(
 def open_sets(shards: Mapping[str, str], folder: Path, target: str, comm: Comm) -> Sets:
     """The stores FOLDER/NAME with their classes; all in the numbers of the training set's."""
     fit = open_labelled(folder / TRAIN, shards[TRAIN], target, comm)
+    if len(fit.names) < 2:
+        raise DataError(
+            f"{shards[TRAIN]} has the one class {fit.names[0]!r} under {target!r}; there is "
+            "nothing to tell apart"
+        )
     tests = {
         name: open_labelled(folder / name, spec, target, comm, names=fit.names)
         for name, spec in shards.items()
         if name != TRAIN
     }
+    for name, data in tests.items():
+        refuse_another_encoder(data.store, fit.store)
+        if shared := _shards(data.store) & _shards(fit.store):
+            raise DataError(
+                f"the shard {min(shared)[0]} of the test set {name} is trained on; leave it out of "
+                "one of the two"
+            )
     return Sets(fit, tests)
+
+
+def _shards(store: EmbeddingStore) -> set[tuple[str, str]]:
+    """Names with digests: another set may have shards of the same names."""
+    return {(name, entry.source) for name, entry in store.header.shards.items()}
 
 
 def compare_methods(
@@ -152,7 +171,8 @@ def _table(
     """Accuracies; then the spectra of what the classifiers read."""
     lines = [
         f"{len(sets.train.ids)} training samples of {len(sets.train.names)} classes, "
-        f"{sets.train.num_views} views each; seeds {', '.join(map(str, seeds))}; top-1 in percent",
+        f"{sets.train.num_views} views each; seeds {', '.join(map(str, seeds))}; top-1 in percent"
+        + (f"; {sets.train.without} more have no vector" if sets.train.without else ""),
         *(f"{name}: {_about(data)}" for name, data in sets.tests.items()),
         "",
         format_comparison(found),
@@ -175,7 +195,8 @@ def _table(
 def _about(data: LabelledStore) -> str:
     unknown = int((data.labels < 0).sum())
     left = f", {unknown} of classes that were not learnt, which count as wrong" if unknown else ""
-    return f"{len(data.ids)} samples{left}"
+    lost = f"; {data.without} more have no vector" if data.without else ""
+    return f"{len(data.ids)} samples{left}{lost}"
 
 
 def _write(

@@ -75,7 +75,8 @@ class StoredImages:
                     f"{store.folder} holds vectors of {store.dim} numbers, not {self.dim}; set "
                     f"recipe.model.image.stored.dim={store.dim}"
                 )
-            _refuse_another_encoder(store, first)
+            refuse_another_encoder(store, first)
+        _refuse_one_name_twice(self.stores)
         random = first.num_vectors - 1
         if views > max(random, 1):
             what = f"{random} random views" if random else "the whole image alone"
@@ -103,7 +104,22 @@ def _read(
     return vectors
 
 
-def _refuse_another_encoder(store: EmbeddingStore, first: EmbeddingStore) -> None:
+def _refuse_one_name_twice(stores: Sequence[EmbeddingStore]) -> None:
+    """Samples of equal shard names and keys have equal ids, whatever they show."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for store in stores:
+        for name, entry in store.header.shards.items():
+            source, folder = seen.setdefault(name, (entry.source, store.folder))
+            if source != entry.source:
+                raise ConfigError(
+                    f"{folder} and {store.folder} are of different shards called {name}, whose "
+                    "samples can't be told apart; name their sets (train: {NAME: SHARDS}) and "
+                    "embed anew"
+                )
+
+
+def refuse_another_encoder(store: EmbeddingStore, first: EmbeddingStore) -> None:
+    """ConfigError where their vectors are of two spaces, whatever their widths."""
     one, other = (_of_encoder(each.identity) for each in (first, store))
     for key in one:
         if one[key] != other[key]:

@@ -33,6 +33,8 @@ class LabelledStore(NamedTuple):
     labels: Int64[Tensor, " n"]
     """Of `names`; UNKNOWN for a class that is not among them."""
     names: tuple[str, ...]
+    without: int = 0
+    """Samples of the shards that have no vector in the store."""
 
     @property
     def num_views(self) -> int:
@@ -40,13 +42,22 @@ class LabelledStore(NamedTuple):
         return self.store.num_vectors - 1
 
     def clean(self, rows: Int64[Tensor, " b"]) -> Float32[Tensor, "b dim"]:
-        return self.store.vectors(self.ids[rows], [0])[:, 0]
+        return self._finite(self.store.vectors(self.ids[rows], [0])[:, 0])
 
     def view(
         self, rows: Int64[Tensor, " b"], which: Int64[Tensor, " b"]
     ) -> Float32[Tensor, "b dim"]:
         """An augmented vector of each row, by its number from 1 on."""
-        return self.store.vectors(self.ids[rows], which[:, None])[:, 0]
+        return self._finite(self.store.vectors(self.ids[rows], which[:, None])[:, 0])
+
+    def _finite(self, rows: Float32[Tensor, "b dim"]) -> Float32[Tensor, "b dim"]:
+        if not bool(torch.isfinite(rows).all()):
+            bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+            raise DataError(
+                f"{bad} of {len(rows)} vectors read from {self.store.folder} are not finite; write "
+                "the store anew (tools/embed.py --verify looks at all of it)"
+            )
+        return rows
 
 
 def open_labelled(
@@ -78,7 +89,8 @@ def open_labelled(
     number = {name: place for place, name in enumerate(known)}
     ids = [int(sample) for sample in shards.ids[inside] if int(sample) in found]
     labels = [number.get(found[sample], UNKNOWN) for sample in ids]
-    return LabelledStore(store, torch.tensor(ids), torch.tensor(labels), known)
+    without = len(shards) - len(inside)
+    return LabelledStore(store, torch.tensor(ids), torch.tensor(labels), known, without)
 
 
 def _class(shards: ShardSet, index: int, target: str) -> str | None:
