@@ -146,11 +146,19 @@ def test_the_average_in_the_checkpoint_is_a_plain_loop_over_the_weights(folder, 
 
 @pytest.mark.slow
 def test_the_average_over_the_shards_of_four_ranks_is_that_of_whole_weights_too(folder):
-    config = config_in(folder, "4-zero3", "micro_batch=2", "evals=[]")
-    run_ranks(train_each, 4, [(config, None)], timeout_seconds=400)
-    naive, found = naive_average(config), averages_of(config)
-    assert found.keys() == naive.keys()
-    assert all(torch.equal(found[key], value) for key, value in naive.items())
+    """Under every stage, with checkpointing; and of four that go on from what two had saved."""
+    more = ("micro_batch=2", "evals=[]", "gradient_checkpointing=true")
+    stages = ("zero0", "zero2", "zero3")
+    runs = [config_in(folder, f"4-{stage}", *more) for stage in stages]
+    moved = config_in(folder, "4-zero2-again", *more), config_in(folder, "2-zero3")
+    run_ranks(train_each, 4, [*((run, None) for run in runs), moved], timeout_seconds=600)
+    for config in runs:
+        naive, found = naive_average(config), averages_of(config)
+        assert found.keys() == naive.keys()
+        assert all(torch.equal(found[key], value) for key, value in naive.items())
+    expected, found = averages_of(moved[1]), averages_of(moved[0])
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_an_average_that_keeps_everything_stays_and_one_that_keeps_nothing_is_the_weights(folder):

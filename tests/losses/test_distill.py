@@ -65,6 +65,21 @@ def test_a_student_that_says_what_the_teacher_says_has_no_gradient() -> None:
         assert leaf.grad.abs().max() < 1e-12
 
 
+def test_only_the_angles_of_a_teacher_count_and_both_ways_are_one_exchanged() -> None:
+    """Turned and put into a space of more numbers, it says the same."""
+    (image, text), (seen, read) = rows(8), rows(9, dim=4)
+    scale = torch.tensor(12.0).double()
+    found = soft_distillation(image, text, scale, seen, read, 20.0, SOLO)
+    draw = torch.Generator().manual_seed(10)
+    turn, _ = torch.linalg.qr(torch.randn(7, 4, dtype=torch.float64, generator=draw))
+    turned = soft_distillation(image, text, scale, seen @ turn.T, read @ turn.T, 20.0, SOLO)
+    exchanged = soft_distillation(text, image, scale, read, seen, 20.0, SOLO)
+    for name in ("loss", "teacher_entropy", "divergence"):
+        torch.testing.assert_close(getattr(turned, name), getattr(found, name))
+        torch.testing.assert_close(getattr(exchanged, name), getattr(found, name))
+    assert torch.equal(exchanged.image_to_text, found.text_to_image)
+
+
 def test_the_teacher_is_a_constant() -> None:
     (image, text), (seen, read) = rows(4), rows(5)
     teacher = [side.requires_grad_() for side in (seen, read)]

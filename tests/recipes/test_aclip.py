@@ -146,7 +146,8 @@ def logged(folder: Path, name: str) -> list[dict[str, float]]:
 AGAIN = ("aclip-1-zero3-again", "aclip-1-zero3")
 ALONE = ("aclip-1-zero3", AGAIN, "nothing-1-zero3", "clip-1-zero3")
 ELSEWHERE = ("aclip-2-zero3-again", "aclip-1-zero3")
-TOGETHER = ("aclip-2-zero0", "aclip-2-zero2", "half-2-zero3", ELSEWHERE)
+TWICE = ("aclip-2-zero2-again", "aclip-2-zero2")
+TOGETHER = ("aclip-2-zero0", "aclip-2-zero2", TWICE, "half-2-zero3", ELSEWHERE)
 
 
 def test_the_steps_are_those_of_a_plain_loop(folder: Path) -> None:
@@ -259,12 +260,15 @@ def test_one_view_of_all_patches_without_further_terms_is_clip_to_the_bit(folder
 
 
 def test_a_run_goes_on_from_its_middle_to_the_same_bytes(folder: Path) -> None:
+    """The copy's share that a rank holds too."""
     ran(folder, 1, *ALONE)
-    for group in ("weights", "moments", "parts"):
-        whole, again = (tensors(folder, f"aclip-1-zero3{end}", group) for end in ("", "-again"))
-        assert whole.keys() == again.keys()
-        assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert logged(folder, "aclip-1-zero3")[2:] == logged(folder, "aclip-1-zero3-again")
+    ran(folder, 2, *TOGETHER)
+    for run in ("aclip-1-zero3", "aclip-2-zero2"):
+        for group in ("weights", "moments", "parts"):
+            whole, again = (tensors(folder, f"{run}{end}", group) for end in ("", "-again"))
+            assert whole.keys() == again.keys()
+            assert all(torch.equal(whole[name], again[name]) for name in whole)
+        assert logged(folder, run)[2:] == logged(folder, f"{run}-again")
 
 
 def same_run(folder: Path, name: str, other: str) -> None:
@@ -288,8 +292,8 @@ def test_two_ranks_under_any_stage_take_the_steps_of_one(folder: Path) -> None:
 def test_four_ranks_too(folder: Path) -> None:
     ran(folder, 1, *ALONE, "half-1-zero3")
     ran(folder, 2, *TOGETHER)
-    ran(folder, 4, "aclip-4-zero3", ("aclip-4-zero2-again", "aclip-1-zero3"))
-    for name in ("aclip-4-zero3", "aclip-4-zero2-again"):
+    ran(folder, 4, "aclip-4-zero0", "aclip-4-zero3", ("aclip-4-zero2-again", "aclip-1-zero3"))
+    for name in ("aclip-4-zero0", "aclip-4-zero3", "aclip-4-zero2-again"):
         same_run(folder, name, "aclip-1-zero3")
     same_run(folder, "half-2-zero3", "half-1-zero3")
 

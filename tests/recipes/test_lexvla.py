@@ -168,6 +168,12 @@ def test_a_text_is_what_the_language_model_says_next(tmp_path: Path) -> None:
             scores = whole(kept[None]).logits[0, -1, model.word_ids]
         wanted = normalize(torch.where(scores >= 0, scores + 1, scores.exp()), dim=0)
         torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-6)
+    left = batch.token_mask.sort(dim=1).values
+    shifted = torch.full_like(batch.tokens, tokenizer.pad_token_id)
+    shifted[left] = batch.tokens[batch.token_mask]
+    assert not torch.equal(left, batch.token_mask)
+    filled_before = batch._replace(tokens=shifted, token_mask=left)
+    assert torch.equal(model(filled_before).text.detach(), rows)
     tokenizer = with_template(load_tokenizer(str(tmp_path / "lm")), 'a "{}":', length=32)
     long = token_ids(tokenizer, ["face " * 90], length=32)[0]
     assert len(long) == 32
@@ -267,10 +273,13 @@ def train_once(comm: Comm, *configs: RunConfig) -> int:
     return [train(config).progress.step for config in configs][-1]
 
 
-def train_and_again(comm: Comm, run: RunConfig, moved: RunConfig, again: RunConfig) -> None:
-    train_once(comm, run, moved)
-    shutil.copytree(run.workdir, again.workdir)
-    without_its_end(again.workdir)
+def train_and_again(comm: Comm, runs: list[RunConfig], again: RunConfig) -> None:
+    """Each of the runs, and the last one anew from its middle."""
+    train_once(comm, *runs)
+    if comm.is_main:
+        shutil.copytree(runs[-1].workdir, again.workdir)
+        without_its_end(again.workdir)
+    comm.barrier()
     train_once(comm, again)
 
 
@@ -287,23 +296,29 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def test_any_ranks_and_stage_learn_the_same_and_go_on_at_another_number(tmp_path: Path) -> None:
     """One rank under ZeRO-3; two under ZeRO-2 without checkpointing; one that goes on from the
-    middle of theirs; and one that goes on from the middle of its own run, to the same bits."""
-    kept = ["save_every=2 steps", "keep_checkpoints=3"]
-    other = config_in(
-        *(tmp_path, f"workdir={tmp_path}/other", "deepspeed=ds_configs/zero2.json", *kept),
-        "gradient_checkpointing=false",
+    middle of theirs, where the penalties still grow; and one and two that go on from the middle of
+    their own run, to the same bits."""
+    kept = ["save_every=2 steps", "keep_checkpoints=3", "recipe.penalty_steps=6"]
+    other, other_again = (
+        config_in(
+            *(tmp_path, f"workdir={tmp_path}/{name}", "deepspeed=ds_configs/zero2.json", *kept),
+            "gradient_checkpointing=false",
+        )
+        for name in ("other", "other-again")
     )
-    run_ranks(train_once, 2, other, timeout_seconds=500)
+    run_ranks(train_and_again, 2, [other], other_again, timeout_seconds=500)
     shutil.copytree(tmp_path / "other", tmp_path / "moved")
     without_its_end(tmp_path / "moved")
     moved, again = (
-        config_in(tmp_path, f"workdir={tmp_path}/{name}", *kept) for name in ("moved", "again")
+        config_in(tmp_path, f"workdir={tmp_path}/{name}", *kept) for name in ("moved", "run-again")
     )
-    run_ranks(train_and_again, 1, config_in(tmp_path, *kept), moved, again, timeout_seconds=500)
+    run = config_in(tmp_path, *kept)
+    run_ranks(train_and_again, 1, [moved, run], again, timeout_seconds=500)
+    for folder in ("run", "other"):
+        first, second = weights(tmp_path / folder), weights(tmp_path / f"{folder}-again")
+        assert first.keys() == second.keys()
+        assert all(torch.equal(second[name], value) for name, value in first.items())
     ours = weights(tmp_path / "run")
-    same = weights(tmp_path / "again")
-    assert ours.keys() == same.keys()
-    assert all(torch.equal(same[name], value) for name, value in ours.items())
     assert not any("text_words" in name or name.startswith("image.") for name in ours)
     assert any(name.startswith("image_words") for name in ours)
     assert any("lora_A" in name for name in ours)

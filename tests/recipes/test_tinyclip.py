@@ -295,3 +295,37 @@ def test_four_ranks_cut_the_same_model_and_go_on_from_one_in_every_phase(tmp_pat
         for key, value in wanted.items():
             if not key.endswith("k_proj.bias"):  # no gradient but rounding
                 torch.testing.assert_close(found[key], value, rtol=2e-3, atol=3e-5)
+
+
+def train_and_from_every_phase(comm: Comm, whole: RunConfig, again: dict[int, RunConfig]) -> None:
+    """`again` go on from what the whole run had saved at these steps."""
+    train_each(comm, whole)
+    for at, config in again.items():
+        if comm.is_main:
+            up_to(at, whole.workdir, config.workdir)
+        comm.barrier()
+        train_each(comm, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_go_on_to_the_same_bits_from_every_phase(tmp_path: Path, stage: int) -> None:
+    """While gates learn, at a cut, after it, as the model settles, and in the second stage."""
+    gates = STAGES + ", learning_rate: 3.0, ramp: 0.5, multiplier: 60}"
+
+    def run(name: str) -> RunConfig:
+        return config_of(
+            *(tmp_path, "steps=7", "save_every=1 steps", "keep_checkpoints=9"),
+            *("optim.learning_rate=0.001", f"workdir={tmp_path}/{name}"),
+            *("gradient_checkpointing=true", f"deepspeed=ds_configs/zero{stage}.json"),
+            gates=gates,
+        )
+
+    again = {at: run(f"from-{at}") for at in (1, 2, 3, 4, 5, 6)}
+    run_ranks(train_and_from_every_phase, 2, run("whole"), again, timeout_seconds=900)
+    whole = saved(tmp_path / "whole")
+    for at in again:
+        found = saved(tmp_path / f"from-{at}")
+        for kind, wanted in whole.items():
+            assert found[kind].keys() == wanted.keys()
+            assert all(torch.equal(found[kind][key], value) for key, value in wanted.items()), at

@@ -15,10 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trainer.errors import ConfigError
 from trainer.kernels.way import BEST_WAY, Way
 
 BLOCK_SCORES = 1 << 25
 """Scores that exist at one time: 128 MiB in float32."""
+MOST_PATCHES = 1 << 15
+"""Of an image: a winner has two bytes."""
 
 
 def elu1p(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -42,6 +45,11 @@ def patch_maximum(
     winner of 2 bytes a word and image. On a CPU in the inputs' dtype, with one block of scores; on
     a GPU by Triton's kernels, with operands in the way's dtype, sums in float32, and no scores.
     """
+    if patches.shape[1] > MOST_PATCHES:
+        raise ConfigError(
+            f"an image of {patches.shape[1]} patches has more than the {MOST_PATCHES} that can be "
+            "told apart; use smaller images or larger patches"
+        )
     block = block_words or max(1, BLOCK_SCORES // max(1, patches.shape[0] * patches.shape[1]))
     value: Tensor = _PatchMaximum.apply(patches, words, block, activated, way)
     return value

@@ -20,6 +20,7 @@ from trainer.kernels.patch_maximum import elu1p, patch_maximum
 from trainer.losses.lexical import largest_sparse, threshold_sparse
 from trainer.losses.units import at_least_float32
 from trainer.models.patches import reading_only
+from trainer.models.pooling import real_tokens_first
 from trainer.models.tower import Tower
 from trainer.models.two_tower import TwoTower
 from trainer.types import Batch, Features
@@ -114,7 +115,8 @@ class LexicalTowers(TwoTower):
         if batch.tokens is not None:
             mask = batch.token_mask
             mask = torch.ones_like(batch.tokens, dtype=torch.bool) if mask is None else mask
-            text = self.text_words(self.text(batch.tokens, mask))
+            # What is said last, and at which place each token stands, depends on no filling.
+            text = self.text_words(self.text(*real_tokens_first(batch.tokens, mask)))
         return Features(
             image=None if image is None else self.kept(normalize(image, dim=-1)),
             text=None if text is None else self.kept(normalize(text, dim=-1)),

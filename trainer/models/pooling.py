@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 Pooling = Literal["mean", "last", "cls"]
@@ -26,6 +26,14 @@ def pooled(
     if how == "last":
         return states[rows, (mask * columns).amax(1)]
     return states[rows, mask.int().argmax(1)]
+
+
+def real_tokens_first(
+    tokens: Int[Tensor, "batch length"], mask: Bool[Tensor, "batch length"]
+) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """Rows filled up behind, whichever side they were filled on; the same where they are so."""
+    order = (~mask).int().argsort(dim=1, stable=True)
+    return tokens.gather(1, order), mask.gather(1, order)
 
 
 def masked_mean(
