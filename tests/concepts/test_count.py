@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.curation.corpus import write_corpus
 from tests.fixtures.emoji import read_pairs, write_shards
 from tests.ranks import run_ranks
 from tools import concepts as tool
@@ -25,6 +26,7 @@ from trainer.concepts.count import Captions, count_shards
 from trainer.concepts.tags import Tags, calibrated_threshold
 from trainer.data.shards import ShardSet
 from trainer.errors import ConfigError, DataError
+from trainer.programs.concepts import class_bank, read_table
 
 SOLO = Comm.solo()
 ENGLISH = Captions({"en": "txt"}, {})
@@ -84,6 +86,28 @@ def test_another_question_in_the_same_folder_is_refused(tmp_path):
         count_shards(spec, BANK, none, tmp_path / "out", SOLO)
     with pytest.raises(ConfigError, match="no concept in 'de', only in en"):
         count_shards(spec, BANK, Captions({"de": "lang.de"}, {}), tmp_path / "de", SOLO)
+
+
+def test_a_field_that_nobody_has_is_not_a_corpus_without_concepts(tmp_path):
+    spec = write_shards(tmp_path / "data", count=20, per_shard=10)
+    with pytest.raises(DataError, match="none of 20 samples has a text under 'caption'"):
+        count_shards(spec, BANK, Captions({"en": "caption"}, {}), tmp_path / "en", SOLO)
+
+
+def test_a_damaged_sample_is_in_no_bank_and_a_key_that_nobody_has_is_named(tmp_path):
+    spec = write_corpus(tmp_path / "data")
+    with pytest.raises(DataError, match="has a class under 'nothing'"):
+        class_bank(spec, "nothing")
+    assert len(class_bank(spec, "txt")) > 3
+
+
+def test_a_table_of_a_spreadsheet_is_read_and_a_row_that_stands_twice_is_refused(tmp_path):
+    path, head = tmp_path / "table.csv", "dataset,concept,frequency,right,samples\r\n"
+    path.write_bytes(f"\ufeff{head}a,cat,3,1,2\r\nb,cat,3,2,2\r\n".encode())
+    assert read_table(path).dataset == ["a", "b"]
+    path.write_text(f"{head}a,cat,3,1,2\na,cat,3,2,2\n")
+    with pytest.raises(DataError, match="'cat' of 'a' twice"):
+        read_table(path)
 
 
 def test_tags_join_by_shard_and_key(tmp_path):
@@ -147,6 +171,9 @@ def test_languages_have_tails_of_one_share():
     assert found["de"] == pytest.approx(20_000 / 50, rel=0.2)
     with pytest.raises(DataError, match="nothing to balance"):
         tail_share(np.zeros(3, np.int64), 5.0)
+
+    with pytest.raises(DataError, match="above zero"):
+        thresholds_of_languages({"en": large}, first="en", threshold=-1.0)
 
 
 def test_a_caption_is_kept_as_often_as_any_of_its_concepts_draws_it():

@@ -76,6 +76,19 @@ def test_the_order_of_shards_and_the_size_of_parts_change_nothing(scanned, tmp_p
     assert len(found[0]) == sum(max(1, round(0.4 * n)) for n in counts.tolist() if n)
 
 
+@pytest.mark.parametrize("rule", ["uniform", "topscore", "score_weighted"])
+def test_one_cluster_that_does_not_fit_into_memory_gives_the_same(scanned, tmp_path, rule):
+    spec, scan = scanned
+    shards, found = ShardSet.open(spec), []
+    for rows in (1 << 20, 4, 1):
+        out = tmp_path / str(rows)
+        policy = Policy(rule=rule, share=0.4)
+        Reduction(shards, scan, out, policy, Comm.solo(), rows_at_once=rows).run()
+        found.append(selected(shards, out))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 7
+
+
 def test_a_gate_drops_the_share_it_says_and_ties_stay(scanned, tmp_path):
     spec, scan = scanned
     shards = ShardSet.open(spec)

@@ -41,6 +41,8 @@ def thresholds_of_languages(
     counts: Mapping[str, Int64[np.ndarray, " concepts"]], *, first: str, threshold: float
 ) -> dict[str, float]:
     """Of each language the largest threshold whose tail has at most the first one's share."""
+    if threshold <= 0:
+        raise DataError(f"a threshold of {threshold:g} keeps nothing; give one above zero")
     share = tail_share(counts[first], threshold)
     return {
         language: threshold if language == first else _threshold(own, share)

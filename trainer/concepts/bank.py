@@ -64,8 +64,12 @@ class Bank:
         try:
             # Editors of Windows begin a file with a mark and end lines in two bytes.
             lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"can't read the bank {path}: {error}") from None
+        except OSError as error:
+            raise DataError(f"can't read the bank {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the bank {path} is not text in UTF-8 (byte {error.start}); save it as UTF-8"
+            ) from None
         return cls(
             _read(line, f"{path} line {number}")
             for number, line in enumerate(lines, start=1)

@@ -24,7 +24,10 @@ from trainer.data.index import HEADER_BYTES, index_path, read_summary
 from trainer.data.remote import read_file
 from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import ConfigError, DataError
+from trainer.hashing import key_of, permutation
 
+MOST_LOOKED_AT = 10_000
+"""Samples that are read in search of a field before it counts as missing."""
 SHARDS, COUNTS, BANK = "shards", "counts.safetensors", "bank.jsonl"
 
 
@@ -88,6 +91,7 @@ def count_shards(
     """The sum over all shards, on every rank; OUT has it with the bank, and a file a shard."""
     shards = ShardSet.open(spec)
     matchers = captions.matchers(bank)
+    agreed(comm, lambda: refuse_fields_of_nobody(shards, captions) if comm.is_main else None)
     nothing = Counts.none(
         source=source_of(bank, captions, matchers, None if tags is None else tags.digest),
         languages=sorted(captions.fields),
@@ -114,6 +118,26 @@ def count_shards(
         )
     agreed(comm, lambda: _finish(total, bank, out) if comm.is_main else None)
     return total
+
+
+def refuse_fields_of_nobody(shards: ShardSet, captions: Captions) -> None:
+    """DataError where no sample, of those that are looked at, has a text in a captions' field."""
+    missing = dict(captions.fields)
+    order = permutation(len(shards), key_of("captions check"))[:MOST_LOOKED_AT]
+    for index in order.tolist():
+        try:
+            fields = shards.read(index).fields
+            missing = {k: name for k, name in missing.items() if not field_texts(fields, name)}
+        except (BadSample, DamagedSample):
+            continue
+        if not missing:
+            return
+    if len(order) and missing:
+        language, name = next(iter(missing.items()))
+        raise DataError(
+            f"none of {len(order)} samples has a text under {name!r}, where the captions in "
+            f"{language!r} should be; name another field"
+        )
 
 
 def _count(

@@ -9,7 +9,7 @@ processes or where an earlier call was killed.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from trainer.comm import Comm, agreed
 from trainer.concepts.balance import draw_probability, keep_probability
 from trainer.concepts.count import COUNTS
 from trainer.concepts.counts import Counts
+from trainer.curation.cut import cut_after
 from trainer.curation.policy import Policy, first_of_each, member_order
 from trainer.curation.quota import kept_shares, merged_clusters, quotas
 from trainer.curation.repeats import read_repeats
@@ -159,8 +160,33 @@ class Reduction:
             rates = kept_shares(counts, policy.share, alpha=policy.alpha)
             return self._shares(lambda row, some: rates[some.cluster])
         most = quotas(counts, policy.share, alpha=policy.alpha)
-        self._choose(most if self.exactly is None else np.array([self.exactly]))
+        most = most if self.exactly is None else np.array([self.exactly])
+        if self.num_clusters == 1 and len(self.shards) > self.rows_at_once:
+            return self._cut(int(most[0]))
+        self._choose(most)
         return self._shares(self._chosen)
+
+    def _cut(self, count: int) -> NDArray[np.float64]:
+        """As `_choose`, of one cluster that does not fit into memory."""
+
+        def columns() -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+            for row in self.own:
+                some = self.candidates(row)
+                yield self._order(some), some.ids
+
+        cut = cut_after(columns, count, self.comm, rows_at_once=self.rows_at_once)
+        return self._shares(
+            lambda row, some: (
+                np.ones(len(some.ids))
+                if cut is None
+                else cut.keeps(self._order(some), some.ids).astype(np.float64)
+            )
+        )
+
+    def _order(self, some: Candidates) -> NDArray[np.float64]:
+        return member_order(
+            self.policy.rule, some.ids, some.score, some.distance, seed=self.policy.seed
+        )
 
     def _choose(self, most: NDArray[np.int64]) -> None:
         """Write the chosen samples, numbers over all shards, of each part of the clusters."""
@@ -172,10 +198,7 @@ class Reduction:
         def choose() -> None:
             for part in counted(own, "choosing", total=len(own), unit="parts"):
                 numbers, some = self._members(part, parts)
-                order = member_order(
-                    self.policy.rule, some.ids, some.score, some.distance, seed=self.policy.seed
-                )
-                chosen = first_of_each(some.cluster, order, some.ids, most)
+                chosen = first_of_each(some.cluster, self._order(some), some.ids, most)
                 data = io.BytesIO()
                 np.save(data, np.sort(numbers[chosen]))
                 write_whole(folder / f"{part}.npy", data.getvalue())

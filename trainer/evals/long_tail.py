@@ -85,7 +85,7 @@ def per_class(config: EvalConfig, encode: Encode, context: EvalContext) -> PerCl
 
 def counts_of(folder: Path) -> tuple[Bank, Counts]:
     """What `tools/concepts.py count` has written; DataError where the two do not fit."""
-    bank, (counts, _) = Bank.open(folder / BANK), Counts.open(folder / COUNTS)
+    (counts, _), bank = Counts.open(folder / COUNTS), Bank.open(folder / BANK)
     if len(bank) != len(counts.image):
         raise DataError(
             f"{folder} has counts of {len(counts.image)} concepts and a bank of {len(bank)}; count "

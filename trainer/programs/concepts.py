@@ -11,6 +11,7 @@ import base64
 import csv
 import html
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from trainer.concepts.plot import plot_trend
 from trainer.concepts.tags import Tags
 from trainer.concepts.trend import Table, trend
 from trainer.config import EvalConfig
-from trainer.data.shards import ShardSet
+from trainer.data.decode import BadSample
+from trainer.data.shards import DamagedSample, ShardSet
 from trainer.errors import ConfigError, DataError
 from trainer.evals.labels import class_of
 from trainer.evals.long_tail import PerClass, per_class
@@ -89,9 +91,14 @@ def class_bank(spec: str, target: str) -> Bank:
     """The class names of shards, as zero-shot evaluations name them."""
     shards, names = ShardSet.open(spec), set()
     for index in range(len(shards)):
-        raw = shards.read(index)
-        name = class_of(Record(raw.sample_id, values_of(raw.fields)), target)
+        try:
+            raw = shards.read(index)
+            name = class_of(Record(raw.sample_id, values_of(raw.fields)), target)
+        except (BadSample, DamagedSample):
+            continue
         names |= {name} - {None}
+    if not names:
+        raise DataError(f"no sample of {spec} has a class under {target!r}; name another key")
     return Bank.of_names(sorted(map(str, names)))
 
 
@@ -131,6 +138,9 @@ def read_table(path: Path) -> Table:
         raise DataError(
             f"{path} is no table of dataset,concept,frequency,right,samples ({error!r})"
         ) from None
+    if (twice := Counter(row[:2] for row in rows).most_common(1)) and twice[0][1] > 1:
+        dataset, concept = twice[0][0]
+        raise DataError(f"{path} has {concept!r} of {dataset!r} twice; give each one row")
     for dataset, concept, count, right, samples in rows:
         if count < 0 or not 0 <= right <= samples or not samples:
             raise DataError(

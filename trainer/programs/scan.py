@@ -16,7 +16,7 @@ from torch import nn
 
 from trainer.comm import Comm, agreed
 from trainer.concepts import Bank
-from trainer.concepts.count import told_captions
+from trainer.concepts.count import refuse_fields_of_nobody, told_captions
 from trainer.curation.languages import Languages
 from trainer.curation.pair import Pair
 from trainer.curation.repeats import find_repeats
@@ -50,6 +50,10 @@ Say = Callable[[str], None]
 
 def scan_from(arguments: Any, comm: Comm, *, say: Say) -> str:
     """What tools/scan.py asks for: the table of totals."""
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ConfigError(f"--out {arguments.out} is no folder; give another name")
+    if (bits := arguments.near_duplicates) is not None and not 0 <= bits <= _MOST_BITS:
+        raise ConfigError(f"--near-duplicates {bits}: give 0 to {_MOST_BITS} of 64 bits")
     bank = None if arguments.bank is None else Bank.open(arguments.bank)
     if bank is None and (arguments.tags or arguments.lemmas):
         raise ConfigError("--tags and --lemmas are about concepts: give their --bank")
@@ -67,10 +71,11 @@ def scan_from(arguments: Any, comm: Comm, *, say: Say) -> str:
         arguments.texts,
     )
     shards = ShardSet.open(arguments.data)
+    if bank is not None:
+        look = comm.is_main
+        agreed(comm, lambda: refuse_fields_of_nobody(shards, ask.captions) if look else None)
     totals = scan(arguments.data, arguments.out, ask, comm, say=say)
-    if (bits := arguments.near_duplicates) is not None:
-        if not 0 <= bits <= _MOST_BITS:
-            raise ConfigError(f"--near-duplicates {bits}: give 0 to {_MOST_BITS} of 64 bits")
+    if bits is not None:
         repeats = find_repeats(shards, arguments.out, comm, most_bits=bits, say=say)
         totals = {**totals, "repeats": repeats["repeats"]}
     table = [""]
