@@ -34,6 +34,8 @@ def main() -> None:
     shards = {TRAIN: arguments.train, **_tests(arguments.test)}
     if (arguments.model is None) == (arguments.features is None):
         raise ConfigError("give --model, whose features are computed, or --features FOLDER")
+    if arguments.seeds < 1 or arguments.views < 0:
+        raise ConfigError("give --seeds of at least 1 and --views of at least 0")
     folder = arguments.features or arguments.out / "features"
     say = said_once(comm)
     if arguments.model is not None:

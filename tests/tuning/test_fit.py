@@ -133,6 +133,7 @@ def test_samples_and_classes_meet_by_id_and_never_by_position(tmp_path):
         (["--test", "a"], "not NAME=SHARDS"),
         (["--test", "train=x"], "the name is taken"),
         (["--test", "a=x", "--test", "a=y"], "the name is taken"),
+        (["--test", "a=x", "--features", "f", "--seeds", "0"], "at least 1"),
         (["--test", "a=x"], "give --model, whose features are computed, or --features"),
     ],
 )
