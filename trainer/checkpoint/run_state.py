@@ -31,6 +31,7 @@ FREE_TO_CHANGE = frozenset(
         "micro_batch",
         "deepspeed",
         "gradient_checkpointing",
+        "compile_blocks",
         "evals",
         "log_every",
         "save_every",

@@ -25,6 +25,7 @@ from trainer.checkpoint.run_state import (
 from trainer.comm import Comm, agreed, refuse_differing
 from trainer.config import RunConfig, Weights, micro_batches
 from trainer.data.stream import Stream
+from trainer.engine.compiled import compile_blocks, refuse_compiled_blocks
 from trainer.engine.zero import Engine, persistent_buffers
 from trainer.engine.zero_file import Decided, completed
 from trainer.evals.check import check_evaluations
@@ -39,7 +40,7 @@ from trainer.models.stored import towers_as_stored
 from trainer.parts.averaged_weights import AveragedWeights
 from trainer.periods import Clock
 from trainer.pulse import PULSE
-from trainer.recipe import Context, Recipe, attach_parts, load_recipe
+from trainer.recipe import ChangesShape, Context, Recipe, attach_parts, load_recipe
 from trainer.run import (
     add_average,
     context_of,
@@ -109,7 +110,7 @@ def built(
     shape = restored.state.get("shape") if restored else None
     context = context_of(config, comm, tokenizer, check, shape)
     stage = completed(config.deepspeed, comm, decided)["zero_optimization"]["stage"]
-    recipe = _loaded(config, context, divided=stage == 3)
+    recipe = _loaded(config, context, stage)
     parameters, frozen = recipe.model.count_parameters(), frozen_digest(recipe.model)
     averaged = config.average is not None
     needed = bytes_needed(restored, parameters["trained"], averaged=averaged)
@@ -178,11 +179,14 @@ def _opened(
     return tokenizer, stream
 
 
-def _loaded(config: RunConfig, context: Context, *, divided: bool) -> Recipe:
+def _loaded(config: RunConfig, context: Context, stage: int) -> Recipe:
     tell(f"building the model of {config.recipe.name}")
-    with PULSE.phase("building the model"), towers_as_stored(divided):
+    with PULSE.phase("building the model"), towers_as_stored(stage == 3):
         recipe = load_recipe(config.recipe, context)
     recipe.model.gradient_checkpointing(config.gradient_checkpointing)
+    if config.compile_blocks:
+        refuse_compiled_blocks(stage, changes_shape=isinstance(recipe, ChangesShape))
+        compile_blocks(recipe.model)
     return recipe
 
 

@@ -54,6 +54,9 @@ class RunConfig(Frozen):
     gradient_checkpointing: bool = True
     """Keep only the inputs of blocks and compute the rest again backward: less memory, a third more
     time."""
+    compile_blocks: bool = False
+    """Let torch's compiler join the operations of each transformer block: a minute or more at the
+    first step, and results that differ in their last bits. For ZeRO stages 0 to 2."""
     recipe: SerializeAsAny[RecipeConfig]
     """`name` is the recipe's file; its other keys are that file's `Config`."""
     data: DataConfig
