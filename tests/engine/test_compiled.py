@@ -35,7 +35,7 @@ def losses_of(
     config = config_of(case, folder, spec, comm.world_size, *changes)
     assert train(config).finished
     lines = (config.workdir / "metrics.jsonl").read_text().splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    return [line["values"]["loss"] for line in map(json.loads, lines)]
 
 
 def compiled_beside_plain(comm: Comm, folder: Path, spec: str, case: str) -> None:
@@ -59,6 +59,8 @@ def test_runs_of_every_recipe_take_the_same_steps(case: str, tmp_path: Path) -> 
     run_ranks(compiled_beside_plain, 1, tmp_path, spec, case, timeout_seconds=900)
 
 
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_blocks_are_compiled_after_the_pass_that_is_counted() -> None:
     comm = Comm.solo()
     model = small_model(comm)

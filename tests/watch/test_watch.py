@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from ipaddress import ip_address
@@ -73,7 +74,11 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_and_nothing_listens_to_other
         said = ranks.said(0)
     assert ranks.code(0) == 0, said
     assert "going on from step" in said
-    assert "changed since then: steps: 400 -> 8\n" in said
+    assert "settings changed: steps 400 -> 8\n" in said
+    events = (tmp_path / "run/events.jsonl").read_text().splitlines()
+    assert [e["steps"] for e in map(json.loads, events) if e["event"] == "settings changed"] == [
+        "400 -> 8"
+    ]
 
 
 def test_a_stopped_rank_is_named_and_the_others_leave_their_stacks(tmp_path):

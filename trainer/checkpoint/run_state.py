@@ -221,13 +221,13 @@ def refuse_another_run(
         )
 
 
-def changed_settings(restored: Restored, new: RunConfig) -> str:
-    """What is free to change and was, `key: before -> after`, but for where a run lies; else ''."""
+def changed_settings(restored: Restored, new: RunConfig) -> dict[str, str]:
+    """What is free to change and was, as `before -> after` by key, but for where a run lies."""
     old = parse_run(restored.texts["run.yaml"], source="run.yaml")
     before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
     differing = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
     told = sorted(differing - {"workdir", "begin_from", "data.train"})
-    return without_secrets(", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in told))
+    return {k: without_secrets(f"{before.get(k)} -> {after.get(k)}") for k in told}
 
 
 def _full_rate_ends(config: RunConfig) -> int:

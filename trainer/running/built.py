@@ -140,7 +140,7 @@ def built(
     if restored:
         log.say(f"going on from step {restored.step} in {restored.folder}")
         if changes := changed_settings(restored, config):
-            log.say(f"changed since then: {changes}")
+            log.event(start.progress, "settings changed", **changes)
     return Run(
         *(config, comm, check, tokenizer, stream, recipe, frozen, engine, average),
         checkpoints=SavesBeside(checkpoints, waits=not config.save_beside),
