@@ -17,6 +17,7 @@ from trainer.export.cut import heads_that_hold
 from trainer.export.equality import compare_forms
 from trainer.export.native import load_exported
 from trainer.export.transformers_folder import export_model
+from trainer.models.folder import load_pair
 from trainer.models.narrow import NarrowShape, narrowed, shape_of
 from trainer.models.two_tower import TwoTower, build_two_tower
 
@@ -57,6 +58,8 @@ def test_one_head_that_is_left_is_not_taken_for_one_of_the_towers_width(tmp_path
     assert export_model(model.eval(), word_tokenizer(), tmp_path / "out").loads_as == OWN
     again, _ = load_exported(tmp_path / "out")
     assert torch.equal(again(small_batch()).image, model(small_batch()).image)
+    with pytest.raises(ConfigError, match="cut to widths that no class of transformers holds"):
+        load_pair(tmp_path / "out")
 
 
 @pytest.mark.heavy

@@ -194,6 +194,15 @@ def test_a_pair_whose_scale_is_out_of_reach_is_refused(tmp_path: Path) -> None:
         build_two_tower(config, word_tokenizer())
 
 
+def test_a_pair_with_broken_weights_is_refused(tmp_path: Path) -> None:
+    path, pair = save(tmp_path, folders.clip)
+    pair.visual_projection.weight.data[0, 0] = torch.nan
+    pair.save_pretrained(path)
+    towers = {"image": {"path": path}, "text": {"path": path}, "embed_dim": 24}
+    with pytest.raises(ConfigError, match="no numbers; its weights are bad"):
+        build_two_tower(small_config(**towers), word_tokenizer())
+
+
 def test_siglip_texts_are_rows_of_its_own_length(tmp_path: Path) -> None:
     path, _ = save(tmp_path, folders.siglip)
     with pytest.raises(ConfigError, match=f"filled up to {LENGTH} tokens"):

@@ -138,7 +138,7 @@ def folder_settings(path: Path | str, *, local_files_only: bool = False) -> Any:
     """The configuration at `path`, as it was saved."""
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise ConfigError(f"no model at {path}: it has no config.json")
+        raise ConfigError(f"no model at {path}: it has no config.json{_in_our_form(folder)}")
     _refuse_kernels(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(
@@ -150,6 +150,17 @@ def folder_settings(path: Path | str, *, local_files_only: bool = False) -> Any:
         raise ConfigError(
             f"transformers can't load a model from {path}: {first_line(error)}"
         ) from error
+
+
+def _in_our_form(folder: Path) -> str:
+    """What a folder is that `tools/export.py` could write for no class of transformers."""
+    if not (folder / "native" / "model.json").exists():
+        return ""
+    return (
+        ", since its towers were cut to widths that no class of transformers holds; a model of "
+        "equal layers can be loaded: train with a larger recipe.gates.multiple, or give the run's "
+        "folder where a run is asked for"
+    )
 
 
 def _refuse_kernels(path: Path) -> None:

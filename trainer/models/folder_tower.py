@@ -231,6 +231,8 @@ def _like_the_pair(
         except RAISED as error:
             raise ConfigError(f"{path}: {kind} gives no features: {error}") from error
         wanted = found if isinstance(found, Tensor) else found.pooler_output
+        if not wanted.isfinite().all():
+            raise ConfigError(f"{path}: the features of {kind} are no numbers; its weights are bad")
         for tower in towers:
             said = embed(tower)
             if said.shape == wanted.shape and _near(said, wanted):
