@@ -15,8 +15,8 @@ from tests.virtual_gpu.cases import RECIPES, config_of, prepare
 from trainer.comm import Comm
 from trainer.engine.compiled import compile_blocks, refuse_compiled_blocks
 from trainer.errors import ConfigError
-from trainer.models.flops import TrainingFlops
 from trainer.loop import train
+from trainer.models.flops import TrainingFlops
 
 CUT = {"tinyclip"}
 """A recipe whose model changes on the way."""
