@@ -34,8 +34,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> tuple[str, Path, Path]:
+    return written(tmp_path_factory.mktemp("killed"))
+
+
+def written(folder: Path) -> tuple[str, Path, Path]:
     """Shards, a pair of towers, a bank."""
-    folder = tmp_path_factory.mktemp("killed")
     for shard in range(SHARDS):
         samples = {}
         for row in range(ROWS):

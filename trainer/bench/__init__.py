@@ -9,6 +9,7 @@ BENCHES = {
     "tokens": "trainer.bench.tokens",
     "data": "trainer.bench.data",
     "scale": "trainer.bench.scale",
+    "curation": "trainer.bench.curation",
     "episode": "trainer.bench.episode",
     "kmeans": "trainer.bench.kmeans",
     "prototype-logits": "trainer.bench.prototype_logits",

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.bench.growth import exponents
 from trainer.bench.launch import launch
 from trainer.data.catalogue import Entry, write_catalogue
 from trainer.data.order import Order
@@ -60,7 +61,8 @@ def measure(
             write_catalogue(str(path), _entries(length, samples))
             case = json.dumps(str(path))
             rows += launch("trainer.bench.scale", case, ranks=1, threads=1)
-    return [*rows, _growth(rows)] if len(rows) > 2 else rows
+    growth = {"shards": "growth", **exponents(rows, "shards", FIGURES)}
+    return [*rows, growth] if len(rows) > 2 else rows
 
 
 def _entries(length: int, samples: int) -> Iterator[Entry]:
@@ -69,15 +71,6 @@ def _entries(length: int, samples: int) -> Iterator[Entry]:
         ids = hash_bits(numbers, key_of("scale")).numpy().view(np.uint64) >> np.uint64(1)
         name = f"s3://bucket/laion/{row:06d}.tar"
         yield Entry(name, "", b"", f"{row:032x}", ids.astype(np.int64))
-
-
-def _growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    size = np.log([row["shards"] for row in rows])
-    exponents = {
-        name: float(np.polyfit(size, np.log([max(row[name], 1e-6) for row in rows]), 1)[0])
-        for name in FIGURES
-    }
-    return {"shards": "growth", **exponents}
 
 
 def _measured(path: str) -> dict[str, Any]:
