@@ -74,7 +74,7 @@ def measure(spec: str, test: str, out: Path, options: argparse.Namespace) -> dic
             features.mkdir()
             (scan / "images").rename(features / "train")
             (out / "test" / "images").rename(features / "test")
-        peaks[name] = _peak(tool, *map(str, arguments)) - _idle(tool)
+        peaks[name] = _peak(str(tool), *map(str, arguments)) - _idle(str(tool))
     return {f"{name}_mib": peaks[name] for name in TOOLS}
 
 
