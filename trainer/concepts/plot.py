@@ -16,7 +16,7 @@ def plot_trend(table: Table, figures: dict[str, Any], path: Path, *, source: str
     from matplotlib.figure import Figure  # takes a second to import
 
     found = binned(table.frequency, table.accuracy)
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.4), layout="constrained")
     single, means = figure.subplots(1, 2)
     shake = np.random.default_rng(0).normal(0, 1, (2, len(table.frequency)))
     single.plot(
@@ -47,7 +47,15 @@ def plot_trend(table: Table, figures: dict[str, Any], path: Path, *, source: str
         f"bin means: rho = {found.rho:.2f}; within sets {within['slope']:.1f} points a decade",
         fontsize=10,
     )
-    means.legend(fontsize=8, title="frequency: mean of concepts", title_fontsize=8)
+    # Beside the points: inside it would hide the longest bars.
+    means.legend(
+        fontsize=8,
+        title="frequency: mean of concepts",
+        title_fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+    )
     for panel in (single, means):
         panel.set_xscale("log")
         panel.set_xlabel(f"samples with the concept ({source}); 0 is drawn at 0.5", fontsize=9)
