@@ -56,6 +56,13 @@ def write_corpus(folder: Path) -> str:
     return f"{folder}/{{000..{len(SIZES) - 1:03d}}}.tar"
 
 
+def write_outside(path: Path, *, count: int = 20) -> str:
+    """A shard of pictures that no other one has."""
+    samples = {f"{n:03d}": {"png": picture(1000 + n), "json": b"{}"} for n in range(count)}
+    write_index(write_tar(path, samples))
+    return str(path)
+
+
 def _damage(path: Path, *, row: int) -> None:
     """Flip a byte of a member's content; the index stays as it was."""
     from trainer.data.index import read_index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tests.curation.corpus import write_outside
 from tests.ranks import run_ranks
 from tests.recipes.test_mlcd import shards_without_captions
 from trainer.comm import Comm
@@ -93,14 +95,12 @@ evals:
     train: "{first}"
     data: "{second}"
     target: subgroup
-    outside: {{same: "{second}"}}
+    outside: {{other: "{folder}/outside.tar"}}
 log_every: 1 steps
 """
 
 
 def trained(comm: Comm, text: str) -> list[float]:
-    import json
-
     from trainer.loop import train
 
     config = parse_run(text)
@@ -113,12 +113,19 @@ def trained(comm: Comm, text: str) -> list[float]:
 def test_a_run_takes_the_same_steps_on_one_rank_and_two_and_is_measured_by_ood(tmp_path):
     spec = shards_without_captions(tmp_path)
     first, second = (spec.replace("{000000..000001}", f"00000{number}") for number in (0, 1))
+    write_outside(tmp_path / "outside.tar")
     text = RUN.format(folder=tmp_path, name="SIZE", spec=spec, first=first, second=second)
     losses = [run_ranks(trained, size, text.replace("SIZE", str(size)))[0] for size in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(set(losses[0])) == 3
-    events = (tmp_path / "1/events.jsonl").read_text()
-    assert '"mahalanobis_auroc/same": 50.0' in events
+    said = [
+        [json.loads(line) for line in (tmp_path / size / "events.jsonl").read_text().splitlines()]
+        for size in ("1", "2")
+    ]
+    one, two = ([e for e in events if e["event"] == "ood"][-1] for events in said)
+    assert one["outside/other"] == two["outside/other"] == 20
+    assert 0 <= one["mahalanobis_auroc/other"] <= 100
+    assert one["mahalanobis_auroc/other"] == pytest.approx(two["mahalanobis_auroc/other"], abs=5)
 
 
 def test_labels_come_from_one_place(tmp_path: Path):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+from tests.curation.corpus import write_outside
 from tests.virtual_gpu.cases import config_of
 from trainer import loop
 from trainer.cluster.problem import KMeansConfig
@@ -38,6 +39,9 @@ def evaluated(folder: Path, spec: str, comm: Comm) -> None:
 def _measured(folder: Path, spec: str, comm: Comm) -> RunConfig:
     fit, test = (str(folder / "shards" / f"emoji-00000{number}.tar") for number in range(2))
     on = {"data": test, "target": "group"}
+    if comm.is_main:
+        write_outside(folder / "outside.tar")
+    comm.barrier()
     entries = [
         {"name": "zero_shot", **on, "templates": ["{}"]},
         {
@@ -49,7 +53,7 @@ def _measured(folder: Path, spec: str, comm: Comm) -> RunConfig:
         {"name": "retrieval", "data": spec},
         {"name": "knn", **on, "train": fit},
         {"name": "linear_probe", **on, "train": fit},
-        {"name": "ood", **on, "train": fit, "outside": {"near": spec}},
+        {"name": "ood", **on, "train": fit, "outside": {"far": str(folder / "outside.tar")}},
     ]
     said = json.dumps([{"label": entry["name"], **entry} for entry in entries])
     average = "average={}"
